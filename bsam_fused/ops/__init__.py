@@ -1,0 +1,1 @@
+"""The operators of a sharpness-aware step over flat buffers, and their backends."""

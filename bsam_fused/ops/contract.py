@@ -1,0 +1,221 @@
+"""What every backend offers: the FlatParams protocol, and the words for what it cannot work with.
+
+Symbols as in the papers: w, g, ρ, ρ_min, η, T (1, or |w| + η where adaptive), d the direction. Sums are
+``[Σ (T g)², Σ g_max², Σ g_min²]``; n = √sums[0].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+ASCENT, MAX, MIN = 0, 1, 2
+"""Slots of the sums: of T g at w, of g_max, of g_min."""
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Radius(NamedTuple):
+    """How a param group is perturbed: by ``radius`` T² g / (n + norm_eps), T = |w| + ``eta`` if ``adaptive``."""
+
+    radius: float
+    adaptive: bool = False
+    eta: float = 0.0
+
+
+class SGDScalars(NamedTuple):
+    """A param group's options of torch.optim.SGD."""
+
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+
+
+class AdamScalars(NamedTuple):
+    """A param group's options of torch.optim.Adam, or AdamW (``decoupled``)."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    maximize: bool
+
+
+class FlatParams(Protocol):
+    """The parameters of one device and dtype, and the flat buffers that belong to them.
+
+    Constructed from ``params`` (float32, float64, bfloat16 or float16 tensors of any strides) and ``places``
+    (of each, its param group and its index there). Arithmetic is in float32 (float64 for float64). Methods that
+    write weights bump their version counters. A parameter without a gradient in some pass has the gradient
+    zero there; one without any in a whole step is left alone. Options come as one entry a param group.
+    ``sums`` arguments are the sums over *all* FlatParams of the optimizer, on this one's device.
+
+    Weights and state of a step with a sum that is not finite stay as they were before it.
+    """
+
+    params: Sequence[Tensor]
+    places: Sequence[tuple[int, int]]
+    device: torch.device
+    dtype: torch.dtype
+    sums: Tensor
+    """float64 (3,): this FlatParams' own sums."""
+    skipped: int
+    """Updates that were skipped; reading it may synchronise."""
+    extra_bytes: int
+    """Bytes held beside parameters and gradients: saved, g while kept, the base optimizer's state."""
+
+    def read_gradients(self) -> None:
+        """Note every ``.grad`` of this pass, before anything is written.
+
+        Raises what `reject` raises, with nothing changed.
+        """
+
+    def clear_gradients(self) -> None:
+        """Set every ``.grad`` to None."""
+
+    def square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
+        """Compute ``sums[slot] = Σ (T g)²`` of the gradients read, in float64. Reads N (adaptive: 2 N)."""
+
+    def ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float, keep: bool) -> None:
+        """Save w, then w = w_max = w + radius T² g / (n + norm_eps); where n is not finite, w stays.
+
+        Leaves ``.grad`` None; with ``keep`` g is taken: the tensor itself where nobody else holds its
+        storage, else a copy. Moves 4 N.
+        """
+
+    def descend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
+        """From the saved w, w = w_min = w + radius T² g / (n + norm_eps), radius = −ρ_min; and g = g + g_max.
+
+        Computes ``sums[MAX] = Σ g_max²`` in the same pass. Where n is not finite, w stays; where g_max is not,
+        w is what it was before the step (on a GPU possibly w_min, which is finite). Leaves ``.grad`` None.
+        Moves 5 N.
+        """
+
+    def update_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], from_saved: bool) -> list[int]:
+        """torch.optim.SGD's rule with d = g_max, or g + g_max − c g_min after `descend`, c = ‖g_max‖ / ‖g_min‖.
+
+        From the saved w, or (``from_saved=False``) from the weights as they are. Ends the step: saved and g
+        are free again. Returns the parameters whose state begins with this step. Moves 6 N (SAM 5 N).
+        """
+
+    def update_adam(self, sums: Tensor, groups: Sequence[AdamScalars], from_saved: bool) -> list[int]:
+        """torch.optim.Adam's and AdamW's rule; otherwise as `update_sgd`. Moves 8 N (SAM 7 N)."""
+
+    def combine(self, sums: Tensor, from_saved: bool) -> bool:
+        """Put d into ``.grad`` and, with ``from_saved``, the saved w into the weights, for any base optimizer.
+
+        Returns False, with the step given up, where a sum is not finite: reads one flag on the host. The step
+        goes on until `release`, so that `restore` can still undo what the base optimizer does to the weights.
+        """
+
+    def restore(self) -> None:
+        """Put the saved w back, bit for bit, and forget the step."""
+
+    def release(self) -> None:
+        """Forget the step: saved and g are free again, the weights stay."""
+
+    def swap(self) -> None:
+        """Exchange perturbed weights with the saved w; twice is nothing."""
+
+    def state(self, key: str) -> list[Tensor]:
+        """Return the base optimizer's state ``key``, a view of its flat buffer (zero at first) a parameter.
+
+        Each has its parameter's shape and strides; "step" (float32, 0-dim) counts the updates made.
+        """
+
+
+def describe(param: Tensor, place: tuple[int, int]) -> str:
+    """Return how messages name a parameter: its index, param group, shape and dtype."""
+    group, index = place
+    shape = "uninitialized" if torch.nn.parameter.is_lazy(param) else f"shape {tuple(param.shape)}"
+    return f"parameter {index} of group {group} ({shape}, {param.dtype})"
+
+
+class LayoutChangedError(RuntimeError):
+    """A parameter has other strides than when its FlatParams was built; at rest, build it anew."""
+
+
+def reject(flat: FlatParams, i: int) -> NoReturn:
+    """Raise the error that says why ``flat`` cannot work with its i-th parameter, and what to do.
+
+    Raises:
+        RuntimeError: the parameter was moved, cast or reshaped since the last phase, or its gradient is
+            sparse, or on another device or of another dtype; `LayoutChangedError` for other strides.
+    """
+    param, grad = flat.params[i], flat.params[i].grad
+    name = describe(param, flat.places[i])
+    if param.device != flat.device or param.dtype != flat.dtype:
+        raise RuntimeError(
+            f"{name} is now on {param.device} as {param.dtype}, but was on {flat.device} as {flat.dtype} in the "
+            "last phase: restore() if within a step, then take the optimizer's state along with "
+            "optimizer.load_state_dict(optimizer.state_dict()), or move the model before the first step"
+        )
+    if grad is not None and grad.layout != torch.strided:
+        raise RuntimeError(
+            f"{name} has a sparse gradient ({grad.layout}), which sharpness-aware steps do not support: "
+            "build its layer with sparse=False"
+        )
+    if grad is not None and (grad.dtype != param.dtype or grad.device != param.device):
+        raise RuntimeError(
+            f"{name} on {param.device} has a gradient of {grad.dtype} on {grad.device}: gradients must have "
+            "their parameter's dtype and device"
+        )
+    if grad is not None and grad.shape != param.shape:
+        raise RuntimeError(f"{name} has a gradient of shape {tuple(grad.shape)}: assign one of its own shape")
+    raise LayoutChangedError(
+        f"{name} has another shape or other strides {tuple(param.stride())} than in the last phase: do not "
+        "change a parameter's layout within a step; restore() first"
+    )
+
+
+def check_param(param: Tensor, place: tuple[int, int]) -> None:
+    """Raise where no backend can optimize ``param``.
+
+    Raises:
+        TypeError: for complex, integer and other unsupported dtypes, and for tensor subclasses that hold
+            no storage of their own (DTensor).
+    """
+    name = describe(param, place)
+    if param.is_complex():
+        raise TypeError(f"{name} is complex: optimize torch.view_as_real of it, as a real parameter")
+    if not param.is_floating_point():
+        raise TypeError(f"{name} is not a floating point tensor: leave it out of params, or make it a buffer")
+    if param.dtype not in DTYPES:
+        names = ", ".join(str(dtype) for dtype in DTYPES)
+        raise TypeError(f"{name}: dtype must be one of {names}: cast it, or leave it out of params")
+    if hasattr(param, "__tensor_flatten__"):
+        raise TypeError(
+            f"{name} is a {type(param).__name__}, which has no storage of its own: sharded and wrapped "
+            "parameters are not supported in this version"
+        )
+
+
+def check_memory(params: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> None:
+    """Raise where two parameters share memory: perturbing both would perturb it twice.
+
+    Raises:
+        ValueError: two of them overlap, or one overlaps itself (expanded).
+    """
+    for param, place in zip(params, places, strict=True):
+        if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
+            raise ValueError(f"{describe(param, place)} is expanded, its elements share memory: clone() it")
+
+    def span(param: Tensor) -> tuple[int, int]:
+        last = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
+        return param.data_ptr(), param.data_ptr() + (last + 1) * param.element_size()
+
+    spans = sorted((*span(param), i) for i, param in enumerate(params) if param.numel())
+    for (_, end, i), (begin, _, j) in zip(spans, spans[1:], strict=False):
+        if begin < end:
+            raise ValueError(
+                f"{describe(params[j], places[j])} shares memory with {describe(params[i], places[i])}: tie weights by "
+                "using one Parameter in both places, not by sharing .data"
+            )

@@ -1,0 +1,79 @@
+"""Which backend runs, and why: argument, then BSAM_FUSED_BACKEND, then the best that is there."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bsam_fused.ops import contract, native_flat, torch_flat
+
+Factory = Callable[[Sequence[Tensor], Sequence[tuple[int, int]]], contract.FlatParams]
+
+BACKENDS = ("cuda", "triton", "cpp", "torch")
+VARIABLE = "BSAM_FUSED_BACKEND"
+_PREFERENCE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch")}
+_FACTORIES: dict[str, Factory] = {"cpp": native_flat.flat_params, "torch": torch_flat.TorchFlatParams}
+
+
+class Choice(NamedTuple):
+    """A backend and why it was chosen."""
+
+    backend: str
+    why: str
+    build: Factory
+
+
+def unavailable(backend: str, device_type: str) -> str | None:
+    """Return why ``backend`` cannot work on tensors of ``device_type`` here, None if it can."""
+    if backend in {"cuda", "triton"}:
+        return f"this version of bsam_fused has no {backend} kernels yet"
+    if backend == "cpp":
+        if device_type != "cpu":
+            return f"cpp works on CPU tensors, not on {device_type}"
+        return native_flat.load()[1] or None
+    return None
+
+
+def choose(requested: str, device: torch.device) -> Choice:
+    """Return the backend for tensors on ``device``.
+
+    Args:
+        requested: "auto", or a backend's name. "auto" gives way to the environment variable
+            BSAM_FUSED_BACKEND, and else takes cuda, triton, torch for CUDA tensors, cpp, torch for CPU
+            tensors, torch for others.
+        device: where the tensors are.
+
+    Raises:
+        ValueError: ``requested`` is no backend.
+        RuntimeError: the one asked for by name cannot be had, with the reason.
+    """
+    source = f"backend={requested!r}"
+    if requested == "auto" and os.environ.get(VARIABLE, "auto") != "auto":
+        requested = os.environ[VARIABLE]
+        source = f"{VARIABLE}={requested}"
+    if requested not in {"auto", *BACKENDS}:
+        raise ValueError(f"{source}: must be auto, {', '.join(BACKENDS)}")
+    if requested != "auto":
+        reason = unavailable(requested, device.type)
+        if reason:
+            raise RuntimeError(f"{source} for tensors on {device}: {reason}")
+        return Choice(requested, f"asked for by {source}", _FACTORIES[requested])
+    return _best(device)
+
+
+def _best(device: torch.device) -> Choice:
+    missing = []
+    for backend in _PREFERENCE.get(device.type, ("torch",)):
+        reason = unavailable(backend, device.type)
+        if reason is None:
+            break
+        missing.append(f"{backend}: {reason}")
+    if device.type == "cpu" and missing:
+        warnings.warn(f"bsam_fused runs on its slower torch backend; {missing[0]}", stacklevel=2)
+    why = f"auto's choice for {device.type} tensors" + "".join(f"; without {reason}" for reason in missing)
+    return Choice(backend, why, _FACTORIES[backend])

@@ -1,0 +1,65 @@
+"""The compiled module: where it is, and if it cannot be used, why and what adds it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from bsam_fused._version import __version__
+from bsam_fused.ops import contract
+
+COMMAND = "pip install --no-build-isolation --no-deps --force-reinstall ."
+"""Builds the extension, in the source directory, for the torch that is installed."""
+
+
+def module_name() -> str:
+    """Return the extension's name for the running torch; setup.py names what it builds likewise."""
+    major, minor = torch.__version__.split("+")[0].split(".")[:2]
+    return f"_native_torch{major}_{minor}"
+
+
+def _why_missing(package: Path) -> str:
+    others = sorted({path.name.split(".")[0] for path in package.glob("_native_torch*")} - {module_name()})
+    if others:
+        built = ", ".join(name.removeprefix("_native_torch").replace("_", ".") for name in others)
+        return f"built for torch {built}, but torch {torch.__version__} is running"
+    if next(package.glob("_native_torch*"), None) is not None:
+        return "built for another Python"
+    if shutil.which("c++") is None:
+        return "not built, and no C++ compiler is on PATH (Debian, Ubuntu: apt install g++)"
+    return "not built (pip's isolated build sees no torch; or BSAM_FUSED_BUILD=none)"
+
+
+@functools.cache
+def load() -> tuple[ModuleType | None, str]:
+    """Return the compiled module and "", or None and the reason with the command that mends it."""
+    package = Path(__file__).parents[1]
+    mend = f"in bsam_fused's source directory: {COMMAND}"
+    try:
+        module = importlib.import_module(f"bsam_fused.{module_name()}")
+    except ModuleNotFoundError:
+        return None, f"the C++ extension is {_why_missing(package)}; {mend}"
+    except ImportError as error:
+        return None, f"the C++ extension does not load ({error}); rebuild it, {mend}"
+    if module.version != __version__:
+        return None, f"the C++ extension is of bsam_fused {module.version}, not {__version__}; rebuild it, {mend}"
+    return module, ""
+
+
+def flat_params(params: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> contract.FlatParams:
+    """Return the compiled FlatParams over ``params``.
+
+    Raises:
+        RuntimeError: the extension cannot be used here, with the reason.
+    """
+    module, reason = load()
+    if module is None:
+        raise RuntimeError(reason)
+    return module.FlatParams(list(params), list(places))

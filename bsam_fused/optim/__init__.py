@@ -1,0 +1,1 @@
+"""The optimizers: which operator runs when. Nothing numeric lives here."""

@@ -1,0 +1,489 @@
+"""What every sharpness-aware optimizer shares: phases, faults, param groups, state. No algorithm.
+
+A step is a walk through phases: at rest the weights are w; ``ascend`` and its like move them; ``step`` brings
+them to the next w. A phase reads all gradients before it writes anything, so an error leaves the phase as it was.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bsam_fused.batchnorm import frozen_running_stats
+from bsam_fused.ops import contract, dispatch
+from bsam_fused.ops.contract import ASCENT, FlatParams, Radius
+from bsam_fused.optim import fused, groups
+
+Closure = Callable[[], Any]
+
+
+class Phase(enum.Enum):
+    """Where the weights are."""
+
+    REST = "at rest"
+    ASCENDED = "ascended"
+    DESCENDED = "descended"
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """The losses of one closure step, and what they say. Tensors stay on their device until read.
+
+    MaxS = L(w_max) − L(w), MinS = L(w) − L(w_min), BilS = MaxS + MinS (BSAM, arXiv 2409.13173). The ones that
+    need w_min are None for optimizers that do not go there.
+    """
+
+    loss: Any
+    loss_max: Any
+    loss_min: Any = None
+
+    @property
+    def max_sharpness(self) -> Any:
+        """MaxS = L(w_max) − L(w)."""
+        return self.loss_max - self.loss
+
+    @property
+    def min_sharpness(self) -> Any:
+        """MinS = L(w) − L(w_min)."""
+        return None if self.loss_min is None else self.loss - self.loss_min
+
+    @property
+    def bilateral_sharpness(self) -> Any:
+        """BilS = MaxS + MinS."""
+        return None if self.loss_min is None else self.max_sharpness + self.min_sharpness
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """A base optimizer that steps from w with a direction found at perturbed weights.
+
+    Subclasses name their calls, and add the ones of their own.
+    """
+
+    _calls: ClassVar[tuple[str, ...]]
+    """The phases' calls in order, one after each backward pass; the last is "step"."""
+    _last_slot: ClassVar[int]
+    """Where the sums keep the last pass's gradient: MAX, or MIN."""
+    _keeps_g: ClassVar[bool]
+    """Whether the direction needs g, the gradient at w."""
+    _PHASES: ClassVar[tuple[Phase, ...]] = (Phase.REST, Phase.ASCENDED, Phase.DESCENDED)
+
+    _phase = Phase.REST
+    _from_saved = True
+    _looking_at_w = False
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        options: dict[str, Any],
+        base_kwargs: dict[str, Any],
+        *,
+        norm_eps: float,
+        model: nn.Module | None,
+        backend: str,
+    ) -> None:
+        self._flats: list[FlatParams] | None = None
+        self._left_out: list[Tensor] = []
+        self._adopted = False
+        self._skipped_before = 0
+        self._batchnorm = ExitStack()
+        self.norm_eps = groups.check_non_negative("norm_eps", norm_eps)
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}: pass the nn.Module whose BatchNorm to guard")
+        self.model = model
+        self.backend = backend
+        self.active = True
+        self.sharpness: Sharpness | None = None
+        self.base_optimizer = groups.build_base(params, base_optimizer, base_kwargs, options)
+        super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **options})
+        self.base_optimizer.param_groups = self.param_groups
+        self.state = self.base_optimizer.state
+        self.backends  # noqa: B018 - a backend asked for and missing is said now, not in the first step
+
+    # ---- what runs where
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """Which backend runs for the parameters on each device, and why.
+
+        Raises:
+            RuntimeError: the one asked for cannot be had, with the reason.
+        """
+        devices = {p.device for group in self.param_groups for p in group["params"]}
+        choices = {device: dispatch.choose(self.backend, device) for device in sorted(devices, key=str)}
+        return {str(device): f"{choice.backend} ({choice.why})" for device, choice in choices.items()}
+
+    @property
+    def norms(self) -> Tensor:
+        """‖T g‖, ‖g_max‖, ‖g_min‖ of the latest passes: float64 (3,), on the first parameter's device."""
+        return self._totals()[0].sqrt() if self._flats else torch.zeros(3, dtype=torch.float64)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped for an inf or NaN in some pass; reading it waits for a GPU."""
+        return self._skipped_before + (self._flats[0].skipped if self._flats else 0)
+
+    def _ready(self) -> list[FlatParams]:
+        """Return the FlatParams, built anew where a parameter has come in."""
+        if self._flats is None or any(p.requires_grad or p.grad is not None for p in self._left_out):
+            self._forget_flats()
+            self._build_flats()
+        assert self._flats is not None
+        return self._flats
+
+    def _build_flats(self) -> None:
+        """Build one FlatParams a device and dtype. Frozen parameters are left out until they are not."""
+        kinds: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[tuple[int, int]]]] = {}
+        self._left_out = []
+        for i, group in enumerate(self.param_groups):
+            for j, param in enumerate(group["params"]):
+                if not param.requires_grad and param.grad is None:
+                    self._left_out.append(param)
+                    continue
+                if torch.nn.parameter.is_lazy(param):
+                    raise RuntimeError(f"{contract.describe(param, (i, j))}: run a forward pass before the first step")
+                params, places = kinds.setdefault((param.device, param.dtype), ([], []))
+                params.append(param)
+                places.append((i, j))
+        for params, places in kinds.values():
+            contract.check_memory(params, places)
+        self._flats = [
+            dispatch.choose(self.backend, device).build(params, places)
+            for (device, _), (params, places) in kinds.items()
+        ]
+        self._adopted = False
+
+    def _forget_flats(self) -> None:
+        self._skipped_before = self.skipped_steps
+        self._flats = None
+
+    # ---- phases
+
+    def _expect(self, call: str) -> None:
+        """Raise unless ``call`` is next."""
+        if self._looking_at_w:
+            raise RuntimeError(f"{call}() within unperturbed(): leave that context first")
+        following = self._calls[self._PHASES.index(self._phase)]
+        if call == following:
+            return
+        name = type(self).__name__
+        mend = "" if self._phase is Phase.REST else ", or restore() to give up this step"
+        raise RuntimeError(
+            f"{name}.{call}() out of order: the optimizer is {self._phase.value}; "
+            f"next come backward() and {following}(){mend}"
+        )
+
+    def _require_rest(self, call: str) -> None:
+        if self._phase is not Phase.REST and not self._looking_at_w:
+            raise RuntimeError(
+                f"{call} while the weights are perturbed ({self._phase.value}): finish the step, give it up with "
+                "restore(), or use `with optimizer.unperturbed():`"
+            )
+
+    def _entered(self, phase: Phase) -> None:
+        """Note a new phase; autocast must not go on with weights it cast in the last one."""
+        self._phase = phase
+        torch.clear_autocast_cache()
+
+    def _radii(self, option: str, sign: float) -> list[Radius]:
+        """Return a radius a group: ``option``, with ``sign`` the other way under maximize."""
+        return [
+            Radius(
+                (-sign if group.get("maximize") else sign) * self._radius(group, option, i),
+                bool(group["adaptive"]),
+                groups.check_non_negative("eta", group["eta"], f" in group {i}"),
+            )
+            for i, group in enumerate(self.param_groups)
+        ]
+
+    def _radius(self, group: dict[str, Any], option: str, index: int) -> float:
+        return groups.check_non_negative(option, group[option], f" in group {index}")
+
+    def _plain_radii(self) -> list[Radius]:
+        return [Radius(0.0)] * len(self.param_groups)
+
+    def _read_gradients(self) -> None:
+        for flat in self._ready():
+            flat.read_gradients()
+
+    def _totals(self) -> list[Tensor]:
+        """Return the sums over all FlatParams, on the device of each."""
+        flats = self._ready()
+        if len(flats) <= 1:
+            return [flat.sums for flat in flats]
+        home = flats[0].sums.device
+        total = torch.stack([flat.sums.to(home) for flat in flats]).sum(0)
+        return [total.to(flat.sums.device) for flat in flats]
+
+    def _poison(self, slot: int, loss: Any) -> None:
+        """Make the sum in ``slot`` non-finite if ``loss`` is: 0 · loss is 0 or NaN, without asking the device."""
+        if not self._flats:
+            return
+        sums = self._flats[0].sums
+        if isinstance(loss, Tensor):
+            sums[slot].add_((loss.detach().sum() * 0).to(sums.device))
+        elif isinstance(loss, Real):
+            sums[slot].add_(float(loss) * 0)
+
+    def ascend(self) -> None:
+        """After backward at w: w becomes w_max = w + ρ T² g / (‖T g‖ + norm_eps). Gradients become None.
+
+        Where a gradient is not finite, the weights stay and the step will be skipped. SAM arXiv 2010.01412,
+        ASAM 2102.11600.
+
+        Raises:
+            RuntimeError: out of order, ``active`` is False, or a gradient that cannot be used, by name.
+            ValueError: a radius is negative or not finite.
+        """
+        self._ascend()
+
+    def _ascend(self, loss: Any = None) -> None:
+        self._expect("ascend")
+        if not self.active:
+            raise RuntimeError("ascend() while active is False: step() is then the base optimizer's step")
+        radii = self._radii("rho", +1.0)
+        try:
+            self._read_gradients()
+        except contract.LayoutChangedError:  # model.to(memory_format=...) since the last step
+            self._forget_flats()
+            self._read_gradients()
+        flats = self._ready()
+        for flat in flats:
+            flat.square_norm(ASCENT, radii)
+        self._poison(ASCENT, loss)
+        totals = self._totals()
+        self._entered(Phase.ASCENDED)
+        for flat, sums in zip(flats, totals, strict=True):
+            flat.ascend(sums, radii, self.norm_eps, self._keeps_g)
+        if self.model is not None:
+            self._batchnorm.enter_context(frozen_running_stats(self.model))
+
+    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+        """Finish a step by hand, or run a whole one with ``closure``.
+
+        Args:
+            closure: does forward and backward and returns the loss; called once a pass, with gradients
+                cleared before each. None: this is the last call of a step by hand, after its last backward;
+                at rest it is the base optimizer's step where ``active`` is False or every lr is 0.
+
+        Returns:
+            The loss at w as the closure returned it; None without one.
+
+        Raises:
+            RuntimeError: out of order, or a gradient that cannot be used, by name. Whatever a closure raises
+                passes through, with the weights back at w.
+        """
+        if closure is not None:
+            return self._run([closure] * len(self._calls))
+        if self._phase is Phase.REST and not self._looking_at_w and self._is_plain():
+            return self._base_step()
+        return self._step()
+
+    def _is_plain(self) -> bool:
+        return not self.active or all(float(group["lr"]) == 0 for group in self.param_groups)
+
+    def _base_step(self) -> None:
+        self.base_optimizer.step()
+        self._adopted = False
+        torch.clear_autocast_cache()
+
+    def _run(self, closures: Sequence[Closure]) -> Any:
+        """Run a whole step, one closure a pass."""
+        self._expect(self._calls[0])
+        self.sharpness = None
+        self._clear_gradients()
+        if not self.active:
+            loss = _evaluate(closures[-1])
+            self._base_step()
+            return loss
+        losses = []
+        try:
+            for call, closure in zip(self._calls, closures, strict=True):
+                losses.append(_evaluate(closure))
+                getattr(self, f"_{call}")(losses[-1])
+        except BaseException:
+            self.restore()
+            raise
+        if all(isinstance(loss, Tensor | Real) for loss in losses) and len(set(map(id, closures))) == 1:
+            self.sharpness = Sharpness(*(loss.detach() if isinstance(loss, Tensor) else loss for loss in losses))
+        return losses[0]
+
+    def _step(self, loss: Any = None) -> None:
+        """Update from w, or skip where a sum is not finite."""
+        self._expect("step")
+        rule = fused.rule_for(self.base_optimizer)
+        scalars = [rule.scalars(group) for group in self.param_groups] if rule else []
+        self._read_gradients()
+        flats = self._ready()
+        for flat in flats:
+            flat.square_norm(self._last_slot, self._plain_radii())
+        self._poison(self._last_slot, loss)
+        totals = self._totals()
+        if rule:
+            self._adopt(rule)
+            for flat, sums in zip(flats, totals, strict=True):
+                begun = getattr(flat, rule.operator)(sums, scalars, self._from_saved)
+                fused.publish(flat, self.state, rule, begun)
+        else:
+            self._general_update(totals)
+        self._batchnorm.close()
+        self._entered(Phase.REST)
+
+    def _adopt(self, rule: fused.FusedRule) -> None:
+        if not self._adopted:
+            for flat in self._ready():
+                fused.adopt(flat, self.state, rule)
+            self._adopted = True
+
+    def _general_update(self, totals: Sequence[Tensor]) -> None:
+        """Leave the update to the base optimizer: d in .grad, the weights at w, then its own step()."""
+        flats = self._ready()
+        if all([flat.combine(sums, self._from_saved) for flat, sums in zip(flats, totals, strict=True)]):
+            try:
+                self._base_step()
+            except BaseException:
+                self.restore()
+                raise
+            for flat in flats:
+                flat.release()
+
+    # ---- giving up, and looking at w
+
+    def restore(self) -> None:
+        """Give up the step: the weights are w again, bit for bit, gradients None. At rest, nothing."""
+        if self._looking_at_w:
+            raise RuntimeError("restore() within unperturbed(): leave that context first")
+        if self._phase is Phase.REST:
+            return
+        for flat in self._flats or []:
+            flat.restore()
+        self._batchnorm.close()
+        self._clear_gradients()
+        self._entered(Phase.REST)
+
+    @contextmanager
+    def unperturbed(self) -> Iterator[None]:
+        """Look at w within a step: a context in which the weights are w, whatever the phase.
+
+        What is written to the weights meanwhile is kept, as w. No phase may be called inside.
+        """
+        if self._phase is Phase.REST or self._looking_at_w:
+            yield
+            return
+        self._swap()
+        self._looking_at_w = True
+        try:
+            yield
+        finally:
+            self._looking_at_w = False
+            self._swap()
+
+    def _swap(self) -> None:
+        for flat in self._flats or []:
+            flat.swap()
+        torch.clear_autocast_cache()
+
+    def _clear_gradients(self) -> None:
+        if self._flats is None:
+            self.zero_grad()
+            return
+        for flat in self._flats:
+            flat.clear_gradients()
+        for param in self._left_out:
+            param.grad = None
+
+    # ---- param groups and state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as torch.optim has it, with options of its own.
+
+        Raises:
+            RuntimeError: within a step.
+            TypeError, ValueError: a parameter or an option that cannot be used; nothing was added.
+        """
+        self._require_rest("add_param_group()")
+        super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
+        try:
+            others = [p for group in self.param_groups[:-1] for p in group["params"]]
+            groups.check_parameters(self.param_groups[-1], index, others)
+            self._check_options(self.param_groups[-1], index)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._forget_flats()
+
+    def _check_options(self, group: dict[str, Any], index: int) -> None:
+        for option in ("rho", "eta"):
+            groups.check_non_negative(option, group[option], f" in group {index}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base optimizer's state, and param groups with the sharpness-aware options.
+
+        Raises:
+            RuntimeError: while the weights are perturbed: a checkpoint of the model would hold w_max.
+        """
+        self._require_rest("state_dict()")
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this optimizer or of the plain base optimizer.
+
+        Options that a saved group lacks stay as they are here.
+
+        Raises:
+            RuntimeError: within a step.
+            ValueError: the groups do not match.
+        """
+        self._require_rest("load_state_dict()")
+        saved, here = state_dict["param_groups"], self.param_groups
+        if len(saved) == len(here):
+            kept = [{k: v for k, v in group.items() if k in self._kept_options} for group in here]
+            saved = [{**options, **group} for options, group in zip(kept, saved, strict=True)]
+        super().load_state_dict({**state_dict, "param_groups": saved})
+
+    @property
+    def _kept_options(self) -> set[str]:
+        return set(self.defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy take: no flat buffers, and state that is no view of one."""
+        self._require_rest("copying or pickling the optimizer")
+        state: Any = type(self.state)(dict)
+        for param, values in self.state.items():
+            state[param] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
+        base = {**self.base_optimizer.__getstate__(), "state": state, "param_groups": self.param_groups}
+        ours = {name: self.__dict__[name] for name in ("norm_eps", "model", "backend", "active", "sharpness")}
+        return {
+            **super().__getstate__(),
+            **ours,
+            "state": state,
+            "base": (type(self.base_optimizer), base),
+            "_from_saved": self._from_saved,
+            "_skipped_before": self.skipped_steps,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a pickled state, or, from load_state_dict, state and param groups."""
+        if "base" in state:
+            kind, base = state.pop("base")
+            self.base_optimizer = kind.__new__(kind)
+            self._batchnorm = ExitStack()
+        else:
+            base = {"state": state["state"], "param_groups": state["param_groups"]}
+            self._skipped_before = self.skipped_steps
+        super().__setstate__(state)
+        self.base_optimizer.__setstate__(base)
+        self._flats, self._left_out, self._adopted = None, [], False
+
+
+def _evaluate(closure: Closure) -> Any:
+    with torch.enable_grad():
+        return closure()

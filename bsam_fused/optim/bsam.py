@@ -1,0 +1,166 @@
+"""BSAM: Bilateral SAM (arXiv 2409.13173). Not Bayesian SAM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from bsam_fused.ops.contract import MAX, MIN
+from bsam_fused.optim import groups
+from bsam_fused.optim.base import Closure, Phase, SharpnessAware
+from bsam_fused.optim.sam import Base
+
+
+def decayed_radius(
+    rho_min: float, lr: float, lr_max: float, *, rho_min_end: float = 0.0, lr_end: float = 0.0
+) -> float:
+    """Return ρ_min,t = ρ_end + (ρ_min − ρ_end)(lr_t − lr_end)/(lr_max − lr_end), BSAM eq. 12.
+
+    ρ_min where lr_max = lr_end; never below 0.
+    """
+    if lr_max == lr_end:
+        return rho_min
+    return max(0.0, rho_min_end + (rho_min - rho_min_end) * (lr - lr_end) / (lr_max - lr_end))
+
+
+class BSAM(SharpnessAware):
+    """Bilateral sharpness-aware minimization: flat towards both the worst and the best neighbour.
+
+    From the base optimizer's rule with d = g + g_max − c g_min, c = ‖g_max‖ / ‖g_min‖ (0 where ‖g_min‖ = 0),
+    g_max at w_max = w + ρ T² g / (n + norm_eps), g_min at w_min = w − ρ_min T² g / (n + norm_eps), n = ‖T g‖.
+    Three passes a step.
+
+    Args:
+        params: as `SAM` has it; groups may also set every option below but ``update_from``.
+        base_optimizer: as `SAM` has it.
+        rho: radius ρ ≥ 0 towards w_max.
+        rho_min: radius ρ_min ≥ 0 towards w_min; None: ρ.
+        rho_min_decay: "lr": ρ_min falls with the learning rate (`decayed_radius`), whose maximum is the group's
+            ``max_lr`` (OneCycle), else ``initial_lr``, else lr at construction, kept as ``lr_max``; "none": it stays.
+        rho_min_end: ρ_end ≥ 0, where the decay ends.
+        rho_min_lr_end: lr_end ≥ 0, the learning rate at which it does.
+        update_from: "w", as the paper has it; "w_min" reproduces the authors' released code, whose restore has no
+            effect, so that every update starts from w_min.
+        adaptive: as `SAM` has it.
+        eta: as `SAM` has it.
+        norm_eps: as `SAM` has it.
+        model: as `SAM` has it.
+        backend: as `SAM` has it.
+        **base_kwargs: options of the base optimizer's class.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `SAM` has it.
+    """
+
+    _calls = ("ascend", "descend", "step")
+    _last_slot = MIN
+    _keeps_g = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: Base = torch.optim.SGD,
+        *,
+        rho: float = 0.05,
+        rho_min: float | None = None,
+        rho_min_decay: str = "lr",
+        rho_min_end: float = 0.0,
+        rho_min_lr_end: float = 0.0,
+        update_from: str = "w",
+        adaptive: bool = False,
+        eta: float = 0.0,
+        norm_eps: float = 1e-12,
+        model: nn.Module | None = None,
+        backend: str = "auto",
+        **base_kwargs: Any,
+    ) -> None:
+        if update_from not in {"w", "w_min"}:
+            raise ValueError(f'update_from={update_from!r}: must be "w" (the paper) or "w_min" (the released code)')
+        self._from_saved = update_from == "w"
+        options = {
+            "rho": rho,
+            "rho_min": rho_min,
+            "rho_min_decay": rho_min_decay,
+            "rho_min_end": rho_min_end,
+            "rho_min_lr_end": rho_min_lr_end,
+            "adaptive": adaptive,
+            "eta": eta,
+        }
+        super().__init__(
+            params, base_optimizer, options, base_kwargs, norm_eps=norm_eps, model=model, backend=backend
+        )
+
+    def descend(self) -> None:
+        """After backward at w_max: the weights become w_min = w − ρ_min T² g / (‖T g‖ + norm_eps).
+
+        Gradients become None. BSAM, arXiv 2409.13173.
+
+        Raises:
+            RuntimeError: out of order, or a gradient that cannot be used, by name.
+            ValueError: a radius is negative or not finite.
+        """
+        self._descend()
+
+    def _descend(self, loss: Any = None) -> None:
+        self._expect("descend")
+        radii = self._radii("rho_min", -1.0)
+        self._read_gradients()
+        flats, totals = self._ready(), self._totals()
+        self._entered(Phase.DESCENDED)
+        for flat, sums in zip(flats, totals, strict=True):
+            flat.descend(sums, radii, self.norm_eps)
+        self._poison(MAX, loss)
+
+    def _radius(self, group: dict[str, Any], option: str, index: int) -> float:
+        radius = super()._radius(group, option, index)
+        if option != "rho_min" or group["rho_min_decay"] == "none":
+            return radius
+        lr_max = group.get("max_lr", group.get("initial_lr", group["lr_max"]))
+        return decayed_radius(
+            radius,
+            float(group["lr"]),
+            float(lr_max),
+            rho_min_end=group["rho_min_end"],
+            lr_end=group["rho_min_lr_end"],
+        )
+
+    def step(self, closure: Closure | None = None, *, ascent_closure: Closure | None = None) -> Any:  # type: ignore[override]
+        """As `SharpnessAware.step`; the closure is called three times.
+
+        Raises:
+            TypeError: with ``ascent_closure``, which BSAM has no use for.
+        """
+        if ascent_closure is not None:
+            raise TypeError("BSAM takes no ascent_closure: its direction needs the gradient of one loss at w; use SAM")
+        return super().step(closure)
+
+    def _check_options(self, group: dict[str, Any], index: int) -> None:
+        super()._check_options(group, index)
+        if group["rho_min"] is None:
+            group["rho_min"] = group["rho"]
+        for option in ("rho_min", "rho_min_end", "rho_min_lr_end"):
+            groups.check_non_negative(option, group[option], f" in group {index}")
+        if group["rho_min_decay"] not in {"lr", "none"}:
+            raise ValueError(f'rho_min_decay={group["rho_min_decay"]!r} in group {index}: must be "lr" or "none"')
+        group.setdefault("lr_max", float(group["lr"]))
+
+    @property
+    def _kept_options(self) -> set[str]:
+        return super()._kept_options | {"lr_max"}
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """`ascend`, under the name SAM users know. The gradient is taken whatever ``zero_grad`` says."""
+        self.ascend()
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """`descend`, under the name SAM users know. The gradient is taken whatever ``zero_grad`` says."""
+        self.descend()
+
+    def third_step(self, zero_grad: bool = False) -> None:
+        """`step`, under the name SAM users know; ``zero_grad``: clear the gradients afterwards."""
+        self.step()
+        if zero_grad:
+            self.zero_grad()

@@ -1,0 +1,105 @@
+"""Which base optimizers have a fused update, their scalars, and their state as views of flat buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bsam_fused.ops.contract import AdamScalars, FlatParams, SGDScalars
+
+Group = dict[str, Any]
+
+
+class FusedRule(NamedTuple):
+    """How a base optimizer is fused."""
+
+    operator: str
+    """The update's name in `contract.FlatParams`."""
+    keys: tuple[str, ...]
+    """Its state's keys in torch.optim, in torch's order."""
+    scalars: Callable[[Group], NamedTuple]
+    """Reads a param group's options."""
+
+
+def _sgd(group: Group) -> SGDScalars:
+    return SGDScalars(
+        float(group["lr"]),
+        float(group["momentum"]),
+        float(group["dampening"]),
+        float(group["weight_decay"]),
+        bool(group["nesterov"]),
+        bool(group["maximize"]),
+    )
+
+
+def _adam(group: Group, decoupled: bool) -> AdamScalars:
+    beta1, beta2 = group["betas"]
+    return AdamScalars(
+        float(group["lr"]),
+        float(beta1),
+        float(beta2),
+        float(group["eps"]),
+        float(group["weight_decay"]),
+        bool(group.get("decoupled_weight_decay", decoupled)),
+        bool(group["maximize"]),
+    )
+
+
+_ADAM_KEYS = ("step", "exp_avg", "exp_avg_sq")
+_RULES = {
+    torch.optim.SGD: FusedRule("update_sgd", ("momentum_buffer",), _sgd),
+    torch.optim.Adam: FusedRule("update_adam", _ADAM_KEYS, lambda group: _adam(group, decoupled=False)),
+    torch.optim.AdamW: FusedRule("update_adam", _ADAM_KEYS, lambda group: _adam(group, decoupled=True)),
+}
+
+
+def rule_for(base: torch.optim.Optimizer) -> FusedRule | None:
+    """Return the fused rule of exactly torch's SGD, Adam or AdamW, None for what takes the general path.
+
+    The general path is the base optimizer's own ``step()``: for other classes, amsgrad, differentiable
+    optimizers, and where step hooks are registered on the base itself, which would not run otherwise.
+    """
+    hooked = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks
+    special = any(group.get("amsgrad") or group.get("differentiable") for group in base.param_groups)
+    return None if hooked or special else _RULES.get(type(base))
+
+
+def adopt(flat: FlatParams, state: MutableMapping[Tensor, dict[str, Any]], rule: FusedRule) -> None:
+    """Bring the base optimizer's state into the flat buffers, and view it there under torch's keys.
+
+    Tensors that are views of the buffers already stay. Parameters without state get none.
+    """
+    views = {key: flat.state(key) for key in rule.keys if _has(flat, state, key)}
+    steps = flat.state("step")
+    for i, param in enumerate(flat.params):
+        held = state.get(param, {})
+        if any(held.get(key) is None for key in rule.keys):
+            steps[i].zero_()
+            for buffers in views.values():
+                buffers[i].zero_()
+            continue
+        if "step" not in rule.keys:
+            steps[i].fill_(1.0)
+        for key, buffers in views.items():
+            given = torch.as_tensor(held[key])
+            if given.data_ptr() != buffers[i].data_ptr():
+                buffers[i].copy_(given)
+                held[key] = buffers[i]
+
+
+def _has(flat: FlatParams, state: MutableMapping[Tensor, dict[str, Any]], key: str) -> bool:
+    return any(state.get(param, {}).get(key) is not None for param in flat.params)
+
+
+def publish(
+    flat: FlatParams, state: MutableMapping[Tensor, dict[str, Any]], rule: FusedRule, begun: Sequence[int]
+) -> None:
+    """Put the state of the parameters ``begun`` under torch's keys."""
+    if not begun:
+        return
+    views = {key: flat.state(key) for key in rule.keys}
+    for i in begun:
+        state[flat.params[i]].update({key: buffers[i] for key, buffers in views.items()})

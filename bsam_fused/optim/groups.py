@@ -1,0 +1,122 @@
+"""Parameters, param groups and the base optimizer: put together and checked before anything runs."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bsam_fused.ops import contract
+
+Group = dict[str, Any]
+
+
+def build_base(
+    params: Iterable[Any],
+    base: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+    base_kwargs: dict[str, Any],
+    options: Iterable[str],
+) -> torch.optim.Optimizer:
+    """Return the base optimizer over ``params``.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or param groups, as torch.optim takes them.
+        base: an optimizer class, or an instance over the same parameters.
+        base_kwargs: options for the class.
+        options: the names of the sharpness-aware options, which groups may carry.
+
+    Raises:
+        ValueError: no parameters, or an instance over other parameters.
+        TypeError: ``base`` is no optimizer, needs a closure of its own (LBFGS), or options came with an
+            instance.
+    """
+    if isinstance(params, Tensor):
+        raise TypeError("params is a Tensor: pass an iterable of parameters or param groups")
+    params = list(params)
+    if not params:
+        raise ValueError("params is empty: pass model.parameters() of a model that has some")
+    if isinstance(base, type) and issubclass(base, torch.optim.Optimizer):
+        _refuse_closure(base)
+        return base(params, **base_kwargs)
+    if not isinstance(base, torch.optim.Optimizer):
+        raise TypeError(f"base_optimizer is {base!r}: pass a torch.optim.Optimizer class or instance")
+    _refuse_closure(type(base))
+    if base_kwargs:
+        names = ", ".join(base_kwargs)
+        raise TypeError(f"base_optimizer is an instance, so its options ({names}) cannot be given here: set them there")
+    _merge(params, base, set(options))
+    return base
+
+
+def _refuse_closure(base: type[torch.optim.Optimizer]) -> None:
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"base_optimizer {base.__name__} needs a closure of its own, which evaluates the loss at other weights "
+            "than the sharpness-aware step: use a first-order optimizer, such as SGD or AdamW"
+        )
+
+
+def _tensors(params: Any) -> list[Tensor]:
+    params = [params] if isinstance(params, Tensor) else list(params)
+    return [item[1] if isinstance(item, tuple) else item for item in params]
+
+
+def _merge(params: list[Any], base: torch.optim.Optimizer, options: set[str]) -> None:
+    """Check that ``base`` is over ``params``, and give its groups the sharpness-aware options of theirs."""
+    theirs = base.param_groups
+    given = [dict(item) for item in params] if isinstance(params[0], dict) else [{"params": params}]
+    for group in given:
+        group["params"] = _tensors(group["params"])
+    carried = [group.keys() & options for group in given]
+    if len(given) == len(theirs) and all(
+        [id(p) for p in mine["params"]] == [id(p) for p in other["params"]]
+        for mine, other in zip(given, theirs, strict=True)
+    ):
+        for mine, other, names in zip(given, theirs, carried, strict=True):
+            other.update({name: mine[name] for name in names})
+        return
+    ids = {id(p) for group in given for p in group["params"]}
+    if ids != {id(p) for group in theirs for p in group["params"]}:
+        raise ValueError(
+            "base_optimizer is an instance over other parameters than params: build both from the same ones, "
+            "or pass its class"
+        )
+    if any(carried):
+        raise ValueError(
+            "params has groups with sharpness-aware options, but base_optimizer's groups are cut otherwise: "
+            "pass base_optimizer.param_groups, with the options in them"
+        )
+
+
+def check_parameters(group: Group, index: int, others: Iterable[Tensor]) -> None:
+    """Raise where a param group has parameters that cannot be optimized, or has one twice.
+
+    Raises:
+        TypeError, ValueError: as `contract.check_param` has them; ValueError for a duplicate.
+    """
+    seen = {id(param) for param in others}
+    for i, param in enumerate(group["params"]):
+        contract.check_param(param, (index, i))
+        if id(param) in seen:
+            raise ValueError(f"{contract.describe(param, (index, i))} appears twice: list each parameter once")
+        seen.add(id(param))
+
+
+def check_non_negative(name: str, value: Any, where: str = "") -> float:
+    """Return ``value`` as a float.
+
+    Raises:
+        ValueError: it is negative, infinite, NaN, or no number; named by ``name`` and ``where``.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name}={value!r}{where}: must be a finite number ≥ 0")
+    return number

@@ -1,0 +1,136 @@
+"""SAM (arXiv 2010.01412) and ASAM (2102.11600)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from bsam_fused.ops.contract import MAX
+from bsam_fused.optim.base import Closure, SharpnessAware
+
+Base = type[torch.optim.Optimizer] | torch.optim.Optimizer
+
+
+class SAM(SharpnessAware):
+    """Sharpness-aware minimization: the base optimizer's step from w, with the gradient at w_max.
+
+    w_max = w + ρ T² g / (‖T g‖ + norm_eps), g = ∇L(w), the norm over all parameters that have a gradient; T = 1,
+    or |w| + η where adaptive (SAM eq. 2, ASAM eq. 5). Two passes a step.
+
+    Args:
+        params: parameters, (name, parameter) pairs or param groups; groups may set ``rho``, ``adaptive``, ``eta``
+            and the base optimizer's options.
+        base_optimizer: a torch.optim.Optimizer class, or an instance over the same parameters. Exactly torch's
+            SGD, Adam and AdamW are fused; any other gets the direction in ``.grad`` and runs its own ``step()``.
+        rho: radius ρ ≥ 0 of the neighbourhood, in units of ‖w‖ (adaptive: relative to |w|).
+        adaptive: scale the neighbourhood by |w| + η, elementwise.
+        eta: η ≥ 0.
+        norm_eps: added to the norm, ≥ 0.
+        model: whose BatchNorm running statistics shall move in the first pass only.
+        backend: "auto", "cuda", "triton", "cpp" or "torch".
+        **base_kwargs: options of the base optimizer's class.
+
+    Raises:
+        ValueError, TypeError: an option or a parameter that cannot be used, by name.
+        RuntimeError: a backend asked for by name that cannot be had, with the reason.
+    """
+
+    _calls = ("ascend", "step")
+    _last_slot = MAX
+    _keeps_g = False
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: Base = torch.optim.SGD,
+        *,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        eta: float = 0.0,
+        norm_eps: float = 1e-12,
+        model: nn.Module | None = None,
+        backend: str = "auto",
+        **base_kwargs: Any,
+    ) -> None:
+        options = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        super().__init__(
+            params, base_optimizer, options, base_kwargs, norm_eps=norm_eps, model=model, backend=backend
+        )
+
+    def step(self, closure: Closure | None = None, *, ascent_closure: Closure | None = None) -> Any:  # type: ignore[override]
+        """Finish a step by hand, or run a whole one with closures.
+
+        Args:
+            closure: as `SharpnessAware.step` has it; called twice.
+            ascent_closure: takes another loss for the first pass (BiSAM, arXiv 2407.12993); ``closure`` is then
+                called once, at w_max.
+
+        Returns:
+            The loss of the first pass: L(w), or the ascent loss; None without a closure.
+
+        Raises:
+            TypeError: ``ascent_closure`` without ``closure``.
+            RuntimeError: as `SharpnessAware.step` has it.
+        """
+        if ascent_closure is None:
+            return super().step(closure)
+        if closure is None:
+            raise TypeError("ascent_closure without closure: pass both, or call the phases by hand")
+        return self._run([ascent_closure, closure])
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """`ascend`, under the name SAM users know. The gradient is taken whatever ``zero_grad`` says."""
+        self.ascend()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """`step`, under the name SAM users know; ``zero_grad``: clear the gradients afterwards."""
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+
+class ASAM(SAM):
+    """Adaptive SAM: `SAM` with ``adaptive=True`` and the ASAM paper's radius.
+
+    Args:
+        params: as `SAM` has it.
+        base_optimizer: as `SAM` has it.
+        rho: radius ρ ≥ 0, relative to |w| + η.
+        eta: η ≥ 0.
+        norm_eps: as `SAM` has it.
+        model: as `SAM` has it.
+        backend: as `SAM` has it.
+        **base_kwargs: options of the base optimizer's class.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `SAM` has it.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: Base = torch.optim.SGD,
+        *,
+        rho: float = 0.5,
+        eta: float = 0.01,
+        norm_eps: float = 1e-12,
+        model: nn.Module | None = None,
+        backend: str = "auto",
+        **base_kwargs: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            base_optimizer,
+            rho=rho,
+            adaptive=True,
+            eta=eta,
+            norm_eps=norm_eps,
+            model=model,
+            backend=backend,
+            **base_kwargs,
+        )

@@ -1,0 +1,62 @@
+// The pybind11 module: FlatParams, and how this binary was built.
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "flat_params.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Runs a method that may meet a bad parameter; contract.py then raises the error that names it.
+template <class Method>
+void checked(py::handle self, Method method) {
+  try {
+    method(self.cast<bsam::FlatParams&>());
+  } catch (const bsam::BadParameter& bad) {
+    py::module_::import("bsam_fused.ops.contract").attr("reject")(self, bad.index);
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using bsam::FlatParams;
+  using unlocked = py::call_guard<at::NoGradGuard, py::gil_scoped_release>;
+
+  m.doc() = "bsam_fused's compiled kernels";
+  m.attr("version") = BSAM_FUSED_VERSION;
+  m.attr("torch_version") = TORCH_VERSION;
+  m.def("instruction_set", bsam::instruction_set);
+
+  py::class_<FlatParams>(m, "FlatParams", "bsam_fused.ops.contract.FlatParams, on the CPU")
+      .def(py::init<std::vector<at::Tensor>, std::vector<std::pair<int64_t, int64_t>>>())
+      .def("read_gradients",
+           [](py::object self) {
+             at::NoGradGuard no_grad;
+             checked(self, [](FlatParams& flat) { flat.read_gradients(); });
+           })
+      .def("swap",
+           [](py::object self) {
+             at::NoGradGuard no_grad;
+             checked(self, [](FlatParams& flat) { flat.swap(); });
+           })
+      .def("clear_gradients", &FlatParams::clear_gradients)
+      .def("square_norm", &FlatParams::square_norm, unlocked())
+      .def("ascend", &FlatParams::ascend, unlocked())
+      .def("descend", &FlatParams::descend, unlocked())
+      .def("update_sgd", &FlatParams::update_sgd, unlocked())
+      .def("update_adam", &FlatParams::update_adam, unlocked())
+      .def("combine", &FlatParams::combine, unlocked())
+      .def("restore", &FlatParams::restore, unlocked())
+      .def("release", &FlatParams::release)
+      .def("state", &FlatParams::state)
+      .def_property_readonly("params", &FlatParams::params)
+      .def_property_readonly("places", &FlatParams::places)
+      .def_property_readonly("sums", &FlatParams::sums)
+      .def_property_readonly("skipped", &FlatParams::skipped)
+      .def_property_readonly("device", &FlatParams::device)
+      .def_property_readonly("dtype", &FlatParams::dtype)
+      .def_property_readonly("extra_bytes", &FlatParams::extra_bytes);
+}

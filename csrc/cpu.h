@@ -1,0 +1,53 @@
+// What the CPU loops offer: one table of functions an element type, compiled for several instruction sets.
+#pragma once
+
+#include <cstdint>
+
+namespace bsam {
+
+enum class Dtype { float32, float64, bfloat16, float16 };
+
+// How far a param group is perturbed: `step` as math.h's step_length has it.
+struct Radius {
+  double step, eta;
+  bool adaptive;
+};
+
+// One segment of an update. `from`: where the update starts (saved, or the weights); w: where it is written;
+// the direction is g, or g − c g_min where g_min is not null. `stream`: write w around the cache.
+struct Update {
+  void* w;
+  const void *from, *g, *g_min;
+  double c;
+  bool stream;
+  int64_t count;
+};
+
+struct SgdGroup {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov, maximize;
+};
+
+struct AdamGroup {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool decoupled, maximize;
+};
+
+// Each works on one segment; formulas in math.h. Pointers are to the segment's first element, n its length.
+struct Loops {
+  double (*square_norm)(const void* w, const void* g, const Radius&, int64_t n);
+  void (*ascend)(void* w, const void* g, void* saved, const Radius&, bool stream, int64_t n);
+  // g becomes g + g_max; returns Σ g_max².
+  double (*descend)(void* w, void* g, const void* g_max, const void* saved, const Radius&, bool stream, int64_t n);
+  void (*direction)(void* g, const void* g_min, double c, int64_t n);
+  void (*copy)(void* to, const void* from, bool stream, int64_t n);
+  void (*swap)(void* a, void* b, int64_t n);
+  void (*sgd)(const Update&, const SgdGroup&, void* momentum_buffer, bool first);
+  void (*adam)(const Update&, const AdamGroup&, void* exp_avg, void* exp_avg_sq, double t);
+};
+
+// The loops of the best instruction set that this CPU has, and its name.
+const Loops& best_loops(Dtype);
+const char* instruction_set();
+
+}  // namespace bsam

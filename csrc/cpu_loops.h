@@ -1,0 +1,251 @@
+// The CPU loops over one segment: pointers meet math.h's formulas here.
+//
+// Included once by each of cpu_baseline.cpp, cpu_avx2.cpp and cpu_avx512.cpp, which compile it for their
+// instruction sets; no intrinsics but the streaming stores, the compiler vectorises the rest. A segment is
+// worked through in tiles that stay in the first-level cache from one loop to the next.
+#include <cstring>
+
+#include "cpu.h"
+#include "math.h"
+#include "scalar.h"
+
+// Elements of one index only meet each other, so a loop may be vectorised even where it works in place.
+#if defined(__clang__)
+#define BSAM_ELEMENTWISE _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define BSAM_ELEMENTWISE _Pragma("GCC ivdep")
+#else
+#define BSAM_ELEMENTWISE
+#endif
+
+namespace bsam {
+inline namespace BSAM_ISA {
+
+constexpr int64_t kTile = 1024;
+constexpr int64_t kLanes = 16;  // of a sum; the same for every instruction set, so that all add in one order
+
+BSAM_INLINE int64_t tile_at(int64_t i, int64_t n) { return n - i < kTile ? n - i : kTile; }
+
+// Copies; `stream` writes around the cache, so that a line that is only written is not read first.
+template <class S>
+BSAM_INLINE void copy_elements(S* to_, const S* from_, bool stream, int64_t n) {
+  char* to = reinterpret_cast<char*>(to_);
+  const char* from = reinterpret_cast<const char*>(from_);
+  const int64_t bytes = n * int64_t(sizeof(S));
+  int64_t done = 0;
+#if defined(__x86_64__)
+  if (stream) {
+#if defined(BSAM_AVX512)
+    for (; done + 64 <= bytes; done += 64)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + done), _mm512_loadu_si512(from + done));
+#elif defined(BSAM_AVX2)
+    for (; done + 32 <= bytes; done += 32)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + done),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + done)));
+#else
+    for (; done + 16 <= bytes; done += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + done),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + done)));
+#endif
+  }
+#endif
+  if (done < bytes) std::memcpy(to + done, from + done, size_t(bytes - done));
+}
+
+// Streaming stores want whole, aligned cache lines.
+BSAM_INLINE bool can_stream(const void* to, bool wanted) { return wanted && reinterpret_cast<uintptr_t>(to) % 64 == 0; }
+
+// Σ (T g)²; w is read where adaptive.
+template <bool adaptive, class S>
+BSAM_INLINE double square_sum(const S* w, const S* g, double eta, int64_t n) {
+  using T = arithmetic_t<S>;
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t j = 0; j < kLanes; ++j)
+      lanes[j] += scaled_square<T>(value(g[i + j]), adaptive ? adaptivity<true, T>(value(w[i + j]), T(eta)) : T(1));
+  for (int64_t j = 0; i < n; ++i, ++j)
+    lanes[j] += scaled_square<T>(value(g[i]), adaptive ? adaptivity<true, T>(value(w[i]), T(eta)) : T(1));
+  double sum = 0;
+  for (double lane : lanes) sum += lane;
+  return sum;
+}
+
+// to = from + step T² g.
+template <bool adaptive, class S>
+BSAM_INLINE void perturb(S* to, const S* from, const S* g, const Radius& radius, int64_t n) {
+  using T = arithmetic_t<S>;
+  const T step = T(radius.step), eta = T(radius.eta);
+  BSAM_ELEMENTWISE
+  for (int64_t i = 0; i < n; ++i) {
+    const T w = value(from[i]);
+    store(to[i], perturbed<T>(w, value(g[i]), adaptivity<adaptive, T>(w, eta), step));
+  }
+}
+
+template <class S>
+BSAM_INLINE void perturb(S* to, const S* from, const S* g, const Radius& radius, int64_t n) {
+  if (radius.adaptive)
+    perturb<true>(to, from, g, radius, n);
+  else
+    perturb<false>(to, from, g, radius, n);
+}
+
+template <bool bilateral, class S>
+BSAM_INLINE arithmetic_t<S> direction_at(const S* g, const S* g_min, arithmetic_t<S> c, int64_t i) {
+  if (!bilateral) return value(g[i]);
+  return bilateral_direction<arithmetic_t<S>>(value(g[i]), value(g_min[i]), c);
+}
+
+// The base updates of a tile, whose first element is the segment's i-th. Structs and not lambdas: GCC's target
+// pragma does not reach into lambdas.
+template <class S>
+struct SgdRule {
+  using T = arithmetic_t<S>;
+  Sgd<T> sgd_;
+  S* momentum_buffer;  // null without momentum
+
+  template <bool bilateral>
+  BSAM_INLINE void tile(S* to, const S* from, const S* g, const S* g_min, T c, int64_t i, int64_t n) const {
+    const Sgd<T> o = sgd_;
+    if (momentum_buffer == nullptr) {
+      BSAM_ELEMENTWISE
+      for (int64_t j = 0; j < n; ++j)
+        store(to[j], sgd<T>(o, value(from[j]), direction_at<bilateral>(g, g_min, c, j)));
+      return;
+    }
+    S* m = momentum_buffer + i;
+    BSAM_ELEMENTWISE
+    for (int64_t j = 0; j < n; ++j) {
+      T momentum = value(m[j]);
+      store(to[j], sgd<T>(o, value(from[j]), direction_at<bilateral>(g, g_min, c, j), momentum));
+      store(m[j], momentum);
+    }
+  }
+};
+
+template <class S>
+struct AdamRule {
+  using T = arithmetic_t<S>;
+  Adam<T> adam_;
+  S *exp_avg, *exp_avg_sq;
+
+  template <bool bilateral>
+  BSAM_INLINE void tile(S* to, const S* from, const S* g, const S* g_min, T c, int64_t i, int64_t n) const {
+    const Adam<T> o = adam_;
+    S *m = exp_avg + i, *v = exp_avg_sq + i;
+    BSAM_ELEMENTWISE
+    for (int64_t j = 0; j < n; ++j) {
+      T first = value(m[j]), second = value(v[j]);
+      store(to[j], adam<T>(o, value(from[j]), direction_at<bilateral>(g, g_min, c, j), first, second));
+      store(m[j], first);
+      store(v[j], second);
+    }
+  }
+};
+
+template <class S>
+struct SegmentLoops {
+  using T = arithmetic_t<S>;
+
+  static double square_norm(const void* w_, const void* g_, const Radius& radius, int64_t n) {
+    const S *w = static_cast<const S*>(w_), *g = static_cast<const S*>(g_);
+    return radius.adaptive ? square_sum<true>(w, g, radius.eta, n) : square_sum<false>(w, g, 0, n);
+  }
+
+  static void ascend(void* w_, const void* g_, void* saved_, const Radius& radius, bool stream, int64_t n) {
+    S *w = static_cast<S*>(w_), *saved = static_cast<S*>(saved_);
+    const S* g = static_cast<const S*>(g_);
+    stream = can_stream(saved, stream);
+    for (int64_t i = 0; i < n; i += kTile) {
+      const int64_t count = tile_at(i, n);
+      copy_elements(saved + i, w + i, stream, count);
+      perturb(w + i, w + i, g + i, radius, count);
+    }
+  }
+
+  static double descend(void* w_, void* g_, const void* g_max_, const void* saved_, const Radius& radius,
+                        bool stream, int64_t n) {
+    S *w = static_cast<S*>(w_), *g = static_cast<S*>(g_);
+    const S *g_max = static_cast<const S*>(g_max_), *saved = static_cast<const S*>(saved_);
+    stream = can_stream(w, stream);
+    double sum = 0;
+    alignas(64) S tile[kTile];
+    for (int64_t i = 0; i < n; i += kTile) {
+      const int64_t count = tile_at(i, n);
+      perturb(stream ? tile : w + i, saved + i, g + i, radius, count);
+      if (stream) copy_elements(w + i, tile, true, count);
+      sum += square_sum<false>(w, g_max + i, 0, count);
+      BSAM_ELEMENTWISE
+      for (int64_t j = i; j < i + count; ++j) store(g[j], direction_so_far<T>(value(g[j]), value(g_max[j])));
+    }
+    return sum;
+  }
+
+  static void direction(void* g_, const void* g_min_, double c, int64_t n) {
+    S* g = static_cast<S*>(g_);
+    const S* g_min = static_cast<const S*>(g_min_);
+    BSAM_ELEMENTWISE
+    for (int64_t i = 0; i < n; ++i) store(g[i], direction_at<true>(g, g_min, T(c), i));
+  }
+
+  static void copy(void* to, const void* from, bool stream, int64_t n) {
+    copy_elements(static_cast<S*>(to), static_cast<const S*>(from), can_stream(to, stream), n);
+  }
+
+  static void swap(void* a_, void* b_, int64_t n) {
+    S *a = static_cast<S*>(a_), *b = static_cast<S*>(b_);
+    BSAM_ELEMENTWISE
+    for (int64_t i = 0; i < n; ++i) {
+      const S kept = a[i];
+      a[i] = b[i];
+      b[i] = kept;
+    }
+  }
+
+  static void sgd(const Update& u, const SgdGroup& group, void* momentum_buffer, bool first) {
+    const Sgd<T> o = sgd_rule<T>(group.lr, group.momentum, group.dampening, group.weight_decay, group.nesterov,
+                                 group.maximize, first);
+    update(u, SgdRule<S>{o, static_cast<S*>(momentum_buffer)});
+  }
+
+  static void adam(const Update& u, const AdamGroup& group, void* exp_avg, void* exp_avg_sq, double t) {
+    const Adam<T> o = adam_rule<T>(group.lr, group.beta1, group.beta2, group.eps, group.weight_decay,
+                                   group.decoupled, group.maximize, t);
+    update(u, AdamRule<S>{o, static_cast<S*>(exp_avg), static_cast<S*>(exp_avg_sq)});
+  }
+
+ private:
+  // Applies the rule tile by tile, and writes the weights out.
+  template <class Rule>
+  static BSAM_INLINE void update(const Update& u, const Rule& rule) {
+    S* w = static_cast<S*>(u.w);
+    const S *from = static_cast<const S*>(u.from), *g = static_cast<const S*>(u.g);
+    const S* g_min = static_cast<const S*>(u.g_min);
+    const bool stream = can_stream(w, u.stream);
+    alignas(64) S out[kTile];
+    for (int64_t i = 0; i < u.count; i += kTile) {
+      const int64_t n = tile_at(i, u.count);
+      S* to = stream ? out : w + i;
+      if (g_min)
+        rule.template tile<true>(to, from + i, g + i, g_min + i, T(u.c), i, n);
+      else
+        rule.template tile<false>(to, from + i, g + i, nullptr, T(u.c), i, n);
+      if (stream) copy_elements(w + i, out, true, n);
+    }
+  }
+};
+
+template <class S>
+constexpr Loops loops_of() {
+  using L = SegmentLoops<S>;
+  return {L::square_norm, L::ascend, L::descend, L::direction, L::copy, L::swap, L::sgd, L::adam};
+}
+
+const Loops& loops(Dtype dtype) {
+  static constexpr Loops table[] = {loops_of<float>(), loops_of<double>(), loops_of<BFloat16>(), loops_of<Float16>()};
+  return table[int(dtype)];
+}
+
+}  // namespace BSAM_ISA
+}  // namespace bsam

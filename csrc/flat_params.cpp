@@ -1,0 +1,409 @@
+#include "flat_params.h"
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <c10/util/irange.h>
+
+#include <cmath>
+
+#include "math.h"
+
+namespace bsam {
+
+namespace {
+
+// From here on (a model that no cache holds) what is only written goes around the cache.
+constexpr int64_t kStreamBytes = int64_t(16) << 20;
+
+// What stands for a gradient that is missing: one block of zeros of any dtype.
+alignas(64) const char kZeros[kBlock * 8] = {};
+
+Dtype loops_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return Dtype::float32;
+    case at::kDouble:
+      return Dtype::float64;
+    case at::kBFloat16:
+      return Dtype::bfloat16;
+    case at::kHalf:
+      return Dtype::float16;
+    default:
+      throw std::invalid_argument("FlatParams: dtype must be float32, float64, bfloat16 or float16");
+  }
+}
+
+std::vector<int64_t> numels(const std::vector<at::Tensor>& params) {
+  std::vector<int64_t> result;
+  for (const auto& p : params) result.push_back(p.numel());
+  return result;
+}
+
+std::vector<Radius> radii_of(const FlatParams::Radii& radii, double sum, double norm_eps) {
+  std::vector<Radius> result;
+  for (const auto& r : radii) result.push_back({step_length(r[0], sum, norm_eps), r[2], r[1] != 0});
+  return result;
+}
+
+// The address of byte `at`, without a tensor none.
+char* data(const at::Tensor& t, int64_t at) {
+  return t.defined() ? static_cast<char*>(t.unsafeGetTensorImpl()->mutable_data()) + at : nullptr;
+}
+
+double at_slot(const at::Tensor& sums, int64_t slot) { return sums.const_data_ptr<double>()[slot]; }
+
+}  // namespace
+
+FlatParams::FlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places)
+    : params_(std::move(params)),
+      places_(std::move(places)),
+      device_(params_.at(0).device()),
+      dtype_(params_[0].scalar_type()),
+      itemsize_(int64_t(params_[0].element_size())),
+      index_(numels(params_), itemsize_),
+      loops_(best_loops(loops_dtype(dtype_))),
+      stream_(index_.size() * itemsize_ >= kStreamBytes),
+      sums_(at::zeros({3}, at::kDouble)),
+      steps_(at::zeros({int64_t(params_.size())}, at::kFloat)),
+      partial_(index_.blocks()) {
+  entries_.reserve(params_.size());
+  for (size_t i : c10::irange(params_.size())) {
+    const auto& p = params_[i];
+    if (p.scalar_type() != dtype_ || !p.device().is_cpu())
+      throw std::invalid_argument("FlatParams (cpp): all parameters must be on the CPU and of one dtype");
+    Entry entry;
+    entry.group = places_.at(i).first;
+    entry.sizes = p.sizes().vec();
+    entry.strides = p.strides().vec();
+    entry.dense = p.is_non_overlapping_and_dense();
+    if (!entry.dense) entry.packed = at::empty(p.sizes(), p.options().requires_grad(false));
+    entries_.push_back(std::move(entry));
+  }
+}
+
+// ---- parameters and gradients
+
+bool FlatParams::unmoved(size_t i) const {
+  const auto& p = params_[i];
+  return p.scalar_type() == dtype_ && p.device() == device_ && p.sizes() == entries_[i].sizes &&
+         p.strides() == entries_[i].strides;
+}
+
+void FlatParams::read_weights(size_t i) {
+  Entry& e = entries_[i];
+  if (!e.dense) e.packed.copy_(params_[i].detach());
+  e.w = data(layout(i), 0);
+}
+
+void FlatParams::wrote_weights(size_t i) {
+  const auto& p = params_[i];
+  if (!entries_[i].dense) p.detach().copy_(entries_[i].packed);
+  if (!p.is_inference()) p.unsafeGetTensorImpl()->bump_version();
+}
+
+void FlatParams::read_gradients() {
+  for (size_t i : c10::irange(params_.size())) {
+    Entry& e = entries_[i];
+    e.now = nullptr;
+    e.staged.reset();
+    const at::Tensor& grad = params_[i].grad();
+    if (!unmoved(i)) throw BadParameter{i};
+    if (!grad.defined()) continue;
+    if (grad.layout() != at::kStrided || grad.scalar_type() != dtype_ || grad.device() != device_ ||
+        grad.sizes() != params_[i].sizes())
+      throw BadParameter{i};
+    read_weights(i);
+    if (grad.strides() == layout(i).strides()) {
+      e.now = data(grad, 0);
+    } else {
+      e.staged = at::empty_strided(layout(i).sizes(), layout(i).strides(), grad.options().requires_grad(false));
+      e.staged.copy_(grad.detach());
+      e.now = data(e.staged, 0);
+    }
+    // A gradient without elements has no address, yet it is one.
+    if (e.now == nullptr) e.now = kZeros;
+  }
+}
+
+void FlatParams::clear_gradients() {
+  for (const auto& p : params_)
+    if (p.grad().defined()) p.mutable_grad().reset();
+}
+
+// The gradient for ourselves: the tensor itself where nobody else holds it or its storage (a DDP bucket's
+// view does), else a copy. Leaves .grad None.
+at::Tensor FlatParams::take_gradient(size_t i) {
+  at::Tensor grad;
+  std::swap(grad, params_[i].mutable_grad());
+  if (entries_[i].staged.defined()) return std::move(entries_[i].staged);
+  if (grad.use_count() == 1 && grad.storage().use_count() == 1 && !grad.requires_grad()) return grad;
+  at::Tensor own = at::empty_strided(layout(i).sizes(), layout(i).strides(), grad.options().requires_grad(false));
+  return own.copy_(grad.detach());
+}
+
+// ---- loops
+
+template <class Body>
+void FlatParams::for_segments(Body body) const {
+  at::parallel_for(0, index_.blocks(), 2, [&](int64_t from, int64_t to) {
+    for (int64_t block = from; block < to; ++block) index_.for_each_segment(block, body);
+  });
+}
+
+template <class Term>
+double FlatParams::sum_segments(Term term) {
+  at::parallel_for(0, index_.blocks(), 2, [&](int64_t from, int64_t to) {
+    for (int64_t block = from; block < to; ++block) {
+      double sum = 0;
+      index_.for_each_segment(block, [&](const Segment& s) { sum += term(s); });
+      partial_[block] = sum;
+    }
+  });
+  double sum = 0;
+  for (double part : partial_) sum += part;
+  return sum;
+}
+
+char* FlatParams::buffer(const std::string& key) {
+  at::Tensor& flat = buffers_[key];
+  if (!flat.defined()) flat = at::zeros({index_.size()}, at::dtype(dtype_));
+  return static_cast<char*>(flat.mutable_data_ptr());
+}
+
+bool FlatParams::finite(const at::Tensor& sums) const {
+  return std::isfinite(at_slot(sums, kAscent)) && std::isfinite(at_slot(sums, kMax)) &&
+         std::isfinite(at_slot(sums, kMin));
+}
+
+void FlatParams::square_norm(int64_t slot, const Radii& radii) {
+  const auto groups = radii_of(radii, 0, 1);
+  sums_.mutable_data_ptr<double>()[slot] = sum_segments([&](const Segment& s) {
+    const Entry& e = entries_[s.tensor];
+    if (!e.now) return 0.0;
+    const int64_t at = s.begin * itemsize_;
+    return loops_.square_norm(e.w + at, e.now + at, groups[e.group], s.count);
+  });
+}
+
+void FlatParams::ascend(const at::Tensor& sums, const Radii& radii, double norm_eps, bool keep) {
+  const bool perturb = std::isfinite(at_slot(sums, kAscent));
+  bilateral_ = keep;
+  if (perturb) {
+    const auto groups = radii_of(radii, at_slot(sums, kAscent), norm_eps);
+    char* saved = buffer("saved");
+    for (Entry& e : entries_) e.perturbed = e.now != nullptr;
+    for_segments([&](const Segment& s) {
+      const Entry& e = entries_[s.tensor];
+      const int64_t at = s.begin * itemsize_;
+      if (e.now)
+        loops_.ascend(e.w + at, e.now + at, saved + s.flat * itemsize_, groups[e.group], stream_, s.count);
+    });
+  }
+  for (size_t i : c10::irange(params_.size())) {
+    Entry& e = entries_[i];
+    if (!e.now) continue;
+    if (perturb) wrote_weights(i);
+    if (keep)
+      e.g = take_gradient(i);
+    else
+      params_[i].mutable_grad().reset();
+    e.now = nullptr;
+    e.staged.reset();
+  }
+}
+
+void FlatParams::descend(const at::Tensor& sums, const Radii& radii, double norm_eps) {
+  const auto groups = radii_of(radii, at_slot(sums, kAscent), norm_eps);
+  const char* saved = buffer("saved");
+  for (size_t i : c10::irange(params_.size()))
+    if (entries_[i].perturbed) read_weights(i);
+  // Without g (a gradient in this pass only) the weights stay, and g + g_max is g_max.
+  const double sum = sum_segments([&](const Segment& s) {
+    const Entry& e = entries_[s.tensor];
+    const int64_t at = s.begin * itemsize_;
+    const char* g_max = e.now ? e.now + at : kZeros;
+    if (!e.perturbed) return loops_.square_norm(nullptr, g_max, Radius{}, s.count);
+    return loops_.descend(e.w + at, data(e.g, at), g_max, saved + s.flat * itemsize_, groups[e.group], stream_, s.count);
+  });
+  sums_.mutable_data_ptr<double>()[kMax] = sum;
+  for (size_t i : c10::irange(params_.size())) {
+    Entry& e = entries_[i];
+    if (e.perturbed) wrote_weights(i);
+    if (e.now && !e.g.defined())
+      e.g = take_gradient(i);
+    else
+      params_[i].mutable_grad().reset();
+    e.now = nullptr;
+    e.staged.reset();
+  }
+  if (!std::isfinite(sum)) restore();
+}
+
+// ---- the end of a step
+
+// Applies rule(Update, entry, segment) to every tensor that had a gradient in some pass of this step, where
+// all sums are finite. `counts(group)`: whether the base optimizer keeps state for the group. Returns the
+// tensors whose state begins with this step.
+template <class Counts, class Rule>
+std::vector<int64_t> FlatParams::update(const at::Tensor& sums, bool from_saved, Counts counts, Rule rule) {
+  if (!finite(sums)) {
+    ++skipped_;
+    restore();
+    return {};
+  }
+  std::vector<int64_t> started;
+  float* steps = steps_.mutable_data_ptr<float>();
+  for (size_t i : c10::irange(params_.size())) {
+    Entry& e = entries_[i];
+    e.member = e.perturbed || e.now || e.g.defined();
+    if (!e.member) continue;
+    read_weights(i);
+    if (counts(e.group) && ++steps[i] == 1) started.push_back(int64_t(i));
+  }
+  const char* saved = from_saved && buffers_.count("saved") ? buffer("saved") : nullptr;
+  const double c = bilateral_coefficient(at_slot(sums, kMax), at_slot(sums, kMin));
+  for_segments([&](const Segment& s) {
+    const Entry& e = entries_[s.tensor];
+    if (!e.member) return;
+    const int64_t at = s.begin * itemsize_;
+    const char* now = e.now ? e.now + at : nullptr;
+    const char* g = bilateral_ ? static_cast<const char*>(data(e.g, at)) : now;
+    rule(Update{e.w + at, e.perturbed && saved ? saved + s.flat * itemsize_ : e.w + at, g ? g : kZeros,
+                bilateral_ ? now : nullptr, c, stream_, s.count},
+         e, s);
+  });
+  for (size_t i : c10::irange(params_.size()))
+    if (entries_[i].member) wrote_weights(i);
+  release();
+  return started;
+}
+
+std::vector<int64_t> FlatParams::update_sgd(const at::Tensor& sums, const SgdGroups& groups, bool from_saved) {
+  std::vector<SgdGroup> rules;
+  bool momentum = false;
+  for (const auto& o : groups) {
+    rules.push_back({o[0], o[1], o[2], o[3], o[4] != 0, o[5] != 0});
+    momentum |= o[1] != 0;
+  }
+  char* m = momentum ? buffer("momentum_buffer") : nullptr;
+  const float* steps = steps_.const_data_ptr<float>();
+  return update(
+      sums, from_saved, [&](int64_t group) { return rules[group].momentum != 0; },
+      [&](const Update& u, const Entry& e, const Segment& s) {
+        const SgdGroup& rule = rules[e.group];
+        loops_.sgd(u, rule, rule.momentum != 0 ? m + s.flat * itemsize_ : nullptr, steps[s.tensor] == 1);
+      });
+}
+
+std::vector<int64_t> FlatParams::update_adam(const at::Tensor& sums, const AdamGroups& groups, bool from_saved) {
+  std::vector<AdamGroup> rules;
+  for (const auto& o : groups) rules.push_back({o[0], o[1], o[2], o[3], o[4], o[5] != 0, o[6] != 0});
+  char *m = buffer("exp_avg"), *v = buffer("exp_avg_sq");
+  const float* steps = steps_.const_data_ptr<float>();
+  return update(
+      sums, from_saved, [](int64_t) { return true; },
+      [&](const Update& u, const Entry& e, const Segment& s) {
+        loops_.adam(u, rules[e.group], m + s.flat * itemsize_, v + s.flat * itemsize_, steps[s.tensor]);
+      });
+}
+
+bool FlatParams::combine(const at::Tensor& sums, bool from_saved) {
+  if (!finite(sums)) {
+    ++skipped_;
+    restore();
+    return false;
+  }
+  const double c = bilateral_coefficient(at_slot(sums, kMax), at_slot(sums, kMin));
+  const auto zeros = [&](size_t i) { return at::zeros_like(layout(i).detach()); };
+  for (size_t i : c10::irange(params_.size())) {
+    Entry& e = entries_[i];
+    if (bilateral_ && e.now && !e.g.defined()) e.g = zeros(i);
+    if (!bilateral_ && e.perturbed && !e.now) params_[i].mutable_grad() = zeros(i);
+  }
+  for_segments([&](const Segment& s) {
+    const Entry& e = entries_[s.tensor];
+    const int64_t at = s.begin * itemsize_;
+    if (bilateral_ && e.now) loops_.direction(data(e.g, at), e.now + at, c, s.count);
+  });
+  if (from_saved) write_saved();
+  for (size_t i : c10::irange(params_.size()))
+    if (entries_[i].g.defined()) params_[i].mutable_grad() = std::move(entries_[i].g);
+  return true;
+}
+
+// ---- giving up, and looking at w meanwhile
+
+// saved -> w, for the perturbed. Also right for a parameter that was moved since: torch copies that one.
+void FlatParams::write_saved() {
+  if (!buffers_.count("saved")) return;
+  const char* saved = buffer("saved");
+  const auto in_place = [&](size_t i) { return entries_[i].perturbed && unmoved(i); };
+  for (size_t i : c10::irange(params_.size()))
+    if (in_place(i)) read_weights(i);
+  for_segments([&](const Segment& s) {
+    if (in_place(s.tensor))
+      loops_.copy(entries_[s.tensor].w + s.begin * itemsize_, saved + s.flat * itemsize_, stream_, s.count);
+  });
+  for (size_t i : c10::irange(params_.size())) {
+    if (in_place(i))
+      wrote_weights(i);
+    else if (entries_[i].perturbed)
+      params_[i].detach().copy_(view("saved", i));
+  }
+}
+
+void FlatParams::restore() {
+  write_saved();
+  release();
+}
+
+void FlatParams::release() {
+  for (Entry& e : entries_) {
+    e.perturbed = false;
+    e.now = nullptr;
+    e.g.reset();
+    e.staged.reset();
+  }
+}
+
+void FlatParams::swap() {
+  if (!buffers_.count("saved")) return;
+  char* saved = buffer("saved");
+  for (size_t i : c10::irange(params_.size())) {
+    if (!entries_[i].perturbed) continue;
+    if (!unmoved(i)) throw BadParameter{i};
+    read_weights(i);
+  }
+  for_segments([&](const Segment& s) {
+    const Entry& e = entries_[s.tensor];
+    if (e.perturbed) loops_.swap(e.w + s.begin * itemsize_, saved + s.flat * itemsize_, s.count);
+  });
+  for (size_t i : c10::irange(params_.size()))
+    if (entries_[i].perturbed) wrote_weights(i);
+}
+
+// ---- the base optimizer's state
+
+at::Tensor FlatParams::view(const std::string& key, size_t i) {
+  if (key == "step") return steps_.select(0, int64_t(i));
+  buffer(key);
+  return buffers_[key].as_strided(layout(i).sizes(), layout(i).strides(), index_.offset(int64_t(i)));
+}
+
+std::vector<at::Tensor> FlatParams::state(const std::string& key) {
+  std::vector<at::Tensor> views;
+  for (size_t i : c10::irange(params_.size())) views.push_back(view(key, i));
+  return views;
+}
+
+int64_t FlatParams::extra_bytes() const {
+  int64_t bytes = 0;
+  for (const auto& [key, flat] : buffers_) bytes += int64_t(flat.nbytes());
+  for (const Entry& e : entries_) {
+    if (e.packed.defined()) bytes += int64_t(e.packed.nbytes());
+    if (e.g.defined()) bytes += int64_t(e.g.nbytes());
+  }
+  return bytes;
+}
+
+}  // namespace bsam

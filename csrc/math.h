@@ -1,0 +1,161 @@
+// Every formula of bsam_fused, per element, on register values.
+//
+// Host and device; no torch, no indexing, no loops. T is the arithmetic type: float for float32, bfloat16
+// and float16 parameters, double for float64. The symbols are the papers': SAM arXiv 2010.01412, ASAM
+// 2102.11600, BSAM 2409.13173; the base updates are torch.optim's. Multiply-adds that may be fused are
+// written `fmadd`, so that every compiler fuses the same ones (the build says -ffp-contract=off). Where a
+// rule has cases they are coefficients, worked out once, and not branches: every element runs the same lines.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define BSAM_INLINE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define BSAM_INLINE inline __attribute__((always_inline))
+#else
+#define BSAM_INLINE inline
+#endif
+
+// The CPU loops are compiled once per instruction set (cpu_avx2.cpp and its siblings), each into a namespace
+// of its own: otherwise the linker would keep one copy of these functions, perhaps one this CPU cannot run.
+#ifndef BSAM_ISA
+#define BSAM_ISA generic
+#endif
+
+namespace bsam {
+inline namespace BSAM_ISA {
+
+// a b + c, in one rounding where the hardware can; plain where a fused one would be a library call.
+template <class T>
+BSAM_INLINE T fmadd(T a, T b, T c) {
+#if defined(BSAM_HAS_FMA) || defined(__FMA__) || defined(__aarch64__) || defined(__CUDA_ARCH__)
+  return std::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// ---- scalars of a step: in double, once a group or a step, never once an element
+
+// Of a radius (ρ, −ρ_min, and their signs under `maximize`): the factor of T² g, radius / (‖T g‖ + norm_eps).
+BSAM_INLINE double step_length(double radius, double sum_ascent, double norm_eps) {
+  return radius / (std::sqrt(sum_ascent) + norm_eps);
+}
+
+// c = ‖g_max‖ / ‖g_min‖, and 0 where ‖g_min‖ = 0. From the sums of squares. BSAM.
+BSAM_INLINE double bilateral_coefficient(double sum_max, double sum_min) {
+  return sum_min > 0 ? std::sqrt(sum_max) / std::sqrt(sum_min) : 0.0;
+}
+
+// ---- perturbations
+
+// T: 1 (SAM, BSAM), or |w| + η (adaptive: ASAM).
+template <bool adaptive, class T>
+BSAM_INLINE T adaptivity(T w, T eta) {
+  return adaptive ? std::fabs(w) + eta : T(1);
+}
+
+// (T g)², in double: no float32 gradient overflows it or underflows to nothing.
+template <class T>
+BSAM_INLINE double scaled_square(T g, T t) {
+  const double x = double(t) * double(g);
+  return x * x;
+}
+
+// w + step T² g: w_max with step = ρ / (n + norm_eps), w_min with step = −ρ_min / (n + norm_eps).
+template <class T>
+BSAM_INLINE T perturbed(T w, T g, T t, T step) {
+  return fmadd(step * t * t, g, w);
+}
+
+// ---- directions (SAM's is g_max itself)
+
+// The part of BSAM's d that is known before the last pass: g + g_max.
+template <class T>
+BSAM_INLINE T direction_so_far(T g, T g_max) {
+  return g + g_max;
+}
+
+// d = g + g_max − c g_min. BSAM.
+template <class T>
+BSAM_INLINE T bilateral_direction(T g_plus_g_max, T g_min, T c) {
+  return fmadd(-c, g_min, g_plus_g_max);
+}
+
+// ---- base updates: torch.optim's rules from w with gradient d
+
+// torch.optim.SGD, its cases as coefficients. Nesterov's step is d + μ m, the plain one m.
+template <class T>
+struct Sgd {
+  T lr, weight_decay;
+  T sign;        // −1 under maximize
+  T keep, take;  // m = keep m + take d
+  T of_d, of_m;  // the step: of_d d + of_m m
+};
+
+// `first`: the momentum starts as d, whatever the dampening.
+template <class T>
+BSAM_INLINE Sgd<T> sgd_rule(double lr, double momentum, double dampening, double weight_decay, bool nesterov,
+                            bool maximize, bool first) {
+  return {T(lr),
+          T(weight_decay),
+          T(maximize ? -1 : 1),
+          T(first ? 0 : momentum),
+          T(first ? 1 : 1 - dampening),
+          T(nesterov ? 1 : 0),
+          T(nesterov ? momentum : 1)};
+}
+
+// Without momentum: w − lr (d + weight_decay w).
+template <class T>
+BSAM_INLINE T sgd(const Sgd<T>& o, T w, T d) {
+  d = fmadd(o.weight_decay, w, o.sign * d);
+  return fmadd(-o.lr, d, w);
+}
+
+// With momentum: m = μ m + (1 − dampening) d;  w − lr m, or w − lr (d + μ m).
+template <class T>
+BSAM_INLINE T sgd(const Sgd<T>& o, T w, T d, T& m) {
+  d = fmadd(o.weight_decay, w, o.sign * d);
+  m = fmadd(o.keep, m, o.take * d);
+  return fmadd(-o.lr, fmadd(o.of_m, m, o.of_d * d), w);
+}
+
+// torch.optim.Adam, and AdamW (`decoupled`), its cases as coefficients.
+template <class T>
+struct Adam {
+  T one_minus_beta1, beta2, one_minus_beta2, eps;
+  T sign;                  // −1 under maximize
+  T weight_decay;          // Adam's, of the gradient
+  T shrink;                // AdamW's, of the weight: 1 − lr weight_decay
+  T step_size;             // lr / (1 − β1^t)
+  T sqrt_bias_correction;  // √(1 − β2^t)
+};
+
+// Of step t, in double as torch works them out.
+template <class T>
+BSAM_INLINE Adam<T> adam_rule(double lr, double beta1, double beta2, double eps, double weight_decay,
+                              bool decoupled, bool maximize, double t) {
+  return {T(1 - beta1),
+          T(beta2),
+          T(1 - beta2),
+          T(eps),
+          T(maximize ? -1 : 1),
+          T(decoupled ? 0 : weight_decay),
+          T(decoupled ? 1 - lr * weight_decay : 1),
+          T(lr / (1 - std::pow(beta1, t))),
+          T(std::sqrt(1 - std::pow(beta2, t)))};
+}
+
+// m = β1 m + (1 − β1) d;  v = β2 v + (1 − β2) d²;  w − lr m̂ / (√v̂ + eps), m̂ and v̂ bias-corrected.
+template <class T>
+BSAM_INLINE T adam(const Adam<T>& o, T w, T d, T& m, T& v) {
+  d = fmadd(o.weight_decay, w, o.sign * d);
+  m = fmadd(o.one_minus_beta1, d - m, m);
+  v = fmadd(o.beta2, v, o.one_minus_beta2 * d * d);
+  return fmadd(-o.step_size, m / (std::sqrt(v) / o.sqrt_bias_correction + o.eps), o.shrink * w);
+}
+
+}  // namespace BSAM_ISA
+}  // namespace bsam
