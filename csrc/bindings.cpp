@@ -23,7 +23,7 @@ void checked(py::handle self, Method method) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using bsam::FlatParams;
-  using unlocked = py::call_guard<at::NoGradGuard, py::gil_scoped_release>;
+  using no_grad = py::call_guard<at::NoGradGuard>;
 
   m.doc() = "bsam_fused's compiled kernels";
   m.attr("version") = BSAM_FUSED_VERSION;
@@ -43,13 +43,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              checked(self, [](FlatParams& flat) { flat.swap(); });
            })
       .def("clear_gradients", &FlatParams::clear_gradients)
-      .def("square_norm", &FlatParams::square_norm, unlocked())
-      .def("ascend", &FlatParams::ascend, unlocked())
-      .def("descend", &FlatParams::descend, unlocked())
-      .def("update_sgd", &FlatParams::update_sgd, unlocked())
-      .def("update_adam", &FlatParams::update_adam, unlocked())
-      .def("combine", &FlatParams::combine, unlocked())
-      .def("restore", &FlatParams::restore, unlocked())
+      .def("square_norm", &FlatParams::square_norm, no_grad())
+      .def("ascend", &FlatParams::ascend, no_grad())
+      .def("descend", &FlatParams::descend, no_grad())
+      .def("update_sgd", &FlatParams::update_sgd, no_grad())
+      .def("update_adam", &FlatParams::update_adam, no_grad())
+      .def("combine", &FlatParams::combine, no_grad())
+      .def("restore", &FlatParams::restore, no_grad())
       .def("release", &FlatParams::release)
       .def("state", &FlatParams::state)
       .def_property_readonly("params", &FlatParams::params)

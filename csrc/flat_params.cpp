@@ -3,9 +3,12 @@
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <c10/util/irange.h>
+#include <pybind11/pybind11.h>
 
 #include <cmath>
+#include <optional>
 
+#include "holders.h"
 #include "math.h"
 
 namespace bsam {
@@ -14,6 +17,10 @@ namespace {
 
 // From here on (a model that no cache holds) what is only written goes around the cache.
 constexpr int64_t kStreamBytes = int64_t(16) << 20;
+
+constexpr int64_t kBlocksAThread = 2;  // at least: below, waking a thread takes longer than the work
+
+constexpr int64_t kSmallBytes = 4096;  // up to here a gradient is copied rather than taken
 
 // What stands for a gradient that is missing: one block of zeros of any dtype.
 alignas(64) const char kZeros[kBlock * 8] = {};
@@ -72,9 +79,11 @@ FlatParams::FlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int
     if (p.scalar_type() != dtype_ || !p.device().is_cpu())
       throw std::invalid_argument("FlatParams (cpp): all parameters must be on the CPU and of one dtype");
     Entry entry;
-    entry.group = places_.at(i).first;
-    entry.sizes = p.sizes().vec();
-    entry.strides = p.strides().vec();
+    entry.group = int32_t(places_.at(i).first);
+    entry.dim = int32_t(p.dim());
+    entry.shape = int64_t(shapes_.size());
+    shapes_.insert(shapes_.end(), p.sizes().begin(), p.sizes().end());
+    shapes_.insert(shapes_.end(), p.strides().begin(), p.strides().end());
     entry.dense = p.is_non_overlapping_and_dense();
     if (!entry.dense) entry.packed = at::empty(p.sizes(), p.options().requires_grad(false));
     entries_.push_back(std::move(entry));
@@ -83,10 +92,14 @@ FlatParams::FlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int
 
 // ---- parameters and gradients
 
+// Whether the parameter is as recorded.
 bool FlatParams::unmoved(size_t i) const {
   const auto& p = params_[i];
-  return p.scalar_type() == dtype_ && p.device() == device_ && p.sizes() == entries_[i].sizes &&
-         p.strides() == entries_[i].strides;
+  const Entry& e = entries_[i];
+  if (p.scalar_type() != dtype_ || p.device() != device_ || p.dim() != e.dim) return false;
+  const int64_t* recorded = shapes_.data() + e.shape;
+  return std::equal(recorded, recorded + e.dim, p.sizes().begin()) &&
+         std::equal(recorded + e.dim, recorded + 2 * e.dim, p.strides().begin());
 }
 
 void FlatParams::read_weights(size_t i) {
@@ -130,34 +143,67 @@ void FlatParams::clear_gradients() {
     if (p.grad().defined()) p.mutable_grad().reset();
 }
 
-// The gradient for ourselves: the tensor itself where nobody else holds it or its storage (a DDP bucket's
-// view does), else a copy. Leaves .grad None.
-at::Tensor FlatParams::take_gradient(size_t i) {
-  at::Tensor grad;
-  std::swap(grad, params_[i].mutable_grad());
-  if (entries_[i].staged.defined()) return std::move(entries_[i].staged);
-  if (grad.use_count() == 1 && grad.storage().use_count() == 1 && !grad.requires_grad()) return grad;
-  at::Tensor own = at::empty_strided(layout(i).sizes(), layout(i).strides(), grad.options().requires_grad(false));
-  return own.copy_(grad.detach());
+// Takes g for ourselves where `wanted(entry)`: the gradient itself where nobody else holds it or its storage (a
+// DDP bucket's view does), else, or where it is smaller than the work of finding out, a copy, in a tensor that is
+// kept for the next steps.
+template <class Wanted>
+void FlatParams::take_gradients(Wanted wanted) {
+  bool copies = false;
+  for (size_t i : c10::irange(params_.size())) {
+    Entry& e = entries_[i];
+    e.copied = false;
+    if (!e.now || !wanted(e)) continue;
+    const at::Tensor& grad = params_[i].grad();
+    if (index_.numel(int64_t(i)) * itemsize_ > kSmallBytes && !e.staged.defined() && !grad.requires_grad() &&
+        !held_elsewhere(grad)) {
+      e.g = std::move(params_[i].mutable_grad());
+      continue;
+    }
+    if (!e.own.defined()) e.own = at::empty_strided(layout(i).sizes(), layout(i).strides(), at::dtype(dtype_));
+    e.g = e.own;
+    e.copied = copies = true;
+  }
+  if (!copies) return;
+  for_segments([&](const Segment& s) {
+    const Entry& e = entries_[s.tensor];
+    const int64_t at = s.begin * itemsize_;
+    if (e.copied) loops_.copy(data(e.g, at), e.now + at, stream_, s.count);
+  });
+}
+
+// Forgets this pass's gradients, ours and the parameters'.
+void FlatParams::end_pass() {
+  for (size_t i : c10::irange(params_.size())) {
+    entries_[i].now = nullptr;
+    entries_[i].staged.reset();
+    params_[i].mutable_grad().reset();
+  }
 }
 
 // ---- loops
 
+// Runs body(block) for every block; Python's lock is let go of where that takes longer than taking it back.
 template <class Body>
-void FlatParams::for_segments(Body body) const {
-  at::parallel_for(0, index_.blocks(), 2, [&](int64_t from, int64_t to) {
-    for (int64_t block = from; block < to; ++block) index_.for_each_segment(block, body);
+void FlatParams::for_blocks(Body body) const {
+  std::optional<pybind11::gil_scoped_release> unlocked;
+  if (index_.blocks() > kBlocksAThread) unlocked.emplace();
+  at::parallel_for(0, index_.blocks(), kBlocksAThread, [&](int64_t from, int64_t to) {
+    for (int64_t block = from; block < to; ++block) body(block);
   });
 }
 
+template <class Body>
+void FlatParams::for_segments(Body body) const {
+  for_blocks([&](int64_t block) { index_.for_each_segment(block, body); });
+}
+
+// The sum of term(segment) over all segments: a partial sum a block, then those in order.
 template <class Term>
 double FlatParams::sum_segments(Term term) {
-  at::parallel_for(0, index_.blocks(), 2, [&](int64_t from, int64_t to) {
-    for (int64_t block = from; block < to; ++block) {
-      double sum = 0;
-      index_.for_each_segment(block, [&](const Segment& s) { sum += term(s); });
-      partial_[block] = sum;
-    }
+  for_blocks([&](int64_t block) {
+    double sum = 0;
+    index_.for_each_segment(block, [&](const Segment& s) { sum += term(s); });
+    partial_[block] = sum;
   });
   double sum = 0;
   for (double part : partial_) sum += part;
@@ -199,17 +245,10 @@ void FlatParams::ascend(const at::Tensor& sums, const Radii& radii, double norm_
         loops_.ascend(e.w + at, e.now + at, saved + s.flat * itemsize_, groups[e.group], stream_, s.count);
     });
   }
-  for (size_t i : c10::irange(params_.size())) {
-    Entry& e = entries_[i];
-    if (!e.now) continue;
-    if (perturb) wrote_weights(i);
-    if (keep)
-      e.g = take_gradient(i);
-    else
-      params_[i].mutable_grad().reset();
-    e.now = nullptr;
-    e.staged.reset();
-  }
+  for (size_t i : c10::irange(params_.size()))
+    if (entries_[i].perturbed) wrote_weights(i);
+  if (keep) take_gradients([](const Entry&) { return true; });
+  end_pass();
 }
 
 void FlatParams::descend(const at::Tensor& sums, const Radii& radii, double norm_eps) {
@@ -226,16 +265,10 @@ void FlatParams::descend(const at::Tensor& sums, const Radii& radii, double norm
     return loops_.descend(e.w + at, data(e.g, at), g_max, saved + s.flat * itemsize_, groups[e.group], stream_, s.count);
   });
   sums_.mutable_data_ptr<double>()[kMax] = sum;
-  for (size_t i : c10::irange(params_.size())) {
-    Entry& e = entries_[i];
-    if (e.perturbed) wrote_weights(i);
-    if (e.now && !e.g.defined())
-      e.g = take_gradient(i);
-    else
-      params_[i].mutable_grad().reset();
-    e.now = nullptr;
-    e.staged.reset();
-  }
+  for (size_t i : c10::irange(params_.size()))
+    if (entries_[i].perturbed) wrote_weights(i);
+  take_gradients([](const Entry& e) { return !e.g.defined(); });
+  end_pass();
   if (!std::isfinite(sum)) restore();
 }
 
@@ -326,8 +359,11 @@ bool FlatParams::combine(const at::Tensor& sums, bool from_saved) {
     if (bilateral_ && e.now) loops_.direction(data(e.g, at), e.now + at, c, s.count);
   });
   if (from_saved) write_saved();
-  for (size_t i : c10::irange(params_.size()))
-    if (entries_[i].g.defined()) params_[i].mutable_grad() = std::move(entries_[i].g);
+  for (size_t i : c10::irange(params_.size())) {
+    Entry& e = entries_[i];
+    if (e.g.defined()) params_[i].mutable_grad() = std::move(e.g);
+    e.own.reset();  // it may be the gradient now
+  }
   return true;
 }
 
@@ -401,7 +437,8 @@ int64_t FlatParams::extra_bytes() const {
   for (const auto& [key, flat] : buffers_) bytes += int64_t(flat.nbytes());
   for (const Entry& e : entries_) {
     if (e.packed.defined()) bytes += int64_t(e.packed.nbytes());
-    if (e.g.defined()) bytes += int64_t(e.g.nbytes());
+    if (e.own.defined()) bytes += int64_t(e.own.nbytes());
+    if (e.g.defined() && !e.g.is_same(e.own)) bytes += int64_t(e.g.nbytes());
   }
   return bytes;
 }

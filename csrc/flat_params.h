@@ -57,24 +57,29 @@ class FlatParams {
   at::ScalarType dtype() const { return dtype_; }
 
  private:
+  // Small and in order of use: with hundreds of tiny tensors, cache misses are what a phase is made of.
   struct Entry {
-    int64_t group;
-    std::vector<int64_t> sizes, strides;  // as recorded; of the parameter
-    bool dense;                           // its elements fill its storage: worked on in place
-    at::Tensor packed;                    // else its elements, packed
-    char* w = nullptr;                    // the weights, in `layout()`'s strides
-    const char* now = nullptr;            // this pass's gradient, in the same strides; null without one
-    at::Tensor staged;                    // holds `now` where the gradient had other strides
-    at::Tensor g;                         // BSAM: g, then g + g_max
-    bool perturbed = false;               // w is not w, but saved is
-    bool member = false;                  // had a gradient in some pass of this step
+    char* w = nullptr;         // the weights, in `layout()`'s strides
+    const char* now = nullptr; // this pass's gradient, in the same strides; null without one
+    int32_t group, dim;
+    int64_t shape;             // where in shapes_ it is
+    bool dense;                // its elements fill its storage: worked on in place
+    bool perturbed = false;    // w is not w, but saved is
+    bool member = false;       // had a gradient in some pass of this step
+    bool copied = false;       // this pass's gradient is copied, not taken
+    at::Tensor g;              // BSAM: g, then g + g_max
+    at::Tensor own;            // where g is kept when it had to be copied
+    at::Tensor staged;         // holds `now` where the gradient had other strides
+    at::Tensor packed;         // where not dense: its elements, packed
   };
 
   const at::Tensor& layout(size_t i) const { return entries_[i].dense ? params_[i] : entries_[i].packed; }
   bool unmoved(size_t i) const;
   void read_weights(size_t i);
   void wrote_weights(size_t i);
-  at::Tensor take_gradient(size_t i);
+  template <class Wanted>
+  void take_gradients(Wanted wanted);
+  void end_pass();
   char* buffer(const std::string& key);
   bool finite(const at::Tensor& sums) const;
   void write_saved();
@@ -82,6 +87,8 @@ class FlatParams {
   template <class Counts, class Rule>
   std::vector<int64_t> update(const at::Tensor& sums, bool from_saved, Counts counts, Rule rule);
 
+  template <class Body>
+  void for_blocks(Body body) const;
   template <class Body>
   void for_segments(Body body) const;
   template <class Term>
@@ -96,6 +103,7 @@ class FlatParams {
   const Loops& loops_;
   bool stream_;
   std::vector<Entry> entries_;
+  std::vector<int64_t> shapes_;  // sizes and strides of every parameter as recorded, end to end
   std::map<std::string, at::Tensor> buffers_;  // "saved", and the base optimizer's state
   at::Tensor sums_, steps_;
   std::vector<double> partial_;  // of a sum, one a block
