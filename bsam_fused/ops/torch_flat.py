@@ -102,8 +102,8 @@ class TorchFlatParams:
         """Σ (T g)²."""
         scaled = []
         for i, g in self._now.items():
-            radius = radii[self.places[i][0]]
-            scaled.append((self.params[i].abs() + radius.eta).to(self.sums.dtype) * g if radius.adaptive else g)
+            radius, w = radii[self.places[i][0]], self.params[i]
+            scaled.append((w.to(self.sums.dtype).abs() + radius.eta) * g if radius.adaptive else g)
         self.sums[slot] = 0
         if scaled:
             norms = torch._foreach_norm(scaled, 2, dtype=self.sums.dtype)

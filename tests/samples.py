@@ -1,0 +1,51 @@
+"""The sample inputs that feed every correctness test of every backend, and why each would expose a bug."""
+
+import torch
+
+BLOCK = 16384  # csrc/flat.h's kBlock
+
+SHAPES = {
+    # One element: no vector, all tail.
+    "one": [(1,)],
+    # Scalars and tensors without elements between others: offsets, and no division by their count.
+    "scalars_and_empty": [(), (0,), (3,), (0, 4), (1, 1, 1)],
+    # No multiple of any vector width or of the 16 lanes of a sum; two of them in one block.
+    "odd": [(7,), (33, 5), (127,), (1031,)],
+    # One short of, at and one past the ends of blocks and tiles; one tensor over three blocks.
+    "block_edges": [(BLOCK - 1,), (2,), (BLOCK,), (1024,), (1025,), (2 * BLOCK + 5,)],
+    # More tensors than one block holds pieces of the same size, each its own cache line.
+    "many": [(13,)] * 40,
+}
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+# Of a value, one rounding and a few more of float32 arithmetic before it.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8.5e-3, torch.float16: 1.1e-3}
+
+
+def parameters(name, dtype=torch.float32, scale=1.0):
+    return [torch.nn.Parameter((torch.randn(shape) * scale).to(dtype)) for shape in SHAPES[name]]
+
+
+def strided(dtype=torch.float32):
+    """Parameters whose memory order is not their index order, and one with gaps in its memory."""
+    transposed = torch.randn(9, 5, dtype=torch.float64).to(dtype).t()
+    channels_last = torch.randn(4, 3, 5, 2).to(dtype).to(memory_format=torch.channels_last)
+    gaps = torch.randn(6, 8).to(dtype)[:, ::2]
+    return [torch.nn.Parameter(t) for t in (transposed, channels_last, gaps, torch.randn(11).to(dtype))]
+
+
+def gradients(params, seed, without=()):
+    """Random gradients in each parameter's dtype and strides, None for the indices in ``without``."""
+    generator = torch.Generator().manual_seed(seed)
+    grads = []
+    for i, p in enumerate(params):
+        g = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        grads.append(None if i in without else torch.empty_like(p, requires_grad=False).copy_(g))
+    return grads
+
+
+def assign(params, grads):
+    """Leave each gradient to its parameter alone, as autograd does."""
+    for p, g in zip(params, grads, strict=True):
+        p.grad = None if g is None else g.clone(memory_format=torch.preserve_format)
