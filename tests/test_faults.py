@@ -1,0 +1,244 @@
+"""Nothing is lost: whatever happens in a pass, weights and state are bit for bit as before the step."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import bsam_fused
+
+KINDS = [bsam_fused.SAM, bsam_fused.ASAM, bsam_fused.BSAM]
+BASES = {
+    "SGD": (torch.optim.SGD, {"momentum": 0.9}),
+    "AdamW": (torch.optim.AdamW, {}),
+    "general": (torch.optim.RMSprop, {"momentum": 0.9}),
+}
+
+
+class Interrupt(BaseException):
+    """Like KeyboardInterrupt: no Exception."""
+
+
+def network(dtype=torch.float32):
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+def snapshot(net, opt):
+    weights = [p.detach().clone() for p in net.parameters()]
+    state = copy.deepcopy({i: opt.state[p] for i, p in enumerate(net.parameters()) if p in opt.state})
+    return weights, state
+
+
+def assert_unchanged(net, opt, before):
+    weights, state = before
+    for p, w in zip(net.parameters(), weights):
+        assert torch.equal(p, w)
+    assert {i for i, p in enumerate(net.parameters()) if opt.state.get(p)} == {i for i in state if state[i]}
+    for i, p in enumerate(net.parameters()):
+        for key, value in state.get(i, {}).items():
+            assert torch.equal(opt.state[p][key], value), key
+
+
+def step_with(opt, net, fault=None, at=None):
+    """A closure step in whose pass number ``at`` the fault happens after backward."""
+    x, y = torch.randn(16, 6, dtype=net[0].weight.dtype), torch.randint(3, (16,))
+    passes = 0
+
+    def closure():
+        nonlocal passes
+        passes += 1
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        if passes == at:
+            return fault(loss, net)
+        return loss
+
+    opt.step(closure)
+    return passes
+
+
+def raising(loss, net):
+    raise Interrupt
+
+
+def non_finite_loss(value):
+    return lambda loss, net: loss * value
+
+
+def non_finite_gradient(value):
+    def fault(loss, net):
+        net[3].bias.grad[1] = value
+        return loss
+
+    return fault
+
+
+def passes_of(kind):
+    return len(kind._calls)
+
+
+CASES = [(kind, at) for kind in KINDS for at in range(1, passes_of(kind) + 1)]
+each_pass = pytest.mark.parametrize(("kind", "at"), CASES, ids=[f"{k.__name__}-pass{a}" for k, a in CASES])
+each_base = pytest.mark.parametrize("base", BASES)
+before_training = pytest.mark.parametrize("steps_before", [0, 2])
+
+
+def prepared(kind, base, backend, steps_before, **options):
+    base_class, base_options = BASES[base]
+    net = network()
+    opt = kind(net.parameters(), base_class, lr=0.05, backend=backend, **base_options, **options)
+    for _ in range(steps_before):
+        step_with(opt, net)
+    return net, opt
+
+
+@each_pass
+@each_base
+@before_training
+def test_closure_raises(backend, kind, base, at, steps_before):
+    net, opt = prepared(kind, base, backend, steps_before)
+    opt.model = net
+    modes = [(m.training, getattr(m, "track_running_stats", None)) for m in net.modules()]
+    before = snapshot(net, opt)
+    with pytest.raises(Interrupt):
+        step_with(opt, net, raising, at)
+    assert_unchanged(net, opt, before)
+    assert [(m.training, getattr(m, "track_running_stats", None)) for m in net.modules()] == modes
+    assert all(p.grad is None for p in net.parameters()) or at == 1
+    step_with(opt, net)
+    assert not torch.equal(net[0].weight, before[0][0])
+    assert opt.skipped_steps == 0
+
+
+@each_pass
+@each_base
+@before_training
+@pytest.mark.parametrize(
+    "fault",
+    [non_finite_loss(float("inf")), non_finite_loss(float("nan")), non_finite_gradient(float("-inf"))],
+    ids=["inf loss", "NaN loss", "inf gradient"],
+)
+@pytest.mark.filterwarnings("error")
+def test_non_finite_pass_is_skipped_and_counted(backend, kind, base, at, steps_before, fault):
+    net, opt = prepared(kind, base, backend, steps_before)
+    before = snapshot(net, opt)
+    assert step_with(opt, net, fault, at) == passes_of(kind)
+    assert_unchanged(net, opt, before)
+    assert opt.skipped_steps == 1
+    step_with(opt, net)
+    assert not torch.equal(net[0].weight, before[0][0])
+    assert all(p.isfinite().all() for p in net.parameters())
+    assert opt.skipped_steps == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_skipped_first_step_leaves_the_first_step_rule(backend, kind):
+    """SGD's momentum starts as d whatever the dampening, also when the first attempt was skipped."""
+    skipped, plain = (prepared(kind, "SGD", backend, 0, dampening=0.5) for _ in range(2))
+    plain[0].load_state_dict(skipped[0].state_dict())
+    step_with(*reversed(skipped), non_finite_gradient(float("nan")), 1)
+    for net, opt in (skipped, plain):
+        torch.manual_seed(5)
+        step_with(opt, net)
+    assert all(torch.equal(p, q) for p, q in zip(skipped[0].parameters(), plain[0].parameters()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_no_later_pass_sees_moved_weights_after_a_bad_gradient(backend, kind, value):
+    net, opt = prepared(kind, "SGD", backend, 1)
+    before = snapshot(net, opt)
+    net(torch.randn(4, 6)).sum().backward()
+    net[0].weight.grad[2, 3] = value
+    opt.ascend()
+    assert_unchanged(net, opt, before)
+    opt.restore()
+    if kind is bsam_fused.BSAM:
+        net(torch.randn(4, 6)).square().sum().backward()
+        opt.ascend()
+        net(torch.randn(4, 6)).square().sum().backward()
+        net[0].weight.grad[2, 3] = value
+        opt.descend()
+        assert_unchanged(net, opt, before)
+        opt.restore()
+    assert opt.skipped_steps == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_restore_is_exact(backend, kind, dtype):
+    """Bit for bit, for weights of all magnitudes: w + ε − ε would lose the small ones' low bits."""
+    p = nn.Parameter((torch.randn(5000) * torch.logspace(-4, 2, 5000)).to(dtype))
+    before = p.detach().clone()
+    opt = kind([p], lr=0.1, rho=3.0, backend=backend)
+    for call in opt._calls[:-1]:
+        p.grad = torch.randn_like(p)
+        getattr(opt, call)()
+        assert not torch.equal(p, before)
+    opt.restore()
+    assert torch.equal(p, before)
+    opt.restore()  # at rest, nothing
+    assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@each_base
+def test_lr_zero_leaves_weights_bit_identical(backend, kind, base):
+    base_class, base_options = BASES[base]
+    net = network()
+    opt = kind(net.parameters(), base_class, backend=backend, **{"lr": 0.0, **base_options})
+    before = [p.detach().clone() for p in net.parameters()]
+    for _ in range(20):
+        step_with(opt, net)
+    assert all(torch.equal(p, w) for p, w in zip(net.parameters(), before))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_that_raises_has_its_weights_restored(backend, kind):
+    class Failing(torch.optim.SGD):
+        def step(self, closure=None):
+            self.param_groups[0]["params"][0].data.add_(1.0)  # it got half way
+            raise Interrupt
+
+    net = network()
+    opt = kind(net.parameters(), Failing, lr=0.1, backend=backend)
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(Interrupt):
+        step_with(opt, net)
+    assert all(torch.equal(p, w) for p, w in zip(net.parameters(), before))
+    with pytest.raises(RuntimeError, match="ascend"):
+        opt.step()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batchnorm_statistics_move_in_the_first_pass_only(backend, kind):
+    """As after one plain forward pass at w; without model= they move in every pass."""
+    net, reference = network(), network()
+    reference.load_state_dict(net.state_dict())
+    torch.manual_seed(3)
+    opt = kind(net.parameters(), lr=0.1, rho=1.0, model=net, backend=backend)
+    step_with(opt, net)
+    torch.manual_seed(3)
+    reference(torch.randn(16, 6))
+    assert torch.equal(net[1].running_mean, reference[1].running_mean)
+    assert torch.equal(net[1].running_var, reference[1].running_var)
+    assert net[1].num_batches_tracked == 1
+    assert net[1].track_running_stats
+
+
+def test_restore_of_a_parameter_moved_within_the_step(backend):
+    net = network()
+    opt = bsam_fused.SAM(net.parameters(), lr=0.1, backend=backend)
+    before = [p.detach().clone() for p in net.parameters()]
+    net(torch.randn(4, 6)).sum().backward()
+    opt.ascend()
+    net.double()
+    net(torch.randn(4, 6).double()).sum().backward()
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 .*float64.*load_state_dict"):
+        opt.step()
+    opt.restore()
+    assert all(torch.equal(p, w.double()) for p, w in zip(net.parameters(), before))
+    opt.load_state_dict(opt.state_dict())  # the mend that the message names
+    net(torch.randn(4, 6).double()).sum().backward()
+    opt.ascend()
