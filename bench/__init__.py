@@ -1,0 +1,1 @@
+"""Benchmarks of the optimizers' own time."""

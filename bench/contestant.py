@@ -1,0 +1,70 @@
+"""One implementation on parameters of its own, driven through steps, timed and weighed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from bench.cases import Shapes
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own reports of its starts and stops
+
+
+def coefficients(shapes: Shapes, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Return the curvatures t of the loss Σ ½ t (1 + w)², in [0, 1), the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+class Contestant:
+    """An optimizer that goes from w = t down Σ ½ t (1 + w)².
+
+    That loss's gradient t + t w is made in one pass, and turns with w, so that every phase counts.
+
+    Args:
+        build: makes the optimizer of parameters.
+        calls: the optimizer's phases, in order.
+        curvatures: t, a tensor a parameter.
+    """
+
+    def __init__(
+        self, build: Callable[[list[Tensor]], Any], calls: Sequence[str], curvatures: Sequence[Tensor]
+    ) -> None:
+        self.curvatures = curvatures
+        self.params = [t.clone().requires_grad_() for t in curvatures]
+        optimizer = build(self.params)
+        self.phases = [getattr(optimizer, call) for call in calls]
+
+    def step(self) -> list[float]:
+        """Take a step; return the seconds in each phase, the time in which gradients are made left out."""
+        seconds = [self._timed(phase) for phase in self.phases]
+        for p in self.params:
+            p.grad = None
+        return seconds
+
+    def _timed(self, phase: Callable[[], None]) -> float:
+        self._backward()
+        begin = time.perf_counter()
+        phase()
+        return time.perf_counter() - begin
+
+    @torch.no_grad()
+    def _backward(self) -> None:
+        """Give every parameter a fresh gradient that nobody else holds, as autograd does."""
+        for p, t in zip(self.params, self.curvatures, strict=True):
+            p.grad = torch.addcmul(t, t, p)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Return how much more memory than before torch's CPU allocator lent, at the peak of ``work()``."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        work()
+    events = sorted(profiler.events(), key=lambda event: event.time_range.start)
+    return max(accumulate(event.self_cpu_memory_usage for event in events), default=0)

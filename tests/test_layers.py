@@ -1,0 +1,100 @@
+"""Imports go down only, and formulas know no torch: docs/design.md, "The house"."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "bsam_fused"
+
+# What each part may import of the package. Backends never know each other.
+MAY_IMPORT = {
+    "_version": set(),
+    "batchnorm": set(),
+    "ops.contract": set(),
+    "ops.torch_flat": {"ops.contract"},
+    "ops.native_flat": {"ops.contract", "_version"},
+    "ops.dispatch": {"ops.contract", "ops.torch_flat", "ops.native_flat"},
+    "ops": set(),
+    "optim": set(),
+    "optim.fused": {"ops.contract"},
+    "optim.groups": {"ops.contract"},
+    "optim.base": {"ops.contract", "ops.dispatch", "optim.fused", "optim.groups", "batchnorm"},
+    "optim.sam": {"ops.contract", "optim.base"},
+    "optim.bsam": {"ops.contract", "optim.base", "optim.groups", "optim.sam"},
+    "": {"_version", "optim.base", "optim.sam", "optim.bsam"},
+}
+ABOVE = {"cli", "__main__"}  # and report: they may import anything below
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules():
+    return {module_name(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imports(path):
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "bsam_fused"}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module.split(".")[0] == "bsam_fused":
+                inside = {f"{node.module}.{alias.name}" for alias in node.names}
+                known = {f"bsam_fused.{name}" for name in modules()}
+                found |= {name if name in known else node.module for name in inside}
+    return {name.removeprefix("bsam_fused").removeprefix(".") for name in found}
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_go_down(name):
+    imported = imports(modules()[name])
+    if name in ABOVE:
+        return
+    if name.split(".")[0] == "report":
+        assert not imported & ABOVE
+        return
+    assert imported <= MAY_IMPORT[name]
+
+
+def test_nothing_imports_report_but_the_command_line():
+    for name, path in modules().items():
+        if name != "cli" and not name.startswith("report"):
+            assert not any(imported.split(".")[0] == "report" for imported in imports(path)), name
+
+
+def includes(name):
+    return set(re.findall(r'#include ["<]([^">]+)', (ROOT / "csrc" / name).read_text()))
+
+
+@pytest.mark.parametrize("name", ["math.h", "scalar.h", "flat.h", "cpu.h", "cpu_loops.h", "cpu.cpp"])
+def test_formulas_and_indexing_know_no_torch(name):
+    assert not any(header.startswith(("ATen", "torch", "c10", "pybind11")) for header in includes(name))
+
+
+def test_formulas_know_no_indexing_and_indexing_no_formulas():
+    assert includes("math.h") == {"cmath"}
+    assert "math.h" not in includes("flat.h")
+    assert not re.search(r"\[\w*\]|for \(", (ROOT / "csrc" / "math.h").read_text())
+
+
+def test_torch_alone_is_needed_at_run_time():
+    """The extras must not be imported by the package, nor by `info`."""
+    extras = ["numpy", "matplotlib", "jinja2", "rich", "sklearn", "triton", "pytest"]
+    hidden = "; ".join(f"sys.modules[{name!r}] = None" for name in extras if name != "numpy")
+    code = f"import sys; {hidden}; import bsam_fused.cli; raise SystemExit(bsam_fused.cli.main(['info']))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+def test_no_file_is_long():
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").iterdir(), *(ROOT / "tests").glob("*.py"), *(ROOT / "bench").glob("*.py")]:
+        assert len(path.read_text().splitlines()) <= 520, path
