@@ -43,17 +43,14 @@ class Contestant:
         self.phases = [getattr(optimizer, call) for call in calls]
 
     def step(self) -> list[float]:
-        """Take a step; return the seconds in each phase, the time in which gradients are made left out."""
-        seconds = [self._timed(phase) for phase in self.phases]
+        """Take a step; return the seconds in each phase. Making gradients and clearing the last is not timed."""
+        seconds = []
+        for phase in self.phases:
+            self._backward()
+            seconds.append(seconds_of(phase))
         for p in self.params:
             p.grad = None
         return seconds
-
-    def _timed(self, phase: Callable[[], None]) -> float:
-        self._backward()
-        begin = time.perf_counter()
-        phase()
-        return time.perf_counter() - begin
 
     @torch.no_grad()
     def _backward(self) -> None:
@@ -62,9 +59,20 @@ class Contestant:
             p.grad = torch.addcmul(t, t, p)
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
-    """Return how much more memory than before torch's CPU allocator lent, at the peak of ``work()``."""
+def first_steps(
+    build: Callable[[list[Tensor]], Any], calls: Sequence[str], curvatures: Sequence[Tensor]
+) -> tuple[Contestant, int]:
+    """Return a contestant that has taken two steps, and the most bytes that torch's allocator lent it meanwhile."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        work()
+        contestant = Contestant(build, calls, curvatures)
+        contestant.step()
+        contestant.step()
     events = sorted(profiler.events(), key=lambda event: event.time_range.start)
-    return max(accumulate(event.self_cpu_memory_usage for event in events), default=0)
+    return contestant, max(accumulate(event.self_cpu_memory_usage for event in events))
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Return how long ``work()`` takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin

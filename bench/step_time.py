@@ -10,7 +10,6 @@ import datetime
 import json
 import platform
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median, quantiles
@@ -20,11 +19,13 @@ import torch
 
 import bsam_fused
 from bench.cases import CASES, TRIAL_CASES, Case
-from bench.contestant import Contestant, coefficients, peak_bytes
+from bench.contestant import Contestant, coefficients, first_steps, seconds_of
 from bsam_fused.ops import native_flat
 
 THREADS = 2
 ITEMSIZE = torch.float32.itemsize
+COPIED = 1 << 26
+"""Elements of the copy that measures bandwidth: so many that no cache helps, and that it goes around them."""
 
 
 class Measured(NamedTuple):
@@ -33,7 +34,7 @@ class Measured(NamedTuple):
     phases: dict[str, list[list[float]]]
     """Implementation -> repetition -> seconds a phase."""
     copies: list[float]
-    """Seconds of copying N elements, each repetition."""
+    """Seconds of copying COPIED elements, each repetition; not for small cases, whose caches it would empty."""
     extra: dict[str, float]
     """Implementation -> peak memory beside parameters, gradients and momentum, in N elements."""
 
@@ -55,27 +56,20 @@ def measure(case: Case, repeat: int) -> Measured:
     curvatures = coefficients(case.shapes)
     contestants: dict[str, Contestant] = {}
     extra = {}
-
-    def first_steps(name: str) -> None:
-        contestants[name] = Contestant(case.algorithm.implementations[name], case.algorithm.calls, curvatures)
-        for _ in range(2):
-            contestants[name].step()
-
-    for name in case.algorithm.implementations:
-        # Parameters, gradients and momentum are 3 N.
-        extra[name] = peak_bytes(lambda name=name: first_steps(name)) / (case.elements * ITEMSIZE) - 3
+    for name, build in case.algorithm.implementations.items():
+        contestants[name], peak = first_steps(build, case.algorithm.calls, curvatures)
+        extra[name] = peak / (case.elements * ITEMSIZE) - 3  # without parameters, gradients and momentum
     for name, contestant in contestants.items():
-        torch.testing.assert_close(contestant.params, contestants["loops"].params, msg=lambda m, n=name: f"{n}: {m}")
-
+        torch.testing.assert_close(
+            contestant.params, contestants["loops"].params, msg=lambda m, n=name: f"{n}: {m}"
+        )
     phases: dict[str, list[list[float]]] = {name: [] for name in contestants}
     copies = []
-    source, copy = torch.ones(case.elements), torch.ones(case.elements)
+    source, copy = torch.ones(2, 0 if case.small else COPIED)
     for _ in range(repeat + 1):
         for name, contestant in contestants.items():
             phases[name].append(contestant.step())
-        begin = time.perf_counter()
-        copy.copy_(source)
-        copies.append(time.perf_counter() - begin)
+        copies.append(seconds_of(lambda: copy.copy_(source)))
     return Measured({name: steps[1:] for name, steps in phases.items()}, copies[1:], extra)
 
 
@@ -88,7 +82,7 @@ def figures(case: Case, measured: Measured) -> list[Figure]:
     if case.small:
         result.append(Figure("fused, a tensor", 1e6 * fused / len(case.shapes), "µs"))
     else:
-        budget = case.algorithm.moves / 2 * median(measured.copies)  # a copy moves 2 N
+        budget = case.algorithm.moves * case.elements / (2 * COPIED) * median(measured.copies)
         result += [Figure("byte budget", 1e3 * budget, "ms"), Figure("fused / byte budget", fused / budget)]
     return result + [Figure(f"extra memory of {name}", extra, "N") for name, extra in measured.extra.items()]
 
@@ -118,8 +112,7 @@ def report(name: str, case: Case, measured: Measured, found: Sequence[Figure]) -
             who: {call: _spread(seconds) for call, *seconds in zip(case.algorithm.calls, *steps, strict=True)}
             for who, steps in measured.phases.items()
         },
-        "copy_ms": _spread(measured.copies),
-        "copy_gb_per_s": 2e-9 * case.elements * ITEMSIZE / median(measured.copies),
+        "copy_gb_per_s": None if case.small else 2e-9 * COPIED * ITEMSIZE / median(measured.copies),
         "figures": [{**figure._asdict(), "target": _verdict(case, figure)} for figure in found],
     }
 
@@ -166,7 +159,9 @@ def _commit() -> str | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.step_time", description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", choices=[*CASES, *TRIAL_CASES], help="default: all but tiny")
+    parser.add_argument(
+        "--case", action="append", choices=[*CASES, *TRIAL_CASES], help="default: all but tiny"
+    )
     parser.add_argument("--repeat", type=int, help="repetitions, instead of each case's own number")
     parser.add_argument("--out", type=Path, help="write a JSON report to this file")
     options = parser.parse_args(arguments)

@@ -1,6 +1,9 @@
 // Which compiled loops this CPU runs.
 #include "cpu.h"
 
+#include <cstdlib>
+#include <cstring>
+
 namespace bsam {
 
 namespace baseline {
@@ -22,13 +25,20 @@ struct InstructionSet {
   const Loops& (*loops)(Dtype);
 };
 
+// Torch's own variable that holds its kernels to an instruction set (default, avx2, avx512) holds ours too.
+bool allowed(const char* capability) {
+  const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
+  if (limit == nullptr) return true;
+  return std::strcmp(limit, "default") != 0 && (std::strcmp(limit, "avx2") != 0 || std::strcmp(capability, "avx2") == 0);
+}
+
 InstructionSet best() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
     return {"AVX-512", avx512::loops};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"AVX2", avx2::loops};
+  if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"AVX2", avx2::loops};
 #endif
   return {"baseline", baseline::loops};
 }
