@@ -81,7 +81,14 @@ def extension() -> Extension:
     major, minor = torch_version().split("+")[0].split(".")[:2]
     version: dict[str, str] = {}
     exec((ROOT / "bsam_fused" / "_version.py").read_text(), version)
-    flags = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+    flags = [
+        "-O3",
+        "-g0",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fvisibility=hidden",
+    ]
     if sys.platform == "linux":
         flags.append("-fopenmp")  # at::parallel_for's pragma; the runtime is the one torch has loaded
     from torch.utils.cpp_extension import CppExtension

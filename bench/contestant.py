@@ -43,7 +43,7 @@ class Contestant:
         self.phases = [getattr(optimizer, call) for call in calls]
 
     def step(self) -> list[float]:
-        """Take a step; return the seconds in each phase. Making gradients and clearing the last is not timed."""
+        """Take a step; return the seconds in each phase, without making gradients and clearing the last."""
         seconds = []
         for phase in self.phases:
             self._backward()
@@ -62,7 +62,7 @@ class Contestant:
 def first_steps(
     build: Callable[[list[Tensor]], Any], calls: Sequence[str], curvatures: Sequence[Tensor]
 ) -> tuple[Contestant, int]:
-    """Return a contestant that has taken two steps, and the most bytes that torch's allocator lent it meanwhile."""
+    """Return a contestant after two steps, and the most bytes that torch's allocator lent it meanwhile."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         contestant = Contestant(build, calls, curvatures)
         contestant.step()

@@ -1,9 +1,9 @@
 """SAM and BSAM as a careful engineer writes them in plain torch: `torch._foreach` and torch's fused SGD.
 
-For comparison. Weights are saved in buffers that stay, g is taken from ``.grad`` and not copied, sums go into it in
-place, and norms are Python floats, so that scaled additions need no temporaries. BSAM moves 26 N elements a step
-with SGD with momentum, SAM 13 N. Unlike `bsam_fused`, it wants a gradient for every parameter in every pass, and
-does not look for inf and NaN.
+For comparison. Weights are saved in buffers that stay, g is taken from ``.grad`` and not copied, sums go into it
+in place, and norms are Python floats (free on a CPU), so that scaled additions need no temporaries. BSAM moves 26 N
+elements a step, SAM 13 N, both with SGD with momentum. Unlike `bsam_fused`, it wants a gradient for every parameter
+in every pass, and does not look for inf and NaN.
 """
 
 from __future__ import annotations

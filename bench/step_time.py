@@ -34,7 +34,7 @@ class Measured(NamedTuple):
     phases: dict[str, list[list[float]]]
     """Implementation -> repetition -> seconds a phase."""
     copies: list[float]
-    """Seconds of copying COPIED elements, each repetition; not for small cases, whose caches it would empty."""
+    """Seconds of copying COPIED elements, each repetition (nothing in small cases: it would empty their caches)."""
     extra: dict[str, float]
     """Implementation -> peak memory beside parameters, gradients and momentum, in N elements."""
 
@@ -60,9 +60,7 @@ def measure(case: Case, repeat: int) -> Measured:
         contestants[name], peak = first_steps(build, case.algorithm.calls, curvatures)
         extra[name] = peak / (case.elements * ITEMSIZE) - 3  # without parameters, gradients and momentum
     for name, contestant in contestants.items():
-        torch.testing.assert_close(
-            contestant.params, contestants["loops"].params, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(contestant.params, contestants["loops"].params, msg=lambda m, n=name: f"{n}: {m}")
     phases: dict[str, list[list[float]]] = {name: [] for name in contestants}
     copies = []
     source, copy = torch.ones(2, 0 if case.small else COPIED)
@@ -159,9 +157,7 @@ def _commit() -> str | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.step_time", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--case", action="append", choices=[*CASES, *TRIAL_CASES], help="default: all but tiny"
-    )
+    parser.add_argument("--case", action="append", choices=[*CASES, *TRIAL_CASES], help="default: all but tiny")
     parser.add_argument("--repeat", type=int, help="repetitions, instead of each case's own number")
     parser.add_argument("--out", type=Path, help="write a JSON report to this file")
     options = parser.parse_args(arguments)

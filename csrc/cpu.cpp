@@ -29,14 +29,15 @@ struct InstructionSet {
 bool allowed(const char* capability) {
   const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
   if (limit == nullptr) return true;
-  return std::strcmp(limit, "default") != 0 && (std::strcmp(limit, "avx2") != 0 || std::strcmp(capability, "avx2") == 0);
+  return std::strcmp(limit, "default") != 0 &&
+         (std::strcmp(limit, "avx2") != 0 || std::strcmp(capability, "avx2") == 0);
 }
 
 InstructionSet best() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
     return {"AVX-512", avx512::loops};
   if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"AVX2", avx2::loops};
 #endif

@@ -97,8 +97,8 @@ BSAM_INLINE arithmetic_t<S> direction_at(const S* g, const S* g_min, arithmetic_
   return bilateral_direction<arithmetic_t<S>>(value(g[i]), value(g_min[i]), c);
 }
 
-// The base updates of a tile, whose first element is the segment's i-th. Structs and not lambdas: GCC's target
-// pragma does not reach into lambdas.
+// The base updates of a tile, whose first element is the segment's i-th. Structs and not lambdas: GCC's
+// target pragma does not reach into lambdas.
 template <class S>
 struct SgdRule {
   using T = arithmetic_t<S>;
@@ -110,8 +110,7 @@ struct SgdRule {
     const Sgd<T> o = sgd_;
     if (momentum_buffer == nullptr) {
       BSAM_ELEMENTWISE
-      for (int64_t j = 0; j < n; ++j)
-        store(to[j], sgd<T>(o, value(from[j]), direction_at<bilateral>(g, g_min, c, j)));
+      for (int64_t j = 0; j < n; ++j) store(to[j], sgd<T>(o, value(from[j]), direction_at<bilateral>(g, g_min, c, j)));
       return;
     }
     S* m = momentum_buffer + i;
@@ -164,8 +163,8 @@ struct SegmentLoops {
     }
   }
 
-  static double descend(void* w_, void* g_, const void* g_max_, const void* saved_, const Radius& radius,
-                        bool stream, int64_t n) {
+  static double descend(void* w_, void* g_, const void* g_max_, const void* saved_, const Radius& radius, bool stream,
+                        int64_t n) {
     S *w = static_cast<S*>(w_), *g = static_cast<S*>(g_);
     const S *g_max = static_cast<const S*>(g_max_), *saved = static_cast<const S*>(saved_);
     stream = can_stream(w, stream);
@@ -210,8 +209,8 @@ struct SegmentLoops {
   }
 
   static void adam(const Update& u, const AdamGroup& group, void* exp_avg, void* exp_avg_sq, double t) {
-    const Adam<T> o = adam_rule<T>(group.lr, group.beta1, group.beta2, group.eps, group.weight_decay,
-                                   group.decoupled, group.maximize, t);
+    const Adam<T> o = adam_rule<T>(group.lr, group.beta1, group.beta2, group.eps, group.weight_decay, group.decoupled,
+                                   group.maximize, t);
     update(u, AdamRule<S>{o, static_cast<S*>(exp_avg), static_cast<S*>(exp_avg_sq)});
   }
 

@@ -11,8 +11,8 @@
 
 namespace bsam {
 
-constexpr int64_t kBlock = 16384;    // elements
-constexpr int64_t kAlignment = 64;   // bytes
+constexpr int64_t kBlock = 16384;   // elements
+constexpr int64_t kAlignment = 64;  // bytes
 
 // `count` elements of one tensor: its elements from `begin` on, at `flat` in the flat buffers.
 struct Segment {

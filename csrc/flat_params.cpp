@@ -143,9 +143,9 @@ void FlatParams::clear_gradients() {
     if (p.grad().defined()) p.mutable_grad().reset();
 }
 
-// Takes g for ourselves where `wanted(entry)`: the gradient itself where nobody else holds it or its storage (a
-// DDP bucket's view does), else, or where it is smaller than the work of finding out, a copy, in a tensor that is
-// kept for the next steps.
+// Takes g for ourselves where `wanted(entry)`: the gradient itself where nobody else holds it or its storage
+// (a DDP bucket's view does), else, or where it is smaller than the work of finding out, a copy, in a tensor
+// that is kept for the next steps.
 template <class Wanted>
 void FlatParams::take_gradients(Wanted wanted) {
   bool copies = false;
@@ -241,8 +241,7 @@ void FlatParams::ascend(const at::Tensor& sums, const Radii& radii, double norm_
     for_segments([&](const Segment& s) {
       const Entry& e = entries_[s.tensor];
       const int64_t at = s.begin * itemsize_;
-      if (e.now)
-        loops_.ascend(e.w + at, e.now + at, saved + s.flat * itemsize_, groups[e.group], stream_, s.count);
+      if (e.now) loops_.ascend(e.w + at, e.now + at, saved + s.flat * itemsize_, groups[e.group], stream_, s.count);
     });
   }
   for (size_t i : c10::irange(params_.size()))
@@ -262,7 +261,8 @@ void FlatParams::descend(const at::Tensor& sums, const Radii& radii, double norm
     const int64_t at = s.begin * itemsize_;
     const char* g_max = e.now ? e.now + at : kZeros;
     if (!e.perturbed) return loops_.square_norm(nullptr, g_max, Radius{}, s.count);
-    return loops_.descend(e.w + at, data(e.g, at), g_max, saved + s.flat * itemsize_, groups[e.group], stream_, s.count);
+    return loops_.descend(e.w + at, data(e.g, at), g_max, saved + s.flat * itemsize_, groups[e.group], stream_,
+                          s.count);
   });
   sums_.mutable_data_ptr<double>()[kMax] = sum;
   for (size_t i : c10::irange(params_.size()))

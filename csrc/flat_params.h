@@ -59,18 +59,18 @@ class FlatParams {
  private:
   // Small and in order of use: with hundreds of tiny tensors, cache misses are what a phase is made of.
   struct Entry {
-    char* w = nullptr;         // the weights, in `layout()`'s strides
-    const char* now = nullptr; // this pass's gradient, in the same strides; null without one
+    char* w = nullptr;          // the weights, in `layout()`'s strides
+    const char* now = nullptr;  // this pass's gradient, in the same strides; null without one
     int32_t group, dim;
-    int64_t shape;             // where in shapes_ it is
-    bool dense;                // its elements fill its storage: worked on in place
-    bool perturbed = false;    // w is not w, but saved is
-    bool member = false;       // had a gradient in some pass of this step
-    bool copied = false;       // this pass's gradient is copied, not taken
-    at::Tensor g;              // BSAM: g, then g + g_max
-    at::Tensor own;            // where g is kept when it had to be copied
-    at::Tensor staged;         // holds `now` where the gradient had other strides
-    at::Tensor packed;         // where not dense: its elements, packed
+    int64_t shape;           // where in shapes_ it is
+    bool dense;              // its elements fill its storage: worked on in place
+    bool perturbed = false;  // w is not w, but saved is
+    bool member = false;     // had a gradient in some pass of this step
+    bool copied = false;     // this pass's gradient is copied, not taken
+    at::Tensor g;            // BSAM: g, then g + g_max
+    at::Tensor own;          // where g is kept when it had to be copied
+    at::Tensor staged;       // holds `now` where the gradient had other strides
+    at::Tensor packed;       // where not dense: its elements, packed
   };
 
   const at::Tensor& layout(size_t i) const { return entries_[i].dense ? params_[i] : entries_[i].packed; }
@@ -103,7 +103,7 @@ class FlatParams {
   const Loops& loops_;
   bool stream_;
   std::vector<Entry> entries_;
-  std::vector<int64_t> shapes_;  // sizes and strides of every parameter as recorded, end to end
+  std::vector<int64_t> shapes_;                // sizes and strides of every parameter as recorded, end to end
   std::map<std::string, at::Tensor> buffers_;  // "saved", and the base optimizer's state
   at::Tensor sums_, steps_;
   std::vector<double> partial_;  // of a sum, one a block

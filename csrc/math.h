@@ -135,8 +135,8 @@ struct Adam {
 
 // Of step t, in double as torch works them out.
 template <class T>
-BSAM_INLINE Adam<T> adam_rule(double lr, double beta1, double beta2, double eps, double weight_decay,
-                              bool decoupled, bool maximize, double t) {
+BSAM_INLINE Adam<T> adam_rule(double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
+                              bool maximize, double t) {
   return {T(1 - beta1),
           T(beta2),
           T(1 - beta2),

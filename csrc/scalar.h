@@ -50,7 +50,8 @@ BSAM_INLINE float value(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) <<
 BSAM_INLINE float value(Float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
-  // Exponents differ in bias by 112; the multiplication also normalises subnormals. Inf and NaN keep all ones.
+  // Exponents differ in bias by 112; the multiplication also normalises subnormals. Inf and NaN keep all
+  // ones.
   const float scaled = bit_cast<float>(magnitude) * 0x1p112f;
   const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
   return bit_cast<float>(sign | special | bit_cast<uint32_t>(scaled));

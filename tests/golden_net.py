@@ -47,7 +47,11 @@ class Recording:
         base = getattr(torch.optim, meta["base"])
         if meta["algorithm"] == "BSAM":
             decay = "lr" if meta["rho_min_follows_lr"] else "none"
-            options |= {"rho_min": meta["rho_min"], "rho_min_decay": decay, "update_from": meta["update_from"]}
+            options |= {
+                "rho_min": meta["rho_min"],
+                "rho_min_decay": decay,
+                "update_from": meta["update_from"],
+            }
             return bsam_fused.BSAM(params, base, rho=meta["rho"], **options)
         options |= {"adaptive": meta.get("adaptive", False), "eta": meta.get("eta", 0.0)}
         return bsam_fused.SAM(params, base, rho=meta["rho"], **options)

@@ -23,11 +23,23 @@ BASES = {
     "SGD": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.02}, ref.sgd),
     "nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}, ref.sgd),
     "maximize": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "maximize": True}, ref.sgd),
-    "Adam": (torch.optim.Adam, {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.02}, ref.adam),
-    "AdamW": (torch.optim.AdamW, {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}, ref.adamw),
+    "Adam": (
+        torch.optim.Adam,
+        {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.02},
+        ref.adam,
+    ),
+    "AdamW": (
+        torch.optim.AdamW,
+        {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1},
+        ref.adamw,
+    ),
     "Adam maximize": (torch.optim.Adam, {"lr": 0.05, "eps": 1e-3, "maximize": True}, ref.adam),
     # Not fused: the general path, with SGD's rule in its own step().
-    "general": (type("Own", (torch.optim.SGD,), {}), {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.02}, ref.sgd),
+    "general": (
+        type("Own", (torch.optim.SGD,), {}),
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.02},
+        ref.sgd,
+    ),
 }
 
 
@@ -107,7 +119,11 @@ def test_steps(backend, name, base, dtype):
         for group in opt.param_groups:
             group["lr"] *= 0.7  # so that ρ_min decays
         step_beside(
-            opt, params, options_of(opt, params), rule, [gradients(params, 100 * t + k) for k in range(len(opt._calls))]
+            opt,
+            params,
+            options_of(opt, params),
+            rule,
+            [gradients(params, 100 * t + k) for k in range(len(opt._calls))],
         )
     assert opt.skipped_steps == 0
 

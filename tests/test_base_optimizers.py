@@ -167,7 +167,10 @@ def test_resume_is_bit_identical(backend, kind, name):
 def test_checkpoints_are_as_large_as_the_bases(backend):
     """No perturbation buffers: they hold nothing between steps."""
     sizes = []
-    for make in (lambda p: bsam_fused.BSAM(p, lr=0.1, momentum=0.9, backend=backend), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)):
+    for make in (
+        lambda p: bsam_fused.BSAM(p, lr=0.1, momentum=0.9, backend=backend),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    ):
         params = [torch.nn.Parameter(torch.randn(64, 64)) for _ in range(10)]
         opt = make(params)
         constant_passes(opt, params, 0)

@@ -32,9 +32,15 @@ def source(tmp_path_factory):
 
 def run_setup(source, *command, without_torch=False, **env):
     hide = "sys.modules['torch'] = None; " if without_torch else ""
-    code = f"import sys, runpy; {hide}sys.argv = ['setup.py', *{list(command)}]; runpy.run_path('setup.py', run_name='__main__')"
+    arguments = f"sys.argv = ['setup.py', *{list(command)}]"
+    code = f"import sys, runpy; {hide}{arguments}; runpy.run_path('setup.py', run_name='__main__')"
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=source, env={**os.environ, **env}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=source,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -65,7 +71,13 @@ def test_without_torch_auto_builds_pure_python(source, tmp_path):
 )
 def test_what_cannot_be_built_fails_with_the_reason(source, tmp_path, build, env, without_torch, reason):
     result = run_setup(
-        source, "build", "--build-base", str(tmp_path), without_torch=without_torch, BSAM_FUSED_BUILD=build, **env
+        source,
+        "build",
+        "--build-base",
+        str(tmp_path),
+        without_torch=without_torch,
+        BSAM_FUSED_BUILD=build,
+        **env,
     )
     assert result.returncode != 0
     assert re.search(f"BSAM_FUSED_BUILD={build}: .*{reason}", result.stderr), result.stderr
@@ -90,7 +102,7 @@ def test_jobs_are_capped_by_memory(monkeypatch):
     assert setup["jobs"]() == len(os.sched_getaffinity(0))
 
 
-@pytest.fixture()
+@pytest.fixture
 def another_name(monkeypatch, tmp_path):
     """The loader, looking for a module of another name, in a folder of ours too."""
     monkeypatch.setattr(bsam_fused, "__path__", [*bsam_fused.__path__, str(tmp_path)])
@@ -183,7 +195,9 @@ for dtype in DTYPES:
 def test_loops_of_every_instruction_set(capability, name):
     """Each compiled variant beside the torch backend; one that this CPU lacks runs as the next lower one."""
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    result = subprocess.run([sys.executable, "-c", STEP], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", STEP], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     order = ["baseline", "AVX2", "AVX-512"]
     assert order.index(result.stdout.strip()) <= order.index(name)

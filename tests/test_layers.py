@@ -96,5 +96,10 @@ def test_torch_alone_is_needed_at_run_time():
 
 
 def test_no_file_is_long():
-    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").iterdir(), *(ROOT / "tests").glob("*.py"), *(ROOT / "bench").glob("*.py")]:
+    for path in [
+        *PACKAGE.rglob("*.py"),
+        *(ROOT / "csrc").iterdir(),
+        *(ROOT / "tests").glob("*.py"),
+        *(ROOT / "bench").glob("*.py"),
+    ]:
         assert len(path.read_text().splitlines()) <= 520, path

@@ -7,6 +7,7 @@ Symbols as in the papers: w, g, ρ, ρ_min, η, T (1, or |w| + η where adaptive
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple, NoReturn, Protocol
 
 import torch
@@ -61,16 +62,33 @@ class FlatParams(Protocol):
     Weights and state of a step with a sum that is not finite stay as they were before it.
     """
 
-    params: Sequence[Tensor]
-    places: Sequence[tuple[int, int]]
-    device: torch.device
-    dtype: torch.dtype
-    sums: Tensor
-    """float64 (3,): this FlatParams' own sums."""
-    skipped: int
-    """Updates that were skipped; reading it may synchronise."""
-    extra_bytes: int
-    """Bytes held beside parameters and gradients: saved, g while kept, the base optimizer's state."""
+    @property
+    def params(self) -> Sequence[Tensor]:
+        """The parameters."""
+
+    @property
+    def places(self) -> Sequence[tuple[int, int]]:
+        """Of each parameter, its param group and its index there."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters were when this was built."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype when this was built."""
+
+    @property
+    def sums(self) -> Tensor:
+        """float64 (3,): this FlatParams' own sums."""
+
+    @property
+    def skipped(self) -> int:
+        """Updates that were skipped; reading it may synchronise."""
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes held beside parameters and gradients: saved, g while kept, the base optimizer's state."""
 
     def read_gradients(self) -> None:
         """Note every ``.grad`` of this pass, before anything is written.
@@ -213,7 +231,7 @@ def check_memory(params: Sequence[Tensor], places: Sequence[tuple[int, int]]) ->
         return param.data_ptr(), param.data_ptr() + (last + 1) * param.element_size()
 
     spans = sorted((*span(param), i) for i, param in enumerate(params) if param.numel())
-    for (_, end, i), (begin, _, j) in zip(spans, spans[1:], strict=False):
+    for (_, end, i), (begin, _, j) in pairwise(spans):
         if begin < end:
             raise ValueError(
                 f"{describe(params[j], places[j])} shares memory with {describe(params[i], places[i])}: tie weights by "

@@ -49,7 +49,10 @@ def load() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         return None, f"the C++ extension does not load ({error}); rebuild it, {mend}"
     if module.version != __version__:
-        return None, f"the C++ extension is of bsam_fused {module.version}, not {__version__}; rebuild it, {mend}"
+        return (
+            None,
+            f"the C++ extension is of bsam_fused {module.version}, not {__version__}; rebuild it, {mend}",
+        )
     return module, ""
 
 

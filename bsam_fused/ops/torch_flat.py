@@ -134,7 +134,12 @@ class TorchFlatParams:
         self.clear_gradients()
 
     def _perturb(
-        self, sums: Tensor, radii: Sequence[Radius], norm_eps: float, finite: Tensor, gradients: dict[int, Tensor]
+        self,
+        sums: Tensor,
+        radii: Sequence[Radius],
+        norm_eps: float,
+        finite: Tensor,
+        gradients: dict[int, Tensor],
     ) -> None:
         n = sums[ASCENT].sqrt()
         saved = self.state("saved")

@@ -345,7 +345,8 @@ class SharpnessAware(torch.optim.Optimizer):
     def _general_update(self, totals: Sequence[Tensor]) -> None:
         """Leave the update to the base optimizer: d in .grad, the weights at w, then its own step()."""
         flats = self._ready()
-        if all([flat.combine(sums, self._from_saved) for flat, sums in zip(flats, totals, strict=True)]):
+        combined = [flat.combine(sums, self._from_saved) for flat, sums in zip(flats, totals, strict=True)]
+        if all(combined):
             try:
                 self._base_step()
             except BaseException:

@@ -14,9 +14,7 @@ from bsam_fused.optim.base import Closure, Phase, SharpnessAware
 from bsam_fused.optim.sam import Base
 
 
-def decayed_radius(
-    rho_min: float, lr: float, lr_max: float, *, rho_min_end: float = 0.0, lr_end: float = 0.0
-) -> float:
+def decayed_radius(rho_min: float, lr: float, lr_max: float, *, rho_min_end: float = 0.0, lr_end: float = 0.0) -> float:
     """Return ρ_min,t = ρ_end + (ρ_min − ρ_end)(lr_t − lr_end)/(lr_max − lr_end), BSAM eq. 12.
 
     ρ_min where lr_max = lr_end; never below 0.
@@ -89,9 +87,7 @@ class BSAM(SharpnessAware):
             "adaptive": adaptive,
             "eta": eta,
         }
-        super().__init__(
-            params, base_optimizer, options, base_kwargs, norm_eps=norm_eps, model=model, backend=backend
-        )
+        super().__init__(params, base_optimizer, options, base_kwargs, norm_eps=norm_eps, model=model, backend=backend)
 
     def descend(self) -> None:
         """After backward at w_max: the weights become w_min = w − ρ_min T² g / (‖T g‖ + norm_eps).

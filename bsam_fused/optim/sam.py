@@ -56,9 +56,7 @@ class SAM(SharpnessAware):
         **base_kwargs: Any,
     ) -> None:
         options = {"rho": rho, "adaptive": adaptive, "eta": eta}
-        super().__init__(
-            params, base_optimizer, options, base_kwargs, norm_eps=norm_eps, model=model, backend=backend
-        )
+        super().__init__(params, base_optimizer, options, base_kwargs, norm_eps=norm_eps, model=model, backend=backend)
 
     def step(self, closure: Closure | None = None, *, ascent_closure: Closure | None = None) -> Any:  # type: ignore[override]
         """Finish a step by hand, or run a whole one with closures.
