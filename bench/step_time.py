@@ -161,6 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeat", type=int, help="repetitions, instead of each case's own number")
     parser.add_argument("--out", type=Path, help="write a JSON report to this file")
     options = parser.parse_args(arguments)
+    if options.repeat is not None and options.repeat < 1:
+        parser.error("--repeat: at least 1")
     torch.set_num_threads(THREADS)
     reports = []
     for name in options.case or CASES:

@@ -119,7 +119,8 @@ void FlatParams::read_gradients() {
     Entry& e = entries_[i];
     e.now = nullptr;
     e.staged.reset();
-    const at::Tensor& grad = params_[i].grad();
+    e.grad = &params_[i].mutable_grad();
+    const at::Tensor& grad = *e.grad;
     if (!unmoved(i)) throw BadParameter{i};
     if (!grad.defined()) continue;
     if (grad.layout() != at::kStrided || grad.scalar_type() != dtype_ || grad.device() != device_ ||
@@ -143,41 +144,51 @@ void FlatParams::clear_gradients() {
     if (p.grad().defined()) p.mutable_grad().reset();
 }
 
-// Takes g for ourselves where `wanted(entry)`: the gradient itself where nobody else holds it or its storage
-// (a DDP bucket's view does), else, or where it is smaller than the work of finding out, a copy, in a tensor
-// that is kept for the next steps.
+// Takes g for ourselves: the gradient itself where nobody else holds it or its storage (a DDP bucket's view does),
+// else, or where it is smaller than the work of finding out, a copy, in a tensor that is kept for the next steps.
+// Returns false where the copy is large, and left to be made.
+bool FlatParams::take_gradient(size_t i) {
+  Entry& e = entries_[i];
+  const bool small = index_.numel(int64_t(i)) * itemsize_ <= kSmallBytes;
+  if (!small && !e.staged.defined() && !e.grad->requires_grad() && !held_elsewhere(*e.grad)) {
+    e.g = std::move(*e.grad);
+    return true;
+  }
+  if (!e.own.defined()) e.own = at::empty_strided(layout(i).sizes(), layout(i).strides(), at::dtype(dtype_));
+  e.g = e.own;
+  if (small) loops_.copy(data(e.g, 0), e.now, false, index_.numel(int64_t(i)));
+  return small;
+}
+
+void FlatParams::forget_gradient(Entry& e) {
+  e.now = nullptr;
+  e.staged.reset();
+  e.grad->reset();
+}
+
+// Ends a pass, in one walk: notes what was written, takes the gradients that are `wanted`, leaves .grad None.
 template <class Wanted>
-void FlatParams::take_gradients(Wanted wanted) {
-  bool copies = false;
+void FlatParams::end_pass(Wanted wanted) {
+  std::vector<char> copying;
   for (size_t i : c10::irange(params_.size())) {
     Entry& e = entries_[i];
-    e.copied = false;
-    if (!e.now || !wanted(e)) continue;
-    const at::Tensor& grad = params_[i].grad();
-    if (index_.numel(int64_t(i)) * itemsize_ > kSmallBytes && !e.staged.defined() && !grad.requires_grad() &&
-        !held_elsewhere(grad)) {
-      e.g = std::move(params_[i].mutable_grad());
-      continue;
+    if (e.perturbed) wrote_weights(i);
+    if (!e.now) continue;
+    if (!wanted(e) || take_gradient(i)) {
+      forget_gradient(e);
+    } else {
+      copying.resize(params_.size());
+      copying[i] = true;
     }
-    if (!e.own.defined()) e.own = at::empty_strided(layout(i).sizes(), layout(i).strides(), at::dtype(dtype_));
-    e.g = e.own;
-    e.copied = copies = true;
   }
-  if (!copies) return;
+  if (copying.empty()) return;
   for_segments([&](const Segment& s) {
     const Entry& e = entries_[s.tensor];
     const int64_t at = s.begin * itemsize_;
-    if (e.copied) loops_.copy(data(e.g, at), e.now + at, stream_, s.count);
+    if (copying[s.tensor]) loops_.copy(data(e.g, at), e.now + at, stream_, s.count);
   });
-}
-
-// Forgets this pass's gradients, ours and the parameters'.
-void FlatParams::end_pass() {
-  for (size_t i : c10::irange(params_.size())) {
-    entries_[i].now = nullptr;
-    entries_[i].staged.reset();
-    params_[i].mutable_grad().reset();
-  }
+  for (size_t i : c10::irange(params_.size()))
+    if (copying[i]) forget_gradient(entries_[i]);
 }
 
 // ---- loops
@@ -244,10 +255,7 @@ void FlatParams::ascend(const at::Tensor& sums, const Radii& radii, double norm_
       if (e.now) loops_.ascend(e.w + at, e.now + at, saved + s.flat * itemsize_, groups[e.group], stream_, s.count);
     });
   }
-  for (size_t i : c10::irange(params_.size()))
-    if (entries_[i].perturbed) wrote_weights(i);
-  if (keep) take_gradients([](const Entry&) { return true; });
-  end_pass();
+  end_pass([&](const Entry&) { return keep; });
 }
 
 void FlatParams::descend(const at::Tensor& sums, const Radii& radii, double norm_eps) {
@@ -265,10 +273,7 @@ void FlatParams::descend(const at::Tensor& sums, const Radii& radii, double norm
                           s.count);
   });
   sums_.mutable_data_ptr<double>()[kMax] = sum;
-  for (size_t i : c10::irange(params_.size()))
-    if (entries_[i].perturbed) wrote_weights(i);
-  take_gradients([](const Entry& e) { return !e.g.defined(); });
-  end_pass();
+  end_pass([](const Entry& e) { return !e.g.defined(); });
   if (!std::isfinite(sum)) restore();
 }
 

@@ -59,27 +59,28 @@ class FlatParams {
  private:
   // Small and in order of use: with hundreds of tiny tensors, cache misses are what a phase is made of.
   struct Entry {
-    char* w = nullptr;          // the weights, in `layout()`'s strides
-    const char* now = nullptr;  // this pass's gradient, in the same strides; null without one
+    char* w = nullptr;           // the weights, in `layout()`'s strides
+    const char* now = nullptr;   // this pass's gradient, in the same strides; null without one
+    at::Tensor* grad = nullptr;  // .grad itself, in this pass
     int32_t group, dim;
     int64_t shape;           // where in shapes_ it is
     bool dense;              // its elements fill its storage: worked on in place
     bool perturbed = false;  // w is not w, but saved is
     bool member = false;     // had a gradient in some pass of this step
-    bool copied = false;     // this pass's gradient is copied, not taken
     at::Tensor g;            // BSAM: g, then g + g_max
     at::Tensor own;          // where g is kept when it had to be copied
     at::Tensor staged;       // holds `now` where the gradient had other strides
     at::Tensor packed;       // where not dense: its elements, packed
   };
 
+  static void forget_gradient(Entry& e);
   const at::Tensor& layout(size_t i) const { return entries_[i].dense ? params_[i] : entries_[i].packed; }
   bool unmoved(size_t i) const;
   void read_weights(size_t i);
   void wrote_weights(size_t i);
+  bool take_gradient(size_t i);
   template <class Wanted>
-  void take_gradients(Wanted wanted);
-  void end_pass();
+  void end_pass(Wanted wanted);
   char* buffer(const std::string& key);
   bool finite(const at::Tensor& sums) const;
   void write_saved();
