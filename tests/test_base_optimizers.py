@@ -25,6 +25,11 @@ GENERAL = {
     "amsgrad": (torch.optim.Adam, {"amsgrad": True}),
     "NAdam": (torch.optim.NAdam, {}),
     "Adamax": (torch.optim.Adamax, {}),
+    "Adadelta": (torch.optim.Adadelta, {}),
+    "Rprop": (torch.optim.Rprop, {}),
+    "ASGD": (torch.optim.ASGD, {}),
+    "RAdam": (torch.optim.RAdam, {}),
+    "Adafactor": (torch.optim.Adafactor, {}),
     "subclass": (type("MySGD", (torch.optim.SGD,), {}), {"momentum": 0.9}),
 }
 
@@ -248,3 +253,11 @@ def test_hooks_on_the_base_instance_still_run(backend):
     base.register_step_post_hook(lambda *_: calls.append(1))
     constant_passes(bsam_fused.SAM(params, base, backend=backend), params, 0)
     assert calls == [1]
+
+
+def test_a_base_with_an_option_named_rho():
+    """Adadelta's rho is its own; ours lies beside it."""
+    opt = bsam_fused.BSAM(parameters("odd"), torch.optim.Adadelta, lr=0.1, rho=0.2)
+    group = opt.param_groups[0]
+    assert (group["rho"], group["sharpness_rho"], group["rho_min"]) == (0.9, 0.2, 0.2)
+    assert opt._radii("rho", 1.0)[0].radius == 0.2

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "optim.groups": {"ops.contract"},
     "optim.base": {"ops.contract", "ops.dispatch", "optim.fused", "optim.groups", "batchnorm"},
     "optim.sam": {"ops.contract", "optim.base"},
-    "optim.bsam": {"ops.contract", "optim.base", "optim.groups", "optim.sam"},
+    "optim.bsam": {"ops.contract", "optim.base", "optim.sam"},
     "": {"_version", "optim.base", "optim.sam", "optim.bsam"},
 }
 ABOVE = {"cli", "__main__"}  # and report: they may import anything below

@@ -102,10 +102,15 @@ class SharpnessAware(torch.optim.Optimizer):
         self.active = True
         self.sharpness: Sharpness | None = None
         self.base_optimizer = groups.build_base(params, base_optimizer, base_kwargs, options)
-        super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **options})
+        ours = {self._key(option): value for option, value in options.items()}
+        super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **ours})
         self.base_optimizer.param_groups = self.param_groups
         self.state = self.base_optimizer.state
         self.backends  # noqa: B018 - a backend asked for and missing is said now, not in the first step
+
+    def _key(self, option: str) -> str:
+        """Return where param groups keep ``option``: elsewhere if the base has one of that name (Adadelta's rho)."""
+        return f"sharpness_{option}" if option in self.base_optimizer.defaults else option
 
     # ---- what runs where
 
@@ -197,14 +202,17 @@ class SharpnessAware(torch.optim.Optimizer):
         return [
             Radius(
                 (-sign if group.get("maximize") else sign) * self._radius(group, option, i),
-                bool(group["adaptive"]),
-                groups.check_non_negative("eta", group["eta"], f" in group {i}"),
+                bool(group[self._key("adaptive")]),
+                self._non_negative(group, "eta", i),
             )
             for i, group in enumerate(self.param_groups)
         ]
 
     def _radius(self, group: dict[str, Any], option: str, index: int) -> float:
-        return groups.check_non_negative(option, group[option], f" in group {index}")
+        return self._non_negative(group, option, index)
+
+    def _non_negative(self, group: dict[str, Any], option: str, index: int) -> float:
+        return groups.check_non_negative(option, group[self._key(option)], f" in group {index}")
 
     def _plain_radii(self) -> list[Radius]:
         return [Radius(0.0)] * len(self.param_groups)
@@ -423,7 +431,7 @@ class SharpnessAware(torch.optim.Optimizer):
 
     def _check_options(self, group: dict[str, Any], index: int) -> None:
         for option in ("rho", "eta"):
-            groups.check_non_negative(option, group[option], f" in group {index}")
+            self._non_negative(group, option, index)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state, and param groups with the sharpness-aware options.

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from bsam_fused.ops.contract import MAX, MIN
-from bsam_fused.optim import groups
 from bsam_fused.optim.base import Closure, Phase, SharpnessAware
 from bsam_fused.optim.sam import Base
 
@@ -136,9 +135,9 @@ class BSAM(SharpnessAware):
     def _check_options(self, group: dict[str, Any], index: int) -> None:
         super()._check_options(group, index)
         if group["rho_min"] is None:
-            group["rho_min"] = group["rho"]
+            group["rho_min"] = group[self._key("rho")]
         for option in ("rho_min", "rho_min_end", "rho_min_lr_end"):
-            groups.check_non_negative(option, group[option], f" in group {index}")
+            self._non_negative(group, option, index)
         if group["rho_min_decay"] not in {"lr", "none"}:
             raise ValueError(f'rho_min_decay={group["rho_min_decay"]!r} in group {index}: must be "lr" or "none"')
         group.setdefault("lr_max", float(group["lr"]))

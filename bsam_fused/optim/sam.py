@@ -22,7 +22,8 @@ class SAM(SharpnessAware):
 
     Args:
         params: parameters, (name, parameter) pairs or param groups; groups may set ``rho``, ``adaptive``, ``eta``
-            and the base optimizer's options.
+            and the base optimizer's options (where the base has an option of such a name, Adadelta's rho, ours is
+            ``sharpness_rho``).
         base_optimizer: a torch.optim.Optimizer class, or an instance over the same parameters. Exactly torch's
             SGD, Adam and AdamW are fused; any other gets the direction in ``.grad`` and runs its own ``step()``.
         rho: radius ρ ≥ 0 of the neighbourhood, in units of ‖w‖ (adaptive: relative to |w|).
