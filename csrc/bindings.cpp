@@ -9,11 +9,11 @@ namespace py = pybind11;
 
 namespace {
 
-// Runs a method that may meet a bad parameter; contract.py then raises the error that names it.
-template <class Method>
-void checked(py::handle self, Method method) {
+// Reads the gradients; where one cannot be worked with, contract.py raises the error that names it.
+void read_gradients(py::object self) {
+  at::NoGradGuard no_grad;
   try {
-    method(self.cast<bsam::FlatParams&>());
+    self.cast<bsam::FlatParams&>().read_gradients();
   } catch (const bsam::BadParameter& bad) {
     py::module_::import("bsam_fused.ops.contract").attr("reject")(self, bad.index);
   }
@@ -32,16 +32,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   py::class_<FlatParams>(m, "FlatParams", "bsam_fused.ops.contract.FlatParams, on the CPU")
       .def(py::init<std::vector<at::Tensor>, std::vector<std::pair<int64_t, int64_t>>>())
-      .def("read_gradients",
-           [](py::object self) {
-             at::NoGradGuard no_grad;
-             checked(self, [](FlatParams& flat) { flat.read_gradients(); });
-           })
-      .def("swap",
-           [](py::object self) {
-             at::NoGradGuard no_grad;
-             checked(self, [](FlatParams& flat) { flat.swap(); });
-           })
+      .def("read_gradients", read_gradients)
       .def("clear_gradients", &FlatParams::clear_gradients)
       .def("square_norm", &FlatParams::square_norm, no_grad())
       .def("ascend", &FlatParams::ascend, no_grad())
@@ -50,6 +41,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("update_adam", &FlatParams::update_adam, no_grad())
       .def("combine", &FlatParams::combine, no_grad())
       .def("restore", &FlatParams::restore, no_grad())
+      .def("show_w", &FlatParams::show_w, no_grad())
       .def("release", &FlatParams::release)
       .def("state", &FlatParams::state)
       .def_property_readonly("params", &FlatParams::params)

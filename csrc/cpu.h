@@ -41,7 +41,6 @@ struct Loops {
   double (*descend)(void* w, void* g, const void* g_max, const void* saved, const Radius&, bool stream, int64_t n);
   void (*direction)(void* g, const void* g_min, double c, int64_t n);
   void (*copy)(void* to, const void* from, bool stream, int64_t n);
-  void (*swap)(void* a, void* b, int64_t n);
   void (*sgd)(const Update&, const SgdGroup&, void* momentum_buffer, bool first);
   void (*adam)(const Update&, const AdamGroup&, void* exp_avg, void* exp_avg_sq, double t);
 };

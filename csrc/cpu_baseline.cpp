@@ -1,6 +1,7 @@
 // The CPU loops for any CPU of the architecture.
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>

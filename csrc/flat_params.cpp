@@ -46,12 +46,6 @@ std::vector<int64_t> numels(const std::vector<at::Tensor>& params) {
   return result;
 }
 
-std::vector<Radius> radii_of(const FlatParams::Radii& radii, double sum, double norm_eps) {
-  std::vector<Radius> result;
-  for (const auto& r : radii) result.push_back({step_length(r[0], sum, norm_eps), r[2], r[1] != 0});
-  return result;
-}
-
 // The address of byte `at`, without a tensor none.
 char* data(const at::Tensor& t, int64_t at) {
   return t.defined() ? static_cast<char*>(t.unsafeGetTensorImpl()->mutable_data()) + at : nullptr;
@@ -80,11 +74,12 @@ FlatParams::FlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int
       throw std::invalid_argument("FlatParams (cpp): all parameters must be on the CPU and of one dtype");
     Entry entry;
     entry.group = int32_t(places_.at(i).first);
+    groups_ = std::max(groups_, int64_t(entry.group) + 1);
     entry.dim = int32_t(p.dim());
     entry.shape = int64_t(shapes_.size());
     shapes_.insert(shapes_.end(), p.sizes().begin(), p.sizes().end());
     shapes_.insert(shapes_.end(), p.strides().begin(), p.strides().end());
-    entry.dense = p.is_non_overlapping_and_dense();
+    entry.dense = p.is_non_overlapping_and_dense() && !p.is_neg();
     if (!entry.dense) entry.packed = at::empty(p.sizes(), p.options().requires_grad(false));
     entries_.push_back(std::move(entry));
   }
@@ -127,15 +122,18 @@ void FlatParams::read_gradients() {
         grad.sizes() != params_[i].sizes())
       throw BadParameter{i};
     read_weights(i);
-    if (grad.strides() == layout(i).strides()) {
+    // A lazily negated or zero gradient is not what its memory says; a copy is.
+    if (grad.strides() == layout(i).strides() && !grad.is_neg() && !grad._is_zerotensor()) {
       e.now = data(grad, 0);
     } else {
       e.staged = at::empty_strided(layout(i).sizes(), layout(i).strides(), grad.options().requires_grad(false));
       e.staged.copy_(grad.detach());
       e.now = data(e.staged, 0);
     }
-    // A gradient without elements has no address, yet it is one.
-    if (e.now == nullptr) e.now = kZeros;
+    if (grad.numel() == 0)
+      e.now = kZeros;  // without elements it has no address, yet it is one
+    else if (e.now == nullptr || e.w == nullptr)
+      throw BadParameter{i};
   }
 }
 
@@ -192,6 +190,18 @@ void FlatParams::end_pass(Wanted wanted) {
 }
 
 // ---- loops
+
+void FlatParams::check_groups(size_t groups) const {
+  if (int64_t(groups) < groups_)
+    throw std::invalid_argument("FlatParams: options for fewer groups than parameters have");
+}
+
+std::vector<Radius> FlatParams::radii_of(const Radii& radii, double sum, double norm_eps) const {
+  check_groups(radii.size());
+  std::vector<Radius> result;
+  for (const auto& r : radii) result.push_back({step_length(r[0], sum, norm_eps), r[2], r[1] != 0});
+  return result;
+}
 
 // Runs body(block) for every block; Python's lock is let go of where that takes longer than taking it back.
 template <class Body>
@@ -317,6 +327,7 @@ std::vector<int64_t> FlatParams::update(const at::Tensor& sums, bool from_saved,
 }
 
 std::vector<int64_t> FlatParams::update_sgd(const at::Tensor& sums, const SgdGroups& groups, bool from_saved) {
+  check_groups(groups.size());
   std::vector<SgdGroup> rules;
   bool momentum = false;
   for (const auto& o : groups) {
@@ -334,6 +345,7 @@ std::vector<int64_t> FlatParams::update_sgd(const at::Tensor& sums, const SgdGro
 }
 
 std::vector<int64_t> FlatParams::update_adam(const at::Tensor& sums, const AdamGroups& groups, bool from_saved) {
+  check_groups(groups.size());
   std::vector<AdamGroup> rules;
   for (const auto& o : groups) rules.push_back({o[0], o[1], o[2], o[3], o[4], o[5] != 0, o[6] != 0});
   char *m = buffer("exp_avg"), *v = buffer("exp_avg_sq");
@@ -376,7 +388,7 @@ bool FlatParams::combine(const at::Tensor& sums, bool from_saved) {
 
 // saved -> w, for the perturbed. Also right for a parameter that was moved since: torch copies that one.
 void FlatParams::write_saved() {
-  if (!buffers_.count("saved")) return;
+  if (at_w_ || !buffers_.count("saved")) return;
   const char* saved = buffer("saved");
   const auto in_place = [&](size_t i) { return entries_[i].perturbed && unmoved(i); };
   for (size_t i : c10::irange(params_.size()))
@@ -399,6 +411,7 @@ void FlatParams::restore() {
 }
 
 void FlatParams::release() {
+  at_w_ = false;
   for (Entry& e : entries_) {
     e.perturbed = false;
     e.now = nullptr;
@@ -407,20 +420,17 @@ void FlatParams::release() {
   }
 }
 
-void FlatParams::swap() {
-  if (!buffers_.count("saved")) return;
-  char* saved = buffer("saved");
+// One tensor at a time, through torch: this is for looking, not for the hot path, and right for moved ones too.
+void FlatParams::show_w(bool at_w) {
+  if (at_w == at_w_) return;
   for (size_t i : c10::irange(params_.size())) {
     if (!entries_[i].perturbed) continue;
-    if (!unmoved(i)) throw BadParameter{i};
-    read_weights(i);
+    at::Tensor weights = params_[i].detach(), saved = view("saved", i);
+    const at::Tensor kept = weights.clone();
+    weights.copy_(saved);
+    saved.copy_(kept);
   }
-  for_segments([&](const Segment& s) {
-    const Entry& e = entries_[s.tensor];
-    if (e.perturbed) loops_.swap(e.w + s.begin * itemsize_, saved + s.flat * itemsize_, s.count);
-  });
-  for (size_t i : c10::irange(params_.size()))
-    if (entries_[i].perturbed) wrote_weights(i);
+  at_w_ = at_w;
 }
 
 // ---- the base optimizer's state

@@ -44,7 +44,7 @@ class FlatParams {
   bool combine(const at::Tensor& sums, bool from_saved);
   void restore();
   void release();
-  void swap();
+  void show_w(bool at_w);
 
   std::vector<at::Tensor> state(const std::string& key);
   int64_t extra_bytes() const;
@@ -82,6 +82,8 @@ class FlatParams {
   template <class Wanted>
   void end_pass(Wanted wanted);
   char* buffer(const std::string& key);
+  void check_groups(size_t groups) const;
+  std::vector<Radius> radii_of(const Radii& radii, double sum, double norm_eps) const;
   bool finite(const at::Tensor& sums) const;
   void write_saved();
   at::Tensor view(const std::string& key, size_t i);
@@ -108,7 +110,8 @@ class FlatParams {
   std::map<std::string, at::Tensor> buffers_;  // "saved", and the base optimizer's state
   at::Tensor sums_, steps_;
   std::vector<double> partial_;  // of a sum, one a block
-  int64_t skipped_ = 0;
+  int64_t skipped_ = 0, groups_ = 0;
+  bool at_w_ = false;       // saved holds the perturbed weights meanwhile
   bool bilateral_ = false;  // this step's ascend kept g
 };
 

@@ -38,9 +38,11 @@ BSAM_INLINE T fmadd(T a, T b, T c) {
 
 // ---- scalars of a step: in double, once a group or a step, never once an element
 
-// Of a radius (ρ, −ρ_min, and their signs under `maximize`): the factor of T² g, radius / (‖T g‖ + norm_eps).
+// Of a radius (ρ, −ρ_min, and their signs under `maximize`): the factor of T² g, radius / (‖T g‖ + norm_eps); 0
+// where that divides by 0.
 BSAM_INLINE double step_length(double radius, double sum_ascent, double norm_eps) {
-  return radius / (std::sqrt(sum_ascent) + norm_eps);
+  const double length = std::sqrt(sum_ascent) + norm_eps;
+  return length == 0 ? 0.0 : radius / length;
 }
 
 // c = ‖g_max‖ / ‖g_min‖, and 0 where ‖g_min‖ = 0. From the sums of squares. BSAM.

@@ -183,12 +183,15 @@ def test_what_is_refused_while_perturbed(backend, kind):
         lambda: pickle.dumps(opt),
     ]
     for call in refused:
-        with pytest.raises(RuntimeError, match=r"perturbed.*restore\(\).*unperturbed"):
+        with pytest.raises(RuntimeError, match=r"perturbed.*restore\(\)"):
             call()
     with opt.unperturbed():
         assert opt.state_dict()["state"] == {}
         for call in (opt.step, opt.restore):
             with pytest.raises(RuntimeError, match=r"within unperturbed\(\)"):
+                call()
+        for call in refused[1:]:  # these would change or copy the middle of a step
+            with pytest.raises(RuntimeError, match=r"perturbed.*restore\(\)"):
                 call()
     opt.restore()
     opt.state_dict()

@@ -331,4 +331,4 @@ def test_no_phase_reads_a_device_value_on_the_host(base):
         assign(params, gradients(params, t))
         with Reads():
             getattr(opt, call)()
-    assert Reads.count <= 1
+        assert Reads.count == (0 if call != "step" or base is torch.optim.SGD else len(params))

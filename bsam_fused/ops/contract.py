@@ -140,8 +140,11 @@ class FlatParams(Protocol):
     def release(self) -> None:
         """Forget the step: saved and g are free again, the weights stay."""
 
-    def swap(self) -> None:
-        """Exchange perturbed weights with the saved w; twice is nothing."""
+    def show_w(self, at_w: bool) -> None:
+        """Exchange perturbed weights with the saved w (``at_w``), or back, if that is not so already.
+
+        `restore` meanwhile keeps what the weights are.
+        """
 
     def state(self, key: str) -> list[Tensor]:
         """Return the base optimizer's state ``key``, a view of its flat buffer (zero at first) a parameter.
@@ -188,6 +191,8 @@ def reject(flat: FlatParams, i: int) -> NoReturn:
         )
     if grad is not None and grad.shape != param.shape:
         raise RuntimeError(f"{name} has a gradient of shape {tuple(grad.shape)}: assign one of its own shape")
+    if param.numel() and (param.data_ptr() == 0 or (grad is not None and grad.data_ptr() == 0)):
+        raise RuntimeError(f"{name}: its memory, or its gradient's, was freed: fill both before the phase")
     raise LayoutChangedError(
         f"{name} has another shape or other strides {tuple(param.stride())} than in the last phase: do not "
         "change a parameter's layout within a step; restore() first"
@@ -198,10 +203,12 @@ def check_param(param: Tensor, place: tuple[int, int]) -> None:
     """Raise where no backend can optimize ``param``.
 
     Raises:
-        TypeError: for complex, integer and other unsupported dtypes, and for tensor subclasses that hold
-            no storage of their own (DTensor).
+        TypeError: for sparse, complex, integer and other unsupported parameters, and for tensor subclasses that
+            hold no storage of their own (DTensor).
     """
     name = describe(param, place)
+    if param.layout != torch.strided:
+        raise TypeError(f"{name} is sparse ({param.layout}): optimize a dense parameter")
     if param.is_complex():
         raise TypeError(f"{name} is complex: optimize torch.view_as_real of it, as a real parameter")
     if not param.is_floating_point():
@@ -219,6 +226,9 @@ def check_param(param: Tensor, place: tuple[int, int]) -> None:
 def check_memory(params: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> None:
     """Raise where two parameters share memory: perturbing both would perturb it twice.
 
+    Looks at parameters whose elements fill their memory; interleaved ones (columns of one matrix) are taken as
+    they are.
+
     Raises:
         ValueError: two of them overlap, or one overlaps itself (expanded).
     """
@@ -226,11 +236,11 @@ def check_memory(params: Sequence[Tensor], places: Sequence[tuple[int, int]]) ->
         if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
             raise ValueError(f"{describe(param, place)} is expanded, its elements share memory: clone() it")
 
-    def span(param: Tensor) -> tuple[int, int]:
-        last = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
-        return param.data_ptr(), param.data_ptr() + (last + 1) * param.element_size()
-
-    spans = sorted((*span(param), i) for i, param in enumerate(params) if param.numel())
+    spans = sorted(
+        (param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), i)
+        for i, param in enumerate(params)
+        if param.numel() and torch.empty_like(param, device="meta").stride() == param.stride()
+    )
     for (_, end, i), (begin, _, j) in pairwise(spans):
         if begin < end:
             raise ValueError(

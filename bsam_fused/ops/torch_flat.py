@@ -42,7 +42,6 @@ class TorchFlatParams:
         self.sums = torch.zeros(3, dtype=wide, device=self.device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._steps = torch.zeros(len(self.params), device=self.device)
-        self._begun = [False] * len(self.params)
         self._layouts = [(p.shape, p.stride()) for p in self.params]
         # An element's place in the flat buffers: its parameter's strides, or dense ones where they have gaps.
         self._strides = [torch.empty_like(p).stride() for p in self.params]
@@ -55,6 +54,7 @@ class TorchFlatParams:
         self._g: dict[int, Tensor] = {}
         self._perturbed: list[int] = []
         self._bilateral = False
+        self._at_w = False
 
     @property
     def skipped(self) -> int:
@@ -97,6 +97,11 @@ class TorchFlatParams:
         for param in self.params:
             param.grad = None
 
+    def _end_pass(self) -> None:
+        for i in self._now:
+            self.params[i].grad = None
+        self._now = {}
+
     @torch.no_grad()
     def square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
         """Σ (T g)²."""
@@ -113,13 +118,14 @@ class TorchFlatParams:
     def ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float, keep: bool) -> None:
         """Save w, then w = w_max."""
         saved = self.state("saved")
-        self._bilateral, self._g, self._perturbed = keep, {}, list(self._now)
+        self._bilateral, self._g = keep, {}
         if self._now:
             torch._foreach_copy_([saved[i] for i in self._now], [self.params[i] for i in self._now])
+        self._perturbed = list(self._now)  # only now: an interrupted copy must not be restored from
         self._perturb(sums, radii, norm_eps, sums[ASCENT].isfinite(), self._now)
         if keep:
             self._take(self._now)
-        self.clear_gradients()
+        self._end_pass()
 
     @torch.no_grad()
     def descend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
@@ -130,8 +136,10 @@ class TorchFlatParams:
         both = [i for i in self._now if i in self._g]
         if both:
             torch._foreach_add_([self._g[i] for i in both], [self._now[i] for i in both])
+            if self.dtype == torch.float16:  # overflows at 65504: a g + g_max that did must not reach the weights
+                self.sums[MAX] += 0 * torch.stack(torch._foreach_norm([self._g[i] for i in both])).sum()
         self._take({i: g for i, g in self._now.items() if i not in self._g})
-        self.clear_gradients()
+        self._end_pass()
 
     def _perturb(
         self,
@@ -141,11 +149,12 @@ class TorchFlatParams:
         finite: Tensor,
         gradients: dict[int, Tensor],
     ) -> None:
-        n = sums[ASCENT].sqrt()
+        length = sums[ASCENT].sqrt() + norm_eps
+        inverse = torch.where(length == 0, 0.0, 1 / length)
         saved = self.state("saved")
         for i, g in gradients.items():
             radius, w = radii[self.places[i][0]], saved[i].to(self._compute)
-            step = (radius.radius / (n + norm_eps)).to(self._compute)
+            step = (radius.radius * inverse).to(self._compute)
             self.params[i].copy_(torch.where(finite, perturbed(w, g.to(self._compute), step, radius), w))
 
     def _take(self, gradients: dict[int, Tensor]) -> None:
@@ -174,22 +183,17 @@ class TorchFlatParams:
         saved = self.state("saved")
         # The weights before the step are in saved only where they were perturbed.
         before = {i: saved[i] if i in self._perturbed else self.params[i] for i in self._members()}
-        begun = []
+        members = [i for i in before if counted(i)]
+        for i in members:
+            self._steps[i] += finite
         for i, kept in before.items():
             start = kept if from_saved else self.params[i]
-            if counted(i):
-                self._steps[i] += finite
-                if not self._begun[i]:
-                    begun.append(i)
             new = rule(i, start.to(self._compute), self._direction(i, c), finite)
             self.params[i].copy_(torch.where(finite, new, kept.to(self._compute)))
         self._skipped += ~finite
         self.release()
-        if self.device.type == "cpu" and not finite:  # elsewhere, asking would wait for the device
-            return []
-        for i in begun:
-            self._begun[i] = True
-        return begun
+        # On a GPU asking which ones began would wait for it; naming one again does no harm.
+        return [i for i in members if self.device.type != "cpu" or self._steps[i] == 1]
 
     @torch.no_grad()
     def update_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], from_saved: bool) -> list[int]:
@@ -249,7 +253,7 @@ class TorchFlatParams:
 
     @torch.no_grad()
     def _write_saved(self) -> None:
-        if self._perturbed:
+        if self._perturbed and not self._at_w:
             saved = self.state("saved")
             torch._foreach_copy_([self.params[i] for i in self._perturbed], [saved[i] for i in self._perturbed])
 
@@ -260,13 +264,16 @@ class TorchFlatParams:
 
     def release(self) -> None:
         """Forget the step."""
-        self._perturbed, self._g, self._now = [], {}, {}
+        self._perturbed, self._g, self._now, self._at_w = [], {}, {}, False
 
     @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange perturbed weights and saved w."""
+    def show_w(self, at_w: bool) -> None:
+        """Exchange perturbed weights and saved w, if that is not so already."""
+        if at_w == self._at_w:
+            return
         saved = self.state("saved")
         for i in self._perturbed:
             kept = self.params[i].clone()
             self.params[i].copy_(saved[i])
             saved[i].copy_(kept)
+        self._at_w = at_w

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -90,9 +90,11 @@ class SharpnessAware(torch.optim.Optimizer):
         backend: str,
     ) -> None:
         self._flats: list[FlatParams] | None = None
-        self._left_out: list[Tensor] = []
-        self._adopted = False
-        self._skipped_before = 0
+        self._sizes: list[int] = []  # of the param groups, when the FlatParams were built
+        self._left_out: list[Tensor] = []  # frozen, and in no FlatParams
+        self._adopted = False  # the base's state is views of the FlatParams
+        self._states = 0  # parameters with state, when last seen
+        self._skipped_before = 0  # by FlatParams that are gone
         self._batchnorm = ExitStack()
         self.norm_eps = groups.check_non_negative("norm_eps", norm_eps)
         if model is not None and not isinstance(model, nn.Module):
@@ -101,12 +103,18 @@ class SharpnessAware(torch.optim.Optimizer):
         self.backend = backend
         self.active = True
         self.sharpness: Sharpness | None = None
+        if isinstance(base_optimizer, SharpnessAware) or (
+            isinstance(base_optimizer, type) and issubclass(base_optimizer, SharpnessAware)
+        ):
+            raise TypeError(
+                "base_optimizer is sharpness-aware itself: pass the optimizer that makes the update, such as SGD"
+            )
         self.base_optimizer = groups.build_base(params, base_optimizer, base_kwargs, options)
         ours = {self._key(option): value for option, value in options.items()}
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **ours})
         self.base_optimizer.param_groups = self.param_groups
         self.state = self.base_optimizer.state
-        self.backends  # noqa: B018 - a backend asked for and missing is said now, not in the first step
+        _ = self.backends  # raises now, and not in the first step, where one asked for is missing
 
     def _key(self, option: str) -> str:
         """Return where param groups keep ``option``: elsewhere if the base has one of that name (Adadelta's rho)."""
@@ -128,7 +136,7 @@ class SharpnessAware(torch.optim.Optimizer):
     @property
     def norms(self) -> Tensor:
         """‖T g‖, ‖g_max‖, ‖g_min‖ of the latest passes: float64 (3,), on the first parameter's device."""
-        return self._totals()[0].sqrt() if self._flats else torch.zeros(3, dtype=torch.float64)
+        return self._totals(self._flats)[0].sqrt() if self._flats else torch.zeros(3, dtype=torch.float64)
 
     @property
     def skipped_steps(self) -> int:
@@ -136,19 +144,27 @@ class SharpnessAware(torch.optim.Optimizer):
         return self._skipped_before + (self._flats[0].skipped if self._flats else 0)
 
     def _ready(self) -> list[FlatParams]:
-        """Return the FlatParams, built anew where a parameter has come in."""
-        if self._flats is None or any(p.requires_grad or p.grad is not None for p in self._left_out):
+        """Return the FlatParams: built anew at rest where a parameter has come in, added to within a step."""
+        sizes = [len(group["params"]) for group in self.param_groups]
+        thawed = any(p.requires_grad or p.grad is not None for p in self._left_out)
+        if self._flats is None or (self._phase is Phase.REST and (thawed or sizes != self._sizes)):
             self._forget_flats()
-            self._build_flats()
-        assert self._flats is not None
+            self._flats, self._sizes = self._build_flats(set()), sizes
+        elif thawed:
+            added = self._build_flats({id(p) for flat in self._flats for p in flat.params})
+            for flat in added:  # nothing to perturb: they only learn which kind of step this is
+                flat.ascend(flat.sums, self._plain_radii(), self.norm_eps, self._keeps_g)
+            self._flats += added
         return self._flats
 
-    def _build_flats(self) -> None:
-        """Build one FlatParams a device and dtype. Frozen parameters are left out until they are not."""
+    def _build_flats(self, known: set[int]) -> list[FlatParams]:
+        """Return a FlatParams a device and dtype of what is not ``known``. Frozen parameters are left out."""
         kinds: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[tuple[int, int]]]] = {}
-        self._left_out = []
+        self._left_out, self._adopted = [], False
         for i, group in enumerate(self.param_groups):
             for j, param in enumerate(group["params"]):
+                if id(param) in known:
+                    continue
                 if not param.requires_grad and param.grad is None:
                     self._left_out.append(param)
                     continue
@@ -159,11 +175,10 @@ class SharpnessAware(torch.optim.Optimizer):
                 places.append((i, j))
         for params, places in kinds.values():
             contract.check_memory(params, places)
-        self._flats = [
+        return [
             dispatch.choose(self.backend, device).build(params, places)
             for (device, _), (params, places) in kinds.items()
         ]
-        self._adopted = False
 
     def _forget_flats(self) -> None:
         self._skipped_before = self.skipped_steps
@@ -176,16 +191,26 @@ class SharpnessAware(torch.optim.Optimizer):
         if self._looking_at_w:
             raise RuntimeError(f"{call}() within unperturbed(): leave that context first")
         following = self._calls[self._PHASES.index(self._phase)]
-        if call == following:
-            return
+        if call != following:
+            self._out_of_order(f"{call}()")
+
+    def _out_of_order(self, call: str) -> NoReturn:
+        following = self._calls[self._PHASES.index(self._phase)]
         name = type(self).__name__
         mend = "" if self._phase is Phase.REST else ", or restore() to give up this step"
         raise RuntimeError(
-            f"{name}.{call}() out of order: the optimizer is {self._phase.value}; "
+            f"{name}.{call} out of order: the optimizer is {self._phase.value}; "
             f"next come backward() and {following}(){mend}"
         )
 
     def _require_rest(self, call: str) -> None:
+        if self._phase is not Phase.REST:
+            raise RuntimeError(
+                f"{call} while the weights are perturbed ({self._phase.value}): finish the step, or give it up "
+                "with restore()"
+            )
+
+    def _require_w(self, call: str) -> None:
         if self._phase is not Phase.REST and not self._looking_at_w:
             raise RuntimeError(
                 f"{call} while the weights are perturbed ({self._phase.value}): finish the step, give it up with "
@@ -221,9 +246,8 @@ class SharpnessAware(torch.optim.Optimizer):
         for flat in self._ready():
             flat.read_gradients()
 
-    def _totals(self) -> list[Tensor]:
+    def _totals(self, flats: Sequence[FlatParams]) -> list[Tensor]:
         """Return the sums over all FlatParams, on the device of each."""
-        flats = self._ready()
         if len(flats) <= 1:
             return [flat.sums for flat in flats]
         home = flats[0].sums.device
@@ -266,7 +290,7 @@ class SharpnessAware(torch.optim.Optimizer):
         for flat in flats:
             flat.square_norm(ASCENT, radii)
         self._poison(ASCENT, loss)
-        totals = self._totals()
+        totals = self._totals(flats)
         self._entered(Phase.ASCENDED)
         for flat, sums in zip(flats, totals, strict=True):
             flat.ascend(sums, radii, self.norm_eps, self._keeps_g)
@@ -295,7 +319,8 @@ class SharpnessAware(torch.optim.Optimizer):
         return self._step()
 
     def _is_plain(self) -> bool:
-        return not self.active or all(float(group["lr"]) == 0 for group in self.param_groups)
+        rates = [group.get("lr") for group in self.param_groups]  # some bases have none
+        return not self.active or all(lr is not None and float(lr) == 0 for lr in rates)
 
     def _base_step(self) -> None:
         self.base_optimizer.step()
@@ -304,7 +329,8 @@ class SharpnessAware(torch.optim.Optimizer):
 
     def _run(self, closures: Sequence[Closure]) -> Any:
         """Run a whole step, one closure a pass."""
-        self._expect(self._calls[0])
+        if self._phase is not Phase.REST:
+            self._out_of_order("step(closure)")
         self.sharpness = None
         self._clear_gradients()
         if not self.active:
@@ -333,26 +359,28 @@ class SharpnessAware(torch.optim.Optimizer):
         for flat in flats:
             flat.square_norm(self._last_slot, self._plain_radii())
         self._poison(self._last_slot, loss)
-        totals = self._totals()
+        totals = self._totals(flats)
         if rule:
             self._adopt(rule)
             for flat, sums in zip(flats, totals, strict=True):
                 begun = getattr(flat, rule.operator)(sums, scalars, self._from_saved)
                 fused.publish(flat, self.state, rule, begun)
+            self._states = len(self.state)
         else:
             self._general_update(totals)
         self._batchnorm.close()
         self._entered(Phase.REST)
 
     def _adopt(self, rule: fused.FusedRule) -> None:
-        if not self._adopted:
-            for flat in self._ready():
-                fused.adopt(flat, self.state, rule)
+        cleared = len(self.state) < self._states
+        if not self._adopted or cleared:
+            for flat in self._flats or []:
+                fused.adopt(flat, self.state, rule, cleared=cleared)
             self._adopted = True
 
     def _general_update(self, totals: Sequence[Tensor]) -> None:
         """Leave the update to the base optimizer: d in .grad, the weights at w, then its own step()."""
-        flats = self._ready()
+        flats = self._flats or []
         combined = [flat.combine(sums, self._from_saved) for flat, sums in zip(flats, totals, strict=True)]
         if all(combined):
             try:
@@ -386,17 +414,17 @@ class SharpnessAware(torch.optim.Optimizer):
         if self._phase is Phase.REST or self._looking_at_w:
             yield
             return
-        self._swap()
         self._looking_at_w = True
         try:
+            self._show_w(True)
             yield
         finally:
+            self._show_w(False)
             self._looking_at_w = False
-            self._swap()
 
-    def _swap(self) -> None:
+    def _show_w(self, at_w: bool) -> None:
         for flat in self._flats or []:
-            flat.swap()
+            flat.show_w(at_w)
         torch.clear_autocast_cache()
 
     def _clear_gradients(self) -> None:
@@ -439,7 +467,7 @@ class SharpnessAware(torch.optim.Optimizer):
         Raises:
             RuntimeError: while the weights are perturbed: a checkpoint of the model would hold w_max.
         """
-        self._require_rest("state_dict()")
+        self._require_w("state_dict()")
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -490,7 +518,7 @@ class SharpnessAware(torch.optim.Optimizer):
             self._skipped_before = self.skipped_steps
         super().__setstate__(state)
         self.base_optimizer.__setstate__(base)
-        self._flats, self._left_out, self._adopted = None, [], False
+        self._flats, self._left_out, self._sizes, self._adopted, self._states = None, [], [], False, 0
 
 
 def _evaluate(closure: Closure) -> Any:

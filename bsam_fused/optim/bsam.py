@@ -52,6 +52,7 @@ class BSAM(SharpnessAware):
         ValueError, TypeError, RuntimeError: as `SAM` has it.
     """
 
+    _step_supports_amp_scaling = True  # GradScaler then comes to step(), which refuses it
     _calls = ("ascend", "descend", "step")
     _last_slot = MIN
     _keeps_g = True
@@ -103,7 +104,8 @@ class BSAM(SharpnessAware):
         self._expect("descend")
         radii = self._radii("rho_min", -1.0)
         self._read_gradients()
-        flats, totals = self._ready(), self._totals()
+        flats = self._ready()
+        totals = self._totals(flats)
         self._entered(Phase.DESCENDED)
         for flat, sums in zip(flats, totals, strict=True):
             flat.descend(sums, radii, self.norm_eps)
@@ -111,15 +113,15 @@ class BSAM(SharpnessAware):
 
     def _radius(self, group: dict[str, Any], option: str, index: int) -> float:
         radius = super()._radius(group, option, index)
-        if option != "rho_min" or group["rho_min_decay"] == "none":
+        if option != "rho_min" or group["rho_min_decay"] == "none" or group.get("lr") is None:
             return radius
         lr_max = group.get("max_lr", group.get("initial_lr", group["lr_max"]))
         return decayed_radius(
             radius,
             float(group["lr"]),
             float(lr_max),
-            rho_min_end=group["rho_min_end"],
-            lr_end=group["rho_min_lr_end"],
+            rho_min_end=self._non_negative(group, "rho_min_end", index),
+            lr_end=self._non_negative(group, "rho_min_lr_end", index),
         )
 
     def step(self, closure: Closure | None = None, *, ascent_closure: Closure | None = None) -> Any:  # type: ignore[override]
@@ -130,6 +132,11 @@ class BSAM(SharpnessAware):
         """
         if ascent_closure is not None:
             raise TypeError("BSAM takes no ascent_closure: its direction needs the gradient of one loss at w; use SAM")
+        if getattr(self, "found_inf", None) is not None:
+            raise RuntimeError(
+                "GradScaler with BSAM: it would unscale g_min alone, but the direction mixes three gradients. "
+                "Not supported in this version: use bfloat16 autocast, which needs no scaler, or SAM"
+            )
         return super().step(closure)
 
     def _check_options(self, group: dict[str, Any], index: int) -> None:
@@ -140,7 +147,8 @@ class BSAM(SharpnessAware):
             self._non_negative(group, option, index)
         if group["rho_min_decay"] not in {"lr", "none"}:
             raise ValueError(f'rho_min_decay={group["rho_min_decay"]!r} in group {index}: must be "lr" or "none"')
-        group.setdefault("lr_max", float(group["lr"]))
+        if group.get("lr") is not None:
+            group.setdefault("lr_max", float(group["lr"]))
 
     @property
     def _kept_options(self) -> set[str]:

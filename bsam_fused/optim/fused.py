@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bsam_fused.ops import contract
 from bsam_fused.ops.contract import AdamScalars, FlatParams, SGDScalars
 
 Group = dict[str, Any]
@@ -60,31 +61,41 @@ def rule_for(base: torch.optim.Optimizer) -> FusedRule | None:
     """Return the fused rule of exactly torch's SGD, Adam or AdamW, None for what takes the general path.
 
     The general path is the base optimizer's own ``step()``: for other classes, amsgrad, differentiable
-    optimizers, and where step hooks are registered on the base itself, which would not run otherwise.
+    optimizers, and where hooks or a learning-rate scheduler wait for the ``step()`` of the base itself.
     """
-    hooked = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks
+    hooked = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks or "step" in vars(base)
     special = any(group.get("amsgrad") or group.get("differentiable") for group in base.param_groups)
     return None if hooked or special else _RULES.get(type(base))
 
 
-def adopt(flat: FlatParams, state: MutableMapping[Tensor, dict[str, Any]], rule: FusedRule) -> None:
+def adopt(
+    flat: FlatParams, state: MutableMapping[Tensor, dict[str, Any]], rule: FusedRule, *, cleared: bool = False
+) -> None:
     """Bring the base optimizer's state into the flat buffers, and view it there under torch's keys.
 
-    Tensors that are views of the buffers already stay. Parameters without state get none.
+    Tensors that are views of the buffers already stay. Parameters without state get none; where state that was
+    there is ``cleared``, its buffers are too.
+
+    Raises:
+        ValueError: a state has another shape than its parameter, by name.
     """
     views = {key: flat.state(key) for key in rule.keys if _has(flat, state, key)}
     steps = flat.state("step")
     for i, param in enumerate(flat.params):
         held = state.get(param, {})
         if any(held.get(key) is None for key in rule.keys):
-            steps[i].zero_()
-            for buffers in views.values():
-                buffers[i].zero_()
+            if cleared:
+                steps[i].zero_()
+                for key in rule.keys:
+                    flat.state(key)[i].zero_()
             continue
         if "step" not in rule.keys:
             steps[i].fill_(1.0)
         for key, buffers in views.items():
             given = torch.as_tensor(held[key])
+            if given.shape != buffers[i].shape:
+                name = contract.describe(param, flat.places[i])
+                raise ValueError(f"{name} has state {key} of shape {tuple(given.shape)}: load a matching state dict")
             if given.data_ptr() != buffers[i].data_ptr():
                 buffers[i].copy_(given)
                 held[key] = buffers[i]

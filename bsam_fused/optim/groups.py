@@ -39,6 +39,10 @@ def build_base(
     params = list(params)
     if not params:
         raise ValueError("params is empty: pass model.parameters() of a model that has some")
+    if isinstance(params[0], dict):
+        params = [{**group, "params": _listed(group["params"])} for group in params]
+        if not any(group["params"] for group in params):
+            raise ValueError("params has groups, but no parameters in them: pass some")
     if isinstance(base, type) and issubclass(base, torch.optim.Optimizer):
         _refuse_closure(base)
         return base(params, **base_kwargs)
@@ -61,9 +65,12 @@ def _refuse_closure(base: type[torch.optim.Optimizer]) -> None:
         )
 
 
+def _listed(params: Any) -> list[Any]:
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
 def _tensors(params: Any) -> list[Tensor]:
-    params = [params] if isinstance(params, Tensor) else list(params)
-    return [item[1] if isinstance(item, tuple) else item for item in params]
+    return [item[1] if isinstance(item, tuple) else item for item in _listed(params)]
 
 
 def _merge(params: list[Any], base: torch.optim.Optimizer, options: set[str]) -> None:
@@ -73,6 +80,9 @@ def _merge(params: list[Any], base: torch.optim.Optimizer, options: set[str]) ->
     for group in given:
         group["params"] = _tensors(group["params"])
     carried = [group.keys() & options for group in given]
+    for group in theirs:  # what an earlier wrapper left there is not asked for now
+        for name in options - base.defaults.keys() | {"lr_max"}:
+            group.pop(name, None)
     if len(given) == len(theirs) and all(
         [id(p) for p in mine["params"]] == [id(p) for p in other["params"]]
         for mine, other in zip(given, theirs, strict=True)

@@ -80,12 +80,10 @@ class SAM(SharpnessAware):
             raise TypeError("ascent_closure without closure: pass both, or call the phases by hand")
         return self._run([ascent_closure, closure])
 
-    @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """`ascend`, under the name SAM users know. The gradient is taken whatever ``zero_grad`` says."""
         self.ascend()
 
-    @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
         """`step`, under the name SAM users know; ``zero_grad``: clear the gradients afterwards."""
         self.step()

@@ -1,0 +1,112 @@
+"""`bsam-fused info` tells every user what to do next; `report` refuses in one line."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bsam_fused import cli
+from bsam_fused.ops import dispatch, native_flat
+
+ROOT = str(Path(__file__).parents[1])
+EXTRAS = ("matplotlib", "jinja2", "rich", "sklearn")
+
+
+@pytest.fixture(autouse=True)
+def _no_backend_asked_for(monkeypatch):
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+
+
+@pytest.fixture
+def info(capsys):
+    """Run `info`; return what it printed."""
+
+    def run():
+        assert cli.main(["info"]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    """As after an installation without a compiler."""
+    reason = f"the C++ extension is not built; run: {native_flat.COMMAND}"
+    monkeypatch.setattr(native_flat, "load", lambda: (None, reason))
+    return reason
+
+
+def line(text, name):
+    """The last line about ``name``: torch is a version and a backend."""
+    return [entry for entry in text.splitlines() if entry.split()[:1] == [name]][-1]
+
+
+def test_info_names_versions_and_every_backend(info):
+    text = info()
+    for version in (sys.version.split()[0], torch.__version__):
+        assert version in text
+    for backend in dispatch.BACKENDS:
+        reason = dispatch.unavailable(backend, "cuda" if backend in {"cuda", "triton"} else "cpu")
+        assert (reason or "available") in line(text, backend)
+
+
+def test_info_tells_how_the_extension_was_built(info):
+    module = native_flat.load()[0]
+    text = info()
+    assert f"{module.instruction_set()}, built for torch {module.torch_version}" in line(text, "cpp")
+    assert " cpp (auto's choice" in line(text, "cpu")
+
+
+def test_info_without_the_extension_gives_the_reason_and_the_command(info, no_extension, recwarn):
+    text = info()
+    assert f"not available: {no_extension}" in line(text, "cpp")
+    assert native_flat.COMMAND in line(text, "cpp")
+    assert " torch (auto's choice" in line(text, "cpu")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("value", "chosen"),
+    [("torch", "torch (asked for by BSAM_FUSED_BACKEND=torch)"), ("fortran", "none: BSAM_FUSED_BACKEND=fortran")],
+)
+def test_info_tells_what_the_environment_asks_for(info, monkeypatch, value, chosen):
+    assert line(info(), dispatch.VARIABLE).endswith("not set")
+    monkeypatch.setenv(dispatch.VARIABLE, value)
+    text = info()
+    assert chosen in line(text, "cpu")
+    assert line(text, dispatch.VARIABLE).endswith(value)
+
+
+def test_without_extras_info_works_and_report_names_the_command(tmp_path):
+    blocked = "".join(f"sys.modules[{name!r}] = None; " for name in EXTRAS)
+    code = f"import sys; {blocked}from bsam_fused.cli import main; sys.exit(main(['info']) or main(['report']))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Backends" in done.stdout
+    assert re.fullmatch(r"bsam-fused report: needs \w+: pip install 'bsam_fused\[report\]'\n", done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_report_refuses_a_backend_that_is_not_there(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv(dispatch.VARIABLE, "cuda")
+    assert cli.main(["report", "--out", str(tmp_path)]) == 1
+    assert "BSAM_FUSED_BACKEND=cuda" in capsys.readouterr().err
+
+
+def test_report_refuses_a_directory_that_is_a_file(capsys, tmp_path):
+    file = tmp_path / "report"
+    file.touch()
+    assert cli.main(["report", "--out", str(file)]) == 1
+    assert str(file) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [[], ["train"], ["report", "--epochs", "0"], ["report", "--threads", "x"]])
+def test_wrong_usage(argv, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(argv)
+    assert "usage: bsam-fused" in capsys.readouterr().err
