@@ -23,10 +23,11 @@ MAY_IMPORT = {
     "optim": set(),
     "optim.fused": {"ops.contract"},
     "optim.groups": {"ops.contract"},
-    "optim.base": {"ops.contract", "ops.dispatch", "optim.fused", "optim.groups", "batchnorm"},
+    "optim.sharpness": set(),
+    "optim.base": {"ops.contract", "ops.dispatch", "optim.fused", "optim.groups", "optim.sharpness", "batchnorm"},
     "optim.sam": {"ops.contract", "optim.base"},
     "optim.bsam": {"ops.contract", "optim.base", "optim.sam"},
-    "": {"_version", "optim.base", "optim.sam", "optim.bsam"},
+    "": {"_version", "optim.base", "optim.sam", "optim.bsam", "optim.sharpness"},
 }
 ABOVE = {"cli", "__main__"}  # and report: they may import anything below
 
@@ -102,4 +103,4 @@ def test_no_file_is_long():
         *(ROOT / "tests").glob("*.py"),
         *(ROOT / "bench").glob("*.py"),
     ]:
-        assert len(path.read_text().splitlines()) <= 520, path
+        assert len(path.read_text().splitlines()) <= 500, path

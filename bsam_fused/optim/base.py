@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar, NoReturn
 
@@ -20,6 +19,7 @@ from bsam_fused.batchnorm import frozen_running_stats
 from bsam_fused.ops import contract, dispatch
 from bsam_fused.ops.contract import ASCENT, FlatParams, Radius
 from bsam_fused.optim import fused, groups
+from bsam_fused.optim.sharpness import Sharpness
 
 Closure = Callable[[], Any]
 
@@ -30,34 +30,6 @@ class Phase(enum.Enum):
     REST = "at rest"
     ASCENDED = "ascended"
     DESCENDED = "descended"
-
-
-@dataclass(frozen=True)
-class Sharpness:
-    """The losses of one closure step, and what they say. Tensors stay on their device until read.
-
-    MaxS = L(w_max) − L(w), MinS = L(w) − L(w_min), BilS = MaxS + MinS (BSAM, arXiv 2409.13173). The ones that
-    need w_min are None for optimizers that do not go there.
-    """
-
-    loss: Any
-    loss_max: Any
-    loss_min: Any = None
-
-    @property
-    def max_sharpness(self) -> Any:
-        """MaxS = L(w_max) − L(w)."""
-        return self.loss_max - self.loss
-
-    @property
-    def min_sharpness(self) -> Any:
-        """MinS = L(w) − L(w_min)."""
-        return None if self.loss_min is None else self.loss - self.loss_min
-
-    @property
-    def bilateral_sharpness(self) -> Any:
-        """BilS = MaxS + MinS."""
-        return None if self.loss_min is None else self.max_sharpness + self.min_sharpness
 
 
 class SharpnessAware(torch.optim.Optimizer):

@@ -22,7 +22,7 @@ class PlainSAM:
         rho: radius ρ ≥ 0.
     """
 
-    calls = ("ascend", "step")
+    calls: tuple[str, ...] = ("ascend", "step")
 
     def __init__(self, params: Iterable[Tensor], base: torch.optim.Optimizer, rho: float = 0.05) -> None:
         self.params, self.base, self.rho = list(params), base, rho
