@@ -17,7 +17,7 @@ from bsam_fused.report.loops import PlainBSAM, PlainSAM
 Shapes = tuple[tuple[int, ...], ...]
 
 RHO = 0.05
-SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
+SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
 
 
 @dataclass(frozen=True)

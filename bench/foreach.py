@@ -8,7 +8,7 @@ in every pass, and does not look for inf and NaN.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -96,5 +96,5 @@ def _gradients(params: Iterable[Tensor]) -> list[Tensor]:
     return [p.grad for p in params if p.grad is not None]
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
+def _norm(tensors: list[Tensor]) -> float:
     return torch.stack(torch._foreach_norm(tensors)).norm().item()

@@ -60,7 +60,7 @@ def measure(case: Case, repeat: int) -> Measured:
         contestants[name], peak = first_steps(build, case.algorithm.calls, curvatures)
         extra[name] = peak / (case.elements * ITEMSIZE) - 3  # without parameters, gradients and momentum
     for name, contestant in contestants.items():
-        torch.testing.assert_close(contestant.params, contestants["loops"].params, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(contestant.params, contestants["loops"].params, msg=f"{name}: {{}}".format)
     phases: dict[str, list[list[float]]] = {name: [] for name in contestants}
     copies = []
     source, copy = torch.ones(2, 0 if case.small else COPIED)
