@@ -158,21 +158,23 @@ class SharpnessAware(torch.optim.Optimizer):
 
     # ---- phases
 
+    @property
+    def _following(self) -> str:
+        return self._calls[self._PHASES.index(self._phase)]
+
     def _expect(self, call: str) -> None:
         """Raise unless ``call`` is next."""
         if self._looking_at_w:
             raise RuntimeError(f"{call}() within unperturbed(): leave that context first")
-        following = self._calls[self._PHASES.index(self._phase)]
-        if call != following:
+        if call != self._following:
             self._out_of_order(f"{call}()")
 
     def _out_of_order(self, call: str) -> NoReturn:
-        following = self._calls[self._PHASES.index(self._phase)]
         name = type(self).__name__
         mend = "" if self._phase is Phase.REST else ", or restore() to give up this step"
         raise RuntimeError(
             f"{name}.{call} out of order: the optimizer is {self._phase.value}; "
-            f"next come backward() and {following}(){mend}"
+            f"next come backward() and {self._following}(){mend}"
         )
 
     def _require_rest(self, call: str) -> None:
