@@ -3,7 +3,10 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
-#include "flat_params.h"
+#include "cpu_flat_params.h"
+#ifdef BSAM_FUSED_CUDA
+#include "cuda_flat_params.h"
+#endif
 
 namespace py = pybind11;
 
@@ -30,8 +33,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("torch_version") = TORCH_VERSION;
   m.def("instruction_set", bsam::instruction_set);
 
-  py::class_<FlatParams>(m, "FlatParams", "bsam_fused.ops.contract.FlatParams, on the CPU")
-      .def(py::init<std::vector<at::Tensor>, std::vector<std::pair<int64_t, int64_t>>>())
+  py::class_<FlatParams>(m, "FlatParams", "bsam_fused.ops.contract.FlatParams", py::module_local())
       .def("read_gradients", read_gradients)
       .def("clear_gradients", &FlatParams::clear_gradients)
       .def("square_norm", &FlatParams::square_norm, no_grad())
@@ -44,6 +46,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("show_w", &FlatParams::show_w, no_grad())
       .def("release", &FlatParams::release)
       .def("state", &FlatParams::state)
+      .def("clear_state", &FlatParams::clear_state, no_grad())
       .def_property_readonly("params", &FlatParams::params)
       .def_property_readonly("places", &FlatParams::places)
       .def_property_readonly("sums", &FlatParams::sums)
@@ -51,4 +54,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_property_readonly("device", &FlatParams::device)
       .def_property_readonly("dtype", &FlatParams::dtype)
       .def_property_readonly("extra_bytes", &FlatParams::extra_bytes);
+
+  const auto init = py::init<std::vector<at::Tensor>, std::vector<std::pair<int64_t, int64_t>>>();
+  py::class_<bsam::CpuFlatParams, FlatParams>(m, "CpuFlatParams", py::module_local()).def(init);
+#ifdef BSAM_FUSED_CUDA
+  py::class_<bsam::CudaFlatParams, FlatParams>(m, "CudaFlatParams", py::module_local()).def(init);
+  m.def("cuda_obstacle", bsam::cuda::obstacle);
+#endif
 }

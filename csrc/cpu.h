@@ -3,12 +3,12 @@
 
 #include <cstdint>
 
+#include "groups.h"
+
 namespace bsam {
 
-enum class Dtype { float32, float64, bfloat16, float16 };
-
 // How far a param group is perturbed: `step` as math.h's step_length has it.
-struct Radius {
+struct Reach {
   double step, eta;
   bool adaptive;
 };
@@ -23,22 +23,12 @@ struct Update {
   int64_t count;
 };
 
-struct SgdGroup {
-  double lr, momentum, dampening, weight_decay;
-  bool nesterov, maximize;
-};
-
-struct AdamGroup {
-  double lr, beta1, beta2, eps, weight_decay;
-  bool decoupled, maximize;
-};
-
 // Each works on one segment; formulas in math.h. Pointers are to the segment's first element, n its length.
 struct Loops {
-  double (*square_norm)(const void* w, const void* g, const Radius&, int64_t n);
-  void (*ascend)(void* w, const void* g, void* saved, const Radius&, bool stream, int64_t n);
+  double (*square_norm)(const void* w, const void* g, const Reach&, int64_t n);
+  void (*ascend)(void* w, const void* g, void* saved, const Reach&, bool stream, int64_t n);
   // g becomes g + g_max; returns Σ g_max².
-  double (*descend)(void* w, void* g, const void* g_max, const void* saved, const Radius&, bool stream, int64_t n);
+  double (*descend)(void* w, void* g, const void* g_max, const void* saved, const Reach&, bool stream, int64_t n);
   void (*direction)(void* g, const void* g_min, double c, int64_t n);
   void (*copy)(void* to, const void* from, bool stream, int64_t n);
   void (*sgd)(const Update&, const SgdGroup&, void* momentum_buffer, bool first);

@@ -64,9 +64,10 @@ BSAM_INLINE double square_sum(const S* w, const S* g, double eta, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
     for (int64_t j = 0; j < kLanes; ++j)
-      lanes[j] += scaled_square<T>(value(g[i + j]), adaptive ? adaptivity<true, T>(value(w[i + j]), T(eta)) : T(1));
+      lanes[j] =
+          plus_square<T>(lanes[j], value(g[i + j]), adaptive ? adaptivity<true, T>(value(w[i + j]), T(eta)) : T(1));
   for (int64_t j = 0; i < n; ++i, ++j)
-    lanes[j] += scaled_square<T>(value(g[i]), adaptive ? adaptivity<true, T>(value(w[i]), T(eta)) : T(1));
+    lanes[j] = plus_square<T>(lanes[j], value(g[i]), adaptive ? adaptivity<true, T>(value(w[i]), T(eta)) : T(1));
   double sum = 0;
   for (double lane : lanes) sum += lane;
   return sum;
@@ -74,9 +75,9 @@ BSAM_INLINE double square_sum(const S* w, const S* g, double eta, int64_t n) {
 
 // to = from + step T² g.
 template <bool adaptive, class S>
-BSAM_INLINE void perturb(S* to, const S* from, const S* g, const Radius& radius, int64_t n) {
+BSAM_INLINE void perturb(S* to, const S* from, const S* g, const Reach& reach, int64_t n) {
   using T = arithmetic_t<S>;
-  const T step = T(radius.step), eta = T(radius.eta);
+  const T step = T(reach.step), eta = T(reach.eta);
   BSAM_ELEMENTWISE
   for (int64_t i = 0; i < n; ++i) {
     const T w = value(from[i]);
@@ -85,11 +86,11 @@ BSAM_INLINE void perturb(S* to, const S* from, const S* g, const Radius& radius,
 }
 
 template <class S>
-BSAM_INLINE void perturb(S* to, const S* from, const S* g, const Radius& radius, int64_t n) {
-  if (radius.adaptive)
-    perturb<true>(to, from, g, radius, n);
+BSAM_INLINE void perturb(S* to, const S* from, const S* g, const Reach& reach, int64_t n) {
+  if (reach.adaptive)
+    perturb<true>(to, from, g, reach, n);
   else
-    perturb<false>(to, from, g, radius, n);
+    perturb<false>(to, from, g, reach, n);
 }
 
 template <bool bilateral, class S>
@@ -148,23 +149,23 @@ template <class S>
 struct SegmentLoops {
   using T = arithmetic_t<S>;
 
-  static double square_norm(const void* w_, const void* g_, const Radius& radius, int64_t n) {
+  static double square_norm(const void* w_, const void* g_, const Reach& reach, int64_t n) {
     const S *w = static_cast<const S*>(w_), *g = static_cast<const S*>(g_);
-    return radius.adaptive ? square_sum<true>(w, g, radius.eta, n) : square_sum<false>(w, g, 0, n);
+    return reach.adaptive ? square_sum<true>(w, g, reach.eta, n) : square_sum<false>(w, g, 0, n);
   }
 
-  static void ascend(void* w_, const void* g_, void* saved_, const Radius& radius, bool stream, int64_t n) {
+  static void ascend(void* w_, const void* g_, void* saved_, const Reach& reach, bool stream, int64_t n) {
     S *w = static_cast<S*>(w_), *saved = static_cast<S*>(saved_);
     const S* g = static_cast<const S*>(g_);
     stream = can_stream(saved, stream);
     for (int64_t i = 0; i < n; i += kTile) {
       const int64_t count = tile_at(i, n);
       copy_elements(saved + i, w + i, stream, count);
-      perturb(w + i, w + i, g + i, radius, count);
+      perturb(w + i, w + i, g + i, reach, count);
     }
   }
 
-  static double descend(void* w_, void* g_, const void* g_max_, const void* saved_, const Radius& radius, bool stream,
+  static double descend(void* w_, void* g_, const void* g_max_, const void* saved_, const Reach& reach, bool stream,
                         int64_t n) {
     S *w = static_cast<S*>(w_), *g = static_cast<S*>(g_);
     const S *g_max = static_cast<const S*>(g_max_), *saved = static_cast<const S*>(saved_);
@@ -173,7 +174,7 @@ struct SegmentLoops {
     alignas(64) S tile[kTile];
     for (int64_t i = 0; i < n; i += kTile) {
       const int64_t count = tile_at(i, n);
-      perturb(stream ? tile : w + i, saved + i, g + i, radius, count);
+      perturb(stream ? tile : w + i, saved + i, g + i, reach, count);
       if (stream) copy_elements(w + i, tile, true, count);
       sum += square_sum<false>(w, g_max + i, 0, count);
       BSAM_ELEMENTWISE

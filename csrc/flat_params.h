@@ -1,8 +1,9 @@
 // FlatParams: the parameters of one device and dtype, and the flat buffers that belong to them.
 //
-// The contract of every method is written once, for all backends, in bsam_fused/ops/contract.py. This is its
-// CPU implementation. It reads and takes gradients itself: passing lists of tensors from Python would cost
-// more than the work on them.
+// The contract of every method is written once, for all backends, in bsam_fused/ops/contract.py. Here is what
+// does not depend on the device: parameters, gradients read and taken, buffers, what a phase does in which
+// order. What runs over the elements is a device's own: cpu_flat_params.h, cuda_flat_params.h. Gradients are read
+// here and not passed from Python, where lists of tensors would cost more than the work on them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,13 +14,10 @@
 #include <utility>
 #include <vector>
 
-#include "cpu.h"
 #include "flat.h"
+#include "groups.h"
 
 namespace bsam {
-
-// Which sum of squares: Σ (T g)², Σ g_max², Σ g_min².
-enum Slot { kAscent = 0, kMax = 1, kMin = 2 };
 
 // Thrown where a parameter or its gradient cannot be worked with; contract.py's `reject` finds the words.
 struct BadParameter {
@@ -28,35 +26,36 @@ struct BadParameter {
 
 class FlatParams {
  public:
-  using Radii = std::vector<std::array<double, 3>>;       // a group: radius, adaptive, eta
-  using SgdGroups = std::vector<std::array<double, 6>>;   // lr, momentum, dampening, weight_decay, nesterov, maximize
-  using AdamGroups = std::vector<std::array<double, 7>>;  // lr, beta1, beta2, eps, weight_decay, decoupled, maximize
+  template <class Group>
+  using Options = std::vector<std::array<double, Group::kOptions>>;  // an entry a param group
 
   FlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places);
+  virtual ~FlatParams() = default;
 
   void read_gradients();
   void clear_gradients();
-  void square_norm(int64_t slot, const Radii& radii);
-  void ascend(const at::Tensor& sums, const Radii& radii, double norm_eps, bool keep);
-  void descend(const at::Tensor& sums, const Radii& radii, double norm_eps);
-  std::vector<int64_t> update_sgd(const at::Tensor& sums, const SgdGroups& groups, bool from_saved);
-  std::vector<int64_t> update_adam(const at::Tensor& sums, const AdamGroups& groups, bool from_saved);
+  virtual void square_norm(int64_t slot, const Options<RadiusGroup>& radii) = 0;
+  void ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps, bool keep);
+  void descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps);
+  std::vector<int64_t> update_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved);
+  std::vector<int64_t> update_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved);
   bool combine(const at::Tensor& sums, bool from_saved);
   void restore();
   void release();
   void show_w(bool at_w);
 
   std::vector<at::Tensor> state(const std::string& key);
+  void clear_state(int64_t i);
   int64_t extra_bytes() const;
 
   const std::vector<at::Tensor>& params() const { return params_; }
   const std::vector<std::pair<int64_t, int64_t>>& places() const { return places_; }
   at::Tensor sums() const { return sums_; }
-  int64_t skipped() const { return skipped_; }
+  int64_t skipped() const;
   at::Device device() const { return device_; }
   at::ScalarType dtype() const { return dtype_; }
 
- private:
+ protected:
   // Small and in order of use: with hundreds of tiny tensors, cache misses are what a phase is made of.
   struct Entry {
     char* w = nullptr;           // the weights, in `layout()`'s strides
@@ -65,37 +64,34 @@ class FlatParams {
     int32_t group, dim;
     int64_t shape;           // where in shapes_ it is
     bool dense;              // its elements fill its storage: worked on in place
+    bool copying = false;    // the gradient of this pass is taken by copying it into g
     bool perturbed = false;  // w is not w, but saved is
     bool member = false;     // had a gradient in some pass of this step
+    bool counted = false;    // and the base optimizer keeps state for it
+    bool begun = false;      // whose state Python has been told of
     at::Tensor g;            // BSAM: g, then g + g_max
     at::Tensor own;          // where g is kept when it had to be copied
     at::Tensor staged;       // holds `now` where the gradient had other strides
     at::Tensor packed;       // where not dense: its elements, packed
   };
 
-  static void forget_gradient(Entry& e);
-  const at::Tensor& layout(size_t i) const { return entries_[i].dense ? params_[i] : entries_[i].packed; }
-  bool unmoved(size_t i) const;
-  void read_weights(size_t i);
-  void wrote_weights(size_t i);
-  bool take_gradient(size_t i);
-  template <class Wanted>
-  void end_pass(Wanted wanted);
-  char* buffer(const std::string& key);
-  void check_groups(size_t groups) const;
-  std::vector<Radius> radii_of(const Radii& radii, double sum, double norm_eps) const;
-  bool finite(const at::Tensor& sums) const;
-  void write_saved();
-  at::Tensor view(const std::string& key, size_t i);
-  template <class Counts, class Rule>
-  std::vector<int64_t> update(const at::Tensor& sums, bool from_saved, Counts counts, Rule rule);
+  // What a device does in a phase, over the elements of all entries. ascend saves w, moves it and notes what it
+  // moved; ascend and descend also copy the gradients that are `copying`.
+  virtual void run_ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) = 0;
+  virtual void run_descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) = 0;
+  virtual void run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved) = 0;
+  virtual void run_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved) = 0;
+  virtual void run_direction(const at::Tensor& sums) = 0;  // g = g + g_max − c g_min
+  virtual void run_restore() = 0;                          // saved -> w, of the perturbed that have a w
+  // Whether a sum is known, on the host, not to be finite. Where the host cannot tell, the update itself looks.
+  virtual bool known_bad(const at::Tensor& sums, int64_t slot) const = 0;
 
-  template <class Body>
-  void for_blocks(Body body) const;
-  template <class Body>
-  void for_segments(Body body) const;
-  template <class Term>
-  double sum_segments(Term term);
+  // The address of byte `at`, without a tensor none.
+  static char* data(const at::Tensor& t, int64_t at) {
+    return t.defined() ? static_cast<char*>(t.unsafeGetTensorImpl()->mutable_data()) + at : nullptr;
+  }
+  char* buffer(const std::string& key);
+  char* buffer_if_any(const std::string& key) { return buffers_.count(key) ? buffer(key) : nullptr; }
 
   std::vector<at::Tensor> params_;
   std::vector<std::pair<int64_t, int64_t>> places_;
@@ -103,16 +99,33 @@ class FlatParams {
   at::ScalarType dtype_;
   int64_t itemsize_;
   FlatIndex index_;
-  const Loops& loops_;
-  bool stream_;
   std::vector<Entry> entries_;
+  at::Tensor sums_, steps_, skipped_;
+  bool bilateral_ = false;  // this step's ascend kept g
+
+ private:
+  static void forget_gradient(Entry& e);
+  const at::Tensor& layout(size_t i) const { return entries_[i].dense ? params_[i] : entries_[i].packed; }
+  bool unmoved(size_t i) const;
+  void read_weights(size_t i);
+  void wrote_weights(size_t i);
+  void take_gradients();
+  void end_pass();
+  void check_groups(size_t groups) const;
+  template <class Counts>
+  std::vector<int64_t> begin_update(Counts counts);
+  void end_update();
+  bool skips(const at::Tensor& sums);
+  void skip();
+  void write_saved();
+  at::Tensor view(const std::string& key, size_t i);
+
   std::vector<int64_t> shapes_;                // sizes and strides of every parameter as recorded, end to end
   std::map<std::string, at::Tensor> buffers_;  // "saved", and the base optimizer's state
-  at::Tensor sums_, steps_;
-  std::vector<double> partial_;  // of a sum, one a block
-  int64_t skipped_ = 0, groups_ = 0;
-  bool at_w_ = false;       // saved holds the perturbed weights meanwhile
-  bool bilateral_ = false;  // this step's ascend kept g
+  int64_t groups_ = 0;
+  bool at_w_ = false;  // saved holds the perturbed weights meanwhile
 };
+
+Dtype element_type(at::ScalarType dtype);
 
 }  // namespace bsam

@@ -58,11 +58,11 @@ BSAM_INLINE T adaptivity(T w, T eta) {
   return adaptive ? std::fabs(w) + eta : T(1);
 }
 
-// (T g)², in double: no float32 gradient overflows it or underflows to nothing.
+// sum + (T g)², in double: no float32 gradient overflows it or underflows to nothing.
 template <class T>
-BSAM_INLINE double scaled_square(T g, T t) {
+BSAM_INLINE double plus_square(double sum, T g, T t) {
   const double x = double(t) * double(g);
-  return x * x;
+  return fmadd(x, x, sum);
 }
 
 // w + step T² g: w_max with step = ρ / (n + norm_eps), w_min with step = −ρ_min / (n + norm_eps).
@@ -135,7 +135,10 @@ struct Adam {
   T sqrt_bias_correction;  // √(1 − β2^t)
 };
 
-// Of step t, in double as torch works them out.
+// 1 − β^t, exact also where β^t is nearly 1.
+BSAM_INLINE double bias_correction(double beta, double t) { return -std::expm1(t * std::log(beta)); }
+
+// Of step t.
 template <class T>
 BSAM_INLINE Adam<T> adam_rule(double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
                               bool maximize, double t) {
@@ -146,8 +149,8 @@ BSAM_INLINE Adam<T> adam_rule(double lr, double beta1, double beta2, double eps,
           T(maximize ? -1 : 1),
           T(decoupled ? 0 : weight_decay),
           T(decoupled ? 1 - lr * weight_decay : 1),
-          T(lr / (1 - std::pow(beta1, t))),
-          T(std::sqrt(1 - std::pow(beta2, t)))};
+          T(lr / bias_correction(beta1, t)),
+          T(std::sqrt(bias_correction(beta2, t)))};
 }
 
 // m = β1 m + (1 − β1) d;  v = β2 v + (1 − β2) d²;  w − lr m̂ / (√v̂ + eps), m̂ and v̂ bias-corrected.

@@ -28,6 +28,13 @@ def train(opt, net, steps=3, seed=0, loss_of=None):
     return [p.detach().clone() for p in net.parameters()]
 
 
+def step_without_slope(opt, net):
+    """A step that only lets the momentum fade."""
+    for call in opt._calls:
+        assign(net.parameters(), [torch.zeros_like(p) for p in net.parameters()])
+        getattr(opt, call)()
+
+
 def mlp():
     torch.manual_seed(4)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -69,9 +76,8 @@ def test_unfreezing_in_the_middle_keeps_momentum(backend, kind):
     train(opt, net)
     momentum = opt.state[net[2].weight]["momentum_buffer"].clone()
     net[0].requires_grad_(True)
-    opt._ready()
-    opt._adopt(bsam_fused.optim.fused.rule_for(opt.base_optimizer))
-    assert torch.equal(opt.state[net[2].weight]["momentum_buffer"], momentum)
+    step_without_slope(opt, net)
+    torch.testing.assert_close(opt.state[net[2].weight]["momentum_buffer"], 0.9 * momentum)
     train(opt, net)
     assert not torch.equal(net[0].weight, plain[0].weight)
 
@@ -144,11 +150,8 @@ def test_layout_changed_between_steps(backend):
     step()
     momentum = opt.state[net.weight]["momentum_buffer"].clone()
     net.to(memory_format=torch.channels_last)
-    net(torch.ones(1, 3, 5, 5)).square().sum().backward()
-    opt.ascend()
-    opt._adopt(bsam_fused.optim.fused.rule_for(opt.base_optimizer))
-    assert torch.equal(opt.state[net.weight]["momentum_buffer"], momentum)
-    opt.restore()
+    step_without_slope(opt, net)
+    torch.testing.assert_close(opt.state[net.weight]["momentum_buffer"], 0.9 * momentum)
     step()
 
 
@@ -325,7 +328,7 @@ def test_model_to_another_dtype_before_the_first_step(backend, kind):
     opt = kind(net.parameters(), lr=0.1, backend=backend)
     net.double()
     train(opt, net)
-    assert opt._flats[0].dtype == torch.float64
+    assert next(iter(opt._flats)).dtype == torch.float64
 
 
 def test_named_parameters(backend):

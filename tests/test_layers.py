@@ -24,7 +24,16 @@ MAY_IMPORT = {
     "optim.fused": {"ops.contract"},
     "optim.groups": {"ops.contract"},
     "optim.sharpness": set(),
-    "optim.base": {"ops.contract", "ops.dispatch", "optim.fused", "optim.groups", "optim.sharpness", "batchnorm"},
+    "optim.flats": {"ops.contract", "ops.dispatch", "optim.fused"},
+    "optim.base": {
+        "ops.contract",
+        "ops.dispatch",
+        "optim.flats",
+        "optim.fused",
+        "optim.groups",
+        "optim.sharpness",
+        "batchnorm",
+    },
     "optim.sam": {"ops.contract", "optim.base"},
     "optim.bsam": {"ops.contract", "optim.base", "optim.sam"},
     "": {"_version", "optim.base", "optim.sam", "optim.bsam", "optim.sharpness"},
@@ -72,18 +81,22 @@ def test_nothing_imports_report_but_the_command_line():
             assert not any(imported.split(".")[0] == "report" for imported in imports(path)), name
 
 
+CUDA = ["cuda.h", "cuda_pieces.cuh", "cuda_launch.cuh", "cuda.cu"]
+
+
 def includes(name):
     return set(re.findall(r'#include ["<]([^">]+)', (ROOT / "csrc" / name).read_text()))
 
 
-@pytest.mark.parametrize("name", ["math.h", "scalar.h", "flat.h", "cpu.h", "cpu_loops.h", "cpu.cpp"])
+@pytest.mark.parametrize("name", ["math.h", "scalar.h", "flat.h", "groups.h", "cpu.h", "cpu_loops.h", "cpu.cpp", *CUDA])
 def test_formulas_and_indexing_know_no_torch(name):
     assert not any(header.startswith(("ATen", "torch", "c10", "pybind11")) for header in includes(name))
 
 
 def test_formulas_know_no_indexing_and_indexing_no_formulas():
     assert includes("math.h") == {"cmath"}
-    assert "math.h" not in includes("flat.h")
+    for name in ("flat.h", "cuda_pieces.cuh", "cuda_launch.cuh"):
+        assert "math.h" not in includes(name)
     assert not re.search(r"\[\w*\]|for \(", (ROOT / "csrc" / "math.h").read_text())
 
 

@@ -152,6 +152,9 @@ class FlatParams(Protocol):
         Each has its parameter's shape and strides; "step" (float32, 0-dim) counts the updates made.
         """
 
+    def clear_state(self, i: int) -> None:
+        """Zero the base optimizer's state of the i-th parameter: the next update begins it."""
+
 
 def describe(param: Tensor, place: tuple[int, int]) -> str:
     """Return how messages name a parameter: its index, param group, shape and dtype."""

@@ -17,7 +17,11 @@ Factory = Callable[[Sequence[Tensor], Sequence[tuple[int, int]]], contract.FlatP
 BACKENDS = ("cuda", "triton", "cpp", "torch")
 VARIABLE = "BSAM_FUSED_BACKEND"
 _PREFERENCE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch")}
-_FACTORIES: dict[str, Factory] = {"cpp": native_flat.flat_params, "torch": torch_flat.TorchFlatParams}
+_FACTORIES: dict[str, Factory] = {
+    "cuda": native_flat.cuda_flat_params,
+    "cpp": native_flat.cpu_flat_params,
+    "torch": torch_flat.TorchFlatParams,
+}
 
 
 class Choice(NamedTuple):
@@ -30,8 +34,12 @@ class Choice(NamedTuple):
 
 def unavailable(backend: str, device_type: str) -> str | None:
     """Return why ``backend`` cannot work on tensors of ``device_type`` here, None if it can."""
-    if backend in {"cuda", "triton"}:
-        return f"this version of bsam_fused has no {backend} kernels yet"
+    if backend == "triton":
+        return "this version of bsam_fused has no triton kernels yet"
+    if backend == "cuda":
+        if device_type != "cuda":
+            return f"cuda works on CUDA tensors, not on {device_type}"
+        return native_flat.why_no_cuda() or None
     if backend == "cpp":
         if device_type != "cpu":
             return f"cpp works on CPU tensors, not on {device_type}"

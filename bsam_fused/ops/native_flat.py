@@ -56,8 +56,33 @@ def load() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
-def flat_params(params: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> contract.FlatParams:
-    """Return the compiled FlatParams over ``params``.
+@functools.cache
+def why_no_cuda() -> str:
+    """Return why the CUDA kernels cannot run here, "" if they can."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    module, reason = load()
+    if module is None:
+        return reason
+    if not hasattr(module, "CudaFlatParams"):
+        return (
+            "the C++ extension is built without CUDA kernels; with nvcc on PATH, in bsam_fused's source directory: "
+            f"BSAM_FUSED_BUILD=cuda {COMMAND}"
+        )
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU"
+    obstacle = module.cuda_obstacle(torch.cuda.current_device())
+    if obstacle:
+        major, minor = torch.cuda.get_device_capability()
+        return (
+            f"the CUDA kernels do not run on {torch.cuda.get_device_name()} ({obstacle}); in bsam_fused's source "
+            f"directory: TORCH_CUDA_ARCH_LIST={major}.{minor} BSAM_FUSED_BUILD=cuda {COMMAND}"
+        )
+    return ""
+
+
+def cpu_flat_params(params: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> contract.FlatParams:
+    """Return the compiled FlatParams over ``params`` on the CPU.
 
     Raises:
         RuntimeError: the extension cannot be used here, with the reason.
@@ -65,4 +90,16 @@ def flat_params(params: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> 
     module, reason = load()
     if module is None:
         raise RuntimeError(reason)
-    return module.FlatParams(list(params), list(places))
+    return module.CpuFlatParams(list(params), list(places))
+
+
+def cuda_flat_params(params: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> contract.FlatParams:
+    """Return the compiled FlatParams over ``params`` on a CUDA device.
+
+    Raises:
+        RuntimeError: the CUDA kernels cannot run here, with the reason.
+    """
+    module, reason = load()[0], why_no_cuda()
+    if module is None or reason:
+        raise RuntimeError(reason)
+    return module.CudaFlatParams(list(params), list(places))

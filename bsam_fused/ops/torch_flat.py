@@ -78,6 +78,14 @@ class TorchFlatParams:
             ]
         return self._views[key]
 
+    @torch.no_grad()
+    def clear_state(self, i: int) -> None:
+        """Zero the i-th parameter's state."""
+        self._steps[i].zero_()
+        for key, views in self._views.items():
+            if key not in {"saved", "g"}:
+                views[i].zero_()
+
     def read_gradients(self) -> None:
         """Note the gradients of this pass."""
         self._now = {}

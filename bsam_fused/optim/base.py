@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from bsam_fused.batchnorm import frozen_running_stats
 from bsam_fused.ops import contract, dispatch
-from bsam_fused.ops.contract import ASCENT, FlatParams, Radius
+from bsam_fused.ops.contract import ASCENT, Radius
 from bsam_fused.optim import fused, groups
+from bsam_fused.optim.flats import Flats
 from bsam_fused.optim.sharpness import Sharpness
 
 Closure = Callable[[], Any]
@@ -61,12 +62,7 @@ class SharpnessAware(torch.optim.Optimizer):
         model: nn.Module | None,
         backend: str,
     ) -> None:
-        self._flats: list[FlatParams] | None = None
-        self._sizes: list[int] = []  # of the param groups, when the FlatParams were built
-        self._left_out: list[Tensor] = []  # frozen, and in no FlatParams
-        self._adopted = False  # the base's state is views of the FlatParams
-        self._states = 0  # parameters with state, when last seen
-        self._skipped_before = 0  # by FlatParams that are gone
+        self._flats = Flats()
         self._batchnorm = ExitStack()
         self.norm_eps = groups.check_non_negative("norm_eps", norm_eps)
         if model is not None and not isinstance(model, nn.Module):
@@ -108,53 +104,12 @@ class SharpnessAware(torch.optim.Optimizer):
     @property
     def norms(self) -> Tensor:
         """‖T g‖, ‖g_max‖, ‖g_min‖ of the latest passes: float64 (3,), on the first parameter's device."""
-        return self._totals(self._flats)[0].sqrt() if self._flats else torch.zeros(3, dtype=torch.float64)
+        return self._flats.totals()[0].sqrt() if len(self._flats) else torch.zeros(3, dtype=torch.float64)
 
     @property
     def skipped_steps(self) -> int:
         """Steps that were skipped for an inf or NaN in some pass; reading it waits for a GPU."""
-        return self._skipped_before + (self._flats[0].skipped if self._flats else 0)
-
-    def _ready(self) -> list[FlatParams]:
-        """Return the FlatParams: built anew at rest where a parameter has come in, added to within a step."""
-        sizes = [len(group["params"]) for group in self.param_groups]
-        thawed = any(p.requires_grad or p.grad is not None for p in self._left_out)
-        if self._flats is None or (self._phase is Phase.REST and (thawed or sizes != self._sizes)):
-            self._forget_flats()
-            self._flats, self._sizes = self._build_flats(set()), sizes
-        elif thawed:
-            added = self._build_flats({id(p) for flat in self._flats for p in flat.params})
-            for flat in added:  # nothing to perturb: they only learn which kind of step this is
-                flat.ascend(flat.sums, self._plain_radii(), self.norm_eps, self._keeps_g)
-            self._flats += added
-        return self._flats
-
-    def _build_flats(self, known: set[int]) -> list[FlatParams]:
-        """Return a FlatParams a device and dtype of what is not ``known``. Frozen parameters are left out."""
-        kinds: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[tuple[int, int]]]] = {}
-        self._left_out, self._adopted = [], False
-        for i, group in enumerate(self.param_groups):
-            for j, param in enumerate(group["params"]):
-                if id(param) in known:
-                    continue
-                if not param.requires_grad and param.grad is None:
-                    self._left_out.append(param)
-                    continue
-                if torch.nn.parameter.is_lazy(param):
-                    raise RuntimeError(f"{contract.describe(param, (i, j))}: run a forward pass before the first step")
-                params, places = kinds.setdefault((param.device, param.dtype), ([], []))
-                params.append(param)
-                places.append((i, j))
-        for params, places in kinds.values():
-            contract.check_memory(params, places)
-        return [
-            dispatch.choose(self.backend, device).build(params, places)
-            for (device, _), (params, places) in kinds.items()
-        ]
-
-    def _forget_flats(self) -> None:
-        self._skipped_before = self.skipped_steps
-        self._flats = None
+        return self._flats.skipped
 
     # ---- phases
 
@@ -217,26 +172,11 @@ class SharpnessAware(torch.optim.Optimizer):
         return [Radius(0.0)] * len(self.param_groups)
 
     def _read_gradients(self) -> None:
-        for flat in self._ready():
+        added = self._flats.gather(self.param_groups, self.backend, at_rest=self._phase is Phase.REST)
+        for flat in added:  # nothing to perturb: they only learn which kind of step this is
+            flat.ascend(flat.sums, self._plain_radii(), self.norm_eps, self._keeps_g)
+        for flat in self._flats:
             flat.read_gradients()
-
-    def _totals(self, flats: Sequence[FlatParams]) -> list[Tensor]:
-        """Return the sums over all FlatParams, on the device of each."""
-        if len(flats) <= 1:
-            return [flat.sums for flat in flats]
-        home = flats[0].sums.device
-        total = torch.stack([flat.sums.to(home) for flat in flats]).sum(0)
-        return [total.to(flat.sums.device) for flat in flats]
-
-    def _poison(self, slot: int, loss: Any) -> None:
-        """Make the sum in ``slot`` non-finite if ``loss`` is: 0 · loss is 0 or NaN, without asking the device."""
-        if not self._flats:
-            return
-        sums = self._flats[0].sums
-        if isinstance(loss, Tensor):
-            sums[slot].add_((loss.detach().sum() * 0).to(sums.device))
-        elif isinstance(loss, Real):
-            sums[slot].add_(float(loss) * 0)
 
     def ascend(self) -> None:
         """After backward at w: w becomes w_max = w + ρ T² g / (‖T g‖ + norm_eps). Gradients become None.
@@ -258,15 +198,14 @@ class SharpnessAware(torch.optim.Optimizer):
         try:
             self._read_gradients()
         except contract.LayoutChangedError:  # model.to(memory_format=...) since the last step
-            self._forget_flats()
+            self._flats.forget()
             self._read_gradients()
-        flats = self._ready()
-        for flat in flats:
+        for flat in self._flats:
             flat.square_norm(ASCENT, radii)
-        self._poison(ASCENT, loss)
-        totals = self._totals(flats)
+        self._flats.poison(ASCENT, loss)
+        totals = self._flats.totals()
         self._entered(Phase.ASCENDED)
-        for flat, sums in zip(flats, totals, strict=True):
+        for flat, sums in zip(self._flats, totals, strict=True):
             flat.ascend(sums, radii, self.norm_eps, self._keeps_g)
         if self.model is not None:
             self._batchnorm.enter_context(frozen_running_stats(self.model))
@@ -298,7 +237,7 @@ class SharpnessAware(torch.optim.Optimizer):
 
     def _base_step(self) -> None:
         self.base_optimizer.step()
-        self._adopted = False
+        self._flats.left_to_base()
         torch.clear_autocast_cache()
 
     def _run(self, closures: Sequence[Closure]) -> Any:
@@ -329,40 +268,27 @@ class SharpnessAware(torch.optim.Optimizer):
         rule = fused.rule_for(self.base_optimizer)
         scalars = [rule.scalars(group) for group in self.param_groups] if rule else []
         self._read_gradients()
-        flats = self._ready()
-        for flat in flats:
+        for flat in self._flats:
             flat.square_norm(self._last_slot, self._plain_radii())
-        self._poison(self._last_slot, loss)
-        totals = self._totals(flats)
+        self._flats.poison(self._last_slot, loss)
+        totals = self._flats.totals()
         if rule:
-            self._adopt(rule)
-            for flat, sums in zip(flats, totals, strict=True):
-                begun = getattr(flat, rule.operator)(sums, scalars, self._from_saved)
-                fused.publish(flat, self.state, rule, begun)
-            self._states = len(self.state)
+            self._flats.update(rule, self.state, scalars, totals, self._from_saved)
         else:
             self._general_update(totals)
         self._batchnorm.close()
         self._entered(Phase.REST)
 
-    def _adopt(self, rule: fused.FusedRule) -> None:
-        cleared = len(self.state) < self._states
-        if not self._adopted or cleared:
-            for flat in self._flats or []:
-                fused.adopt(flat, self.state, rule, cleared=cleared)
-            self._adopted = True
-
     def _general_update(self, totals: Sequence[Tensor]) -> None:
         """Leave the update to the base optimizer: d in .grad, the weights at w, then its own step()."""
-        flats = self._flats or []
-        combined = [flat.combine(sums, self._from_saved) for flat, sums in zip(flats, totals, strict=True)]
+        combined = [flat.combine(sums, self._from_saved) for flat, sums in zip(self._flats, totals, strict=True)]
         if all(combined):
             try:
                 self._base_step()
             except BaseException:
                 self.restore()
                 raise
-            for flat in flats:
+            for flat in self._flats:
                 flat.release()
 
     # ---- giving up, and looking at w
@@ -373,7 +299,7 @@ class SharpnessAware(torch.optim.Optimizer):
             raise RuntimeError("restore() within unperturbed(): leave that context first")
         if self._phase is Phase.REST:
             return
-        for flat in self._flats or []:
+        for flat in self._flats:
             flat.restore()
         self._batchnorm.close()
         self._clear_gradients()
@@ -397,18 +323,15 @@ class SharpnessAware(torch.optim.Optimizer):
             self._looking_at_w = False
 
     def _show_w(self, at_w: bool) -> None:
-        for flat in self._flats or []:
+        for flat in self._flats:
             flat.show_w(at_w)
         torch.clear_autocast_cache()
 
     def _clear_gradients(self) -> None:
-        if self._flats is None:
+        if len(self._flats):
+            self._flats.clear_gradients()
+        else:
             self.zero_grad()
-            return
-        for flat in self._flats:
-            flat.clear_gradients()
-        for param in self._left_out:
-            param.grad = None
 
     # ---- param groups and state
 
@@ -429,7 +352,7 @@ class SharpnessAware(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._forget_flats()
+        self._flats.forget()
 
     def _check_options(self, group: dict[str, Any], index: int) -> None:
         for option in ("rho", "eta"):
@@ -442,6 +365,9 @@ class SharpnessAware(torch.optim.Optimizer):
             RuntimeError: while the weights are perturbed: a checkpoint of the model would hold w_max.
         """
         self._require_w("state_dict()")
+        rule = fused.rule_for(self.base_optimizer)
+        if rule:
+            self._flats.retract(rule, self.state)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -478,7 +404,7 @@ class SharpnessAware(torch.optim.Optimizer):
             "state": state,
             "base": (type(self.base_optimizer), base),
             "_from_saved": self._from_saved,
-            "_skipped_before": self.skipped_steps,
+            "_flats": Flats(self.skipped_steps),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -489,10 +415,9 @@ class SharpnessAware(torch.optim.Optimizer):
             self._batchnorm = ExitStack()
         else:
             base = {"state": state["state"], "param_groups": state["param_groups"]}
-            self._skipped_before = self.skipped_steps
+            self._flats.forget()
         super().__setstate__(state)
         self.base_optimizer.__setstate__(base)
-        self._flats, self._left_out, self._sizes, self._adopted, self._states = None, [], [], False, 0
 
 
 def _evaluate(closure: Closure) -> Any:

@@ -104,12 +104,11 @@ class BSAM(SharpnessAware):
         self._expect("descend")
         radii = self._radii("rho_min", -1.0)
         self._read_gradients()
-        flats = self._ready()
-        totals = self._totals(flats)
+        totals = self._flats.totals()
         self._entered(Phase.DESCENDED)
-        for flat, sums in zip(flats, totals, strict=True):
+        for flat, sums in zip(self._flats, totals, strict=True):
             flat.descend(sums, radii, self.norm_eps)
-        self._poison(MAX, loss)
+        self._flats.poison(MAX, loss)
 
     def _radius(self, group: dict[str, Any], option: str, index: int) -> float:
         radius = super()._radius(group, option, index)

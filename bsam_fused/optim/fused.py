@@ -85,9 +85,7 @@ def adopt(
         held = state.get(param, {})
         if any(held.get(key) is None for key in rule.keys):
             if cleared:
-                steps[i].zero_()
-                for key in rule.keys:
-                    flat.state(key)[i].zero_()
+                flat.clear_state(i)
             continue
         if "step" not in rule.keys:
             steps[i].fill_(1.0)
@@ -114,3 +112,15 @@ def publish(
     views = {key: flat.state(key) for key in rule.keys}
     for i in begun:
         state[flat.params[i]].update({key: buffers[i] for key, buffers in views.items()})
+
+
+def retract(flat: FlatParams, state: MutableMapping[Tensor, dict[str, Any]], rule: FusedRule) -> None:
+    """Take back the state of parameters whose every update was skipped: on a GPU `publish` could not know.
+
+    Waits for a GPU.
+    """
+    updates = torch.stack(flat.state("step")).tolist()
+    for i, (param, count) in enumerate(zip(flat.params, updates, strict=True)):
+        if count == 0 and all(state.get(param, {}).get(key) is not None for key in rule.keys):
+            del state[param]
+            flat.clear_state(i)

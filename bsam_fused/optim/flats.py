@@ -1,0 +1,140 @@
+"""All FlatParams of an optimizer: built when they are needed, summed over, and the base optimizer's state in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping, Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bsam_fused.ops import contract, dispatch
+from bsam_fused.ops.contract import FlatParams
+from bsam_fused.optim import fused
+from bsam_fused.optim.fused import FusedRule
+
+State = MutableMapping[Tensor, dict[str, Any]]
+Groups = Sequence[dict[str, Any]]
+
+
+class Flats:
+    """A FlatParams a device and dtype of what takes part; frozen parameters are in none until they are thawed.
+
+    Args:
+        skipped: updates skipped so far.
+    """
+
+    def __init__(self, skipped: int = 0) -> None:
+        self._skipped_before = skipped
+        self._built: list[FlatParams] | None = None
+        self._sizes: list[int] = []  # of the param groups, when built
+        self._left_out: list[Tensor] = []  # frozen, and in no FlatParams
+        self._adopted = False  # the base's state is views of the flat buffers
+        self._states = 0  # parameters with state, when last seen
+
+    def __iter__(self) -> Iterator[FlatParams]:
+        """Every FlatParams there is."""
+        return iter(self._built or [])
+
+    def __len__(self) -> int:
+        return len(self._built or [])
+
+    @property
+    def skipped(self) -> int:
+        """Updates skipped, also by FlatParams that are gone; reading it waits for a GPU."""
+        return self._skipped_before + (self._built[0].skipped if self._built else 0)
+
+    def forget(self) -> None:
+        """Build anew next time."""
+        self.__init__(self.skipped)  # type: ignore[misc]
+
+    def gather(self, groups: Groups, backend: str, *, at_rest: bool) -> list[FlatParams]:
+        """Bring in parameters that are new: at rest by building all anew, within a step by adding FlatParams.
+
+        Returns:
+            Those added within a step.
+        """
+        sizes = [len(group["params"]) for group in groups]
+        thawed = any(p.requires_grad or p.grad is not None for p in self._left_out)
+        if self._built is None or (at_rest and (thawed or sizes != self._sizes)):
+            self.forget()
+            self._built, self._sizes = self._build(groups, backend, known=set()), sizes
+        elif thawed:
+            added = self._build(groups, backend, known={id(p) for flat in self._built for p in flat.params})
+            self._built += added
+            return added
+        return []
+
+    def _build(self, groups: Groups, backend: str, known: set[int]) -> list[FlatParams]:
+        kinds: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[tuple[int, int]]]] = {}
+        self._left_out, self._adopted = [], False
+        for i, group in enumerate(groups):
+            for j, param in enumerate(group["params"]):
+                if id(param) in known:
+                    continue
+                if not param.requires_grad and param.grad is None:
+                    self._left_out.append(param)
+                    continue
+                if torch.nn.parameter.is_lazy(param):
+                    raise RuntimeError(f"{contract.describe(param, (i, j))}: run a forward pass before the first step")
+                params, places = kinds.setdefault((param.device, param.dtype), ([], []))
+                params.append(param)
+                places.append((i, j))
+        for params, places in kinds.values():
+            contract.check_memory(params, places)
+        return [
+            dispatch.choose(backend, device).build(params, places) for (device, _), (params, places) in kinds.items()
+        ]
+
+    def clear_gradients(self) -> None:
+        """Set every .grad to None."""
+        for flat in self:
+            flat.clear_gradients()
+        for param in self._left_out:
+            param.grad = None
+
+    # ---- sums
+
+    def totals(self) -> list[Tensor]:
+        """Return the sums over all FlatParams, on the device of each."""
+        if len(self) <= 1:
+            return [flat.sums for flat in self]
+        flats = list(self)
+        home = flats[0].sums.device
+        total = torch.stack([flat.sums.to(home) for flat in flats]).sum(0)
+        return [total.to(flat.sums.device) for flat in flats]
+
+    def poison(self, slot: int, loss: Any) -> None:
+        """Make the sum in ``slot`` non-finite if ``loss`` is: 0 · loss is 0 or NaN, without asking the device."""
+        if self._built and isinstance(loss, Tensor | Real):
+            total = loss.detach().sum() if isinstance(loss, Tensor) and loss.dim() else loss
+            sums = self._built[0].sums
+            sums[slot].add_(torch.as_tensor(total, device=sums.device).detach(), alpha=0)
+
+    # ---- the base optimizer's state
+
+    def update(
+        self, rule: FusedRule, state: State, scalars: Sequence[NamedTuple], totals: Sequence[Tensor], from_saved: bool
+    ) -> None:
+        """Make the fused update of every FlatParams, its state under torch's keys."""
+        cleared = len(state) < self._states
+        if not self._adopted or cleared:
+            for flat in self:
+                fused.adopt(flat, state, rule, cleared=cleared)
+            self._adopted = True
+        for flat, sums in zip(self, totals, strict=True):
+            begun = getattr(flat, rule.operator)(sums, scalars, from_saved)
+            fused.publish(flat, state, rule, begun)
+        self._states = len(state)
+
+    def left_to_base(self) -> None:
+        """Note that the base optimizer itself wrote its state: it is adopted again when needed."""
+        self._adopted = False
+
+    def retract(self, rule: FusedRule, state: State) -> None:
+        """Take state back whose every update was skipped; waits for a GPU."""
+        if self._adopted:
+            for flat in self:
+                fused.retract(flat, state, rule)
+            self._states = len(state)

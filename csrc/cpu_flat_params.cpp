@@ -1,0 +1,185 @@
+#include "cpu_flat_params.h"
+
+#include <ATen/Parallel.h>
+#include <c10/util/irange.h>
+#include <pybind11/pybind11.h>
+
+#include <cmath>
+#include <optional>
+
+#include "math.h"
+
+namespace bsam {
+
+namespace {
+
+// From here on (a model that no cache holds) what is only written goes around the cache.
+constexpr int64_t kStreamBytes = int64_t(16) << 20;
+
+constexpr int64_t kBlocksAThread = 2;  // at least: below, waking a thread takes longer than the work
+
+// What stands for a gradient that is missing: one block of zeros of any dtype.
+alignas(64) const char kZeros[kBlock * 8] = {};
+
+double at_slot(const at::Tensor& sums, int64_t slot) { return sums.const_data_ptr<double>()[slot]; }
+
+std::vector<Reach> reaches(const FlatParams::Options<RadiusGroup>& radii, double sum, double norm_eps) {
+  std::vector<Reach> result;
+  for (const auto& options : radii) {
+    const auto o = RadiusGroup::from(options.data());
+    result.push_back({step_length(o.radius, sum, norm_eps), o.eta, o.adaptive});
+  }
+  return result;
+}
+
+template <class Group>
+std::vector<Group> groups_of(const FlatParams::Options<Group>& groups) {
+  std::vector<Group> result;
+  for (const auto& options : groups) result.push_back(Group::from(options.data()));
+  return result;
+}
+
+}  // namespace
+
+CpuFlatParams::CpuFlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places)
+    : FlatParams(std::move(params), std::move(places)),
+      loops_(best_loops(element_type(dtype_))),
+      stream_(index_.size() * itemsize_ >= kStreamBytes),
+      partial_(index_.blocks()) {
+  if (!device_.is_cpu()) throw std::invalid_argument("CpuFlatParams: the parameters must be on the CPU");
+}
+
+// Runs body(block) for every block; Python's lock is let go of where that takes longer than taking it back.
+template <class Body>
+void CpuFlatParams::for_blocks(Body body) const {
+  std::optional<pybind11::gil_scoped_release> unlocked;
+  if (index_.blocks() > kBlocksAThread) unlocked.emplace();
+  at::parallel_for(0, index_.blocks(), kBlocksAThread, [&](int64_t from, int64_t to) {
+    for (int64_t block = from; block < to; ++block) body(block);
+  });
+}
+
+template <class Body>
+void CpuFlatParams::for_segments(Body body) const {
+  for_blocks([&](int64_t block) { index_.for_each_segment(block, body); });
+}
+
+// The sum of term(segment) over all segments: a partial sum a block, then those in order.
+template <class Term>
+double CpuFlatParams::sum_segments(Term term) {
+  for_blocks([&](int64_t block) {
+    double sum = 0;
+    index_.for_each_segment(block, [&](const Segment& s) { sum += term(s); });
+    partial_[block] = sum;
+  });
+  double sum = 0;
+  for (double part : partial_) sum += part;
+  return sum;
+}
+
+bool CpuFlatParams::known_bad(const at::Tensor& sums, int64_t slot) const {
+  return !std::isfinite(at_slot(sums, slot));
+}
+
+// Copies g where it is taken so; before the segment's gradient or g is worked on.
+void CpuFlatParams::copy_taken(const Entry& e, const Segment& s) const {
+  const int64_t at = s.begin * itemsize_;
+  if (e.copying) loops_.copy(data(e.g, at), e.now + at, stream_, s.count);
+}
+
+void CpuFlatParams::square_norm(int64_t slot, const Options<RadiusGroup>& radii) {
+  const auto groups = reaches(radii, 0, 1);
+  sums_.mutable_data_ptr<double>()[slot] = sum_segments([&](const Segment& s) {
+    const Entry& e = entries_[s.tensor];
+    if (!e.now) return 0.0;
+    const int64_t at = s.begin * itemsize_;
+    return loops_.square_norm(e.w + at, e.now + at, groups[e.group], s.count);
+  });
+}
+
+void CpuFlatParams::run_ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) {
+  const double sum = at_slot(sums, kAscent);
+  if (!std::isfinite(sum)) return;
+  const auto groups = reaches(radii, sum, norm_eps);
+  char* saved = buffer("saved");
+  for (Entry& e : entries_) e.perturbed = e.now != nullptr;
+  for_segments([&](const Segment& s) {
+    const Entry& e = entries_[s.tensor];
+    if (!e.now) return;
+    copy_taken(e, s);
+    const int64_t at = s.begin * itemsize_;
+    loops_.ascend(e.w + at, e.now + at, saved + s.flat * itemsize_, groups[e.group], stream_, s.count);
+  });
+}
+
+void CpuFlatParams::run_descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) {
+  const auto groups = reaches(radii, at_slot(sums, kAscent), norm_eps);
+  const char* saved = buffer("saved");
+  // Without g (a gradient in this pass only) the weights stay, and g + g_max is g_max.
+  sums_.mutable_data_ptr<double>()[kMax] = sum_segments([&](const Segment& s) {
+    const Entry& e = entries_[s.tensor];
+    const int64_t at = s.begin * itemsize_;
+    const char* g_max = e.now ? e.now + at : kZeros;
+    copy_taken(e, s);
+    if (!e.perturbed) return loops_.square_norm(nullptr, g_max, Reach{}, s.count);
+    return loops_.descend(e.w + at, data(e.g, at), g_max, saved + s.flat * itemsize_, groups[e.group], stream_,
+                          s.count);
+  });
+}
+
+// Applies rule(Update, entry, segment, t) to every member's segments, in its t-th step.
+template <class Rule>
+void CpuFlatParams::update(const at::Tensor& sums, bool from_saved, Rule rule) {
+  float* steps = steps_.mutable_data_ptr<float>();
+  for (size_t i : c10::irange(entries_.size()))
+    if (entries_[i].counted) ++steps[i];
+  const char* saved = from_saved ? buffer_if_any("saved") : nullptr;
+  const double c = bilateral_coefficient(at_slot(sums, kMax), at_slot(sums, kMin));
+  for_segments([&](const Segment& s) {
+    const Entry& e = entries_[s.tensor];
+    if (!e.member) return;
+    const int64_t at = s.begin * itemsize_;
+    const char* now = e.now ? e.now + at : nullptr;
+    const char* g = bilateral_ ? static_cast<const char*>(data(e.g, at)) : now;
+    rule(Update{e.w + at, e.perturbed && saved ? saved + s.flat * itemsize_ : e.w + at, g ? g : kZeros,
+                bilateral_ ? now : nullptr, c, stream_, s.count},
+         e, s, steps[s.tensor]);
+  });
+}
+
+void CpuFlatParams::run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved) {
+  const auto rules = groups_of<SgdGroup>(groups);
+  const bool momentum = std::any_of(rules.begin(), rules.end(), [](const SgdGroup& o) { return o.momentum != 0; });
+  char* m = momentum ? buffer("momentum_buffer") : nullptr;
+  update(sums, from_saved, [&](const Update& u, const Entry& e, const Segment& s, float t) {
+    const SgdGroup& rule = rules[e.group];
+    loops_.sgd(u, rule, rule.momentum != 0 ? m + s.flat * itemsize_ : nullptr, t == 1);
+  });
+}
+
+void CpuFlatParams::run_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved) {
+  const auto rules = groups_of<AdamGroup>(groups);
+  char *m = buffer("exp_avg"), *v = buffer("exp_avg_sq");
+  update(sums, from_saved, [&](const Update& u, const Entry& e, const Segment& s, float t) {
+    loops_.adam(u, rules[e.group], m + s.flat * itemsize_, v + s.flat * itemsize_, t);
+  });
+}
+
+void CpuFlatParams::run_direction(const at::Tensor& sums) {
+  const double c = bilateral_coefficient(at_slot(sums, kMax), at_slot(sums, kMin));
+  for_segments([&](const Segment& s) {
+    const Entry& e = entries_[s.tensor];
+    const int64_t at = s.begin * itemsize_;
+    if (e.now) loops_.direction(data(e.g, at), e.now + at, c, s.count);
+  });
+}
+
+void CpuFlatParams::run_restore() {
+  const char* saved = buffer("saved");
+  for_segments([&](const Segment& s) {
+    const Entry& e = entries_[s.tensor];
+    if (e.perturbed && e.w) loops_.copy(e.w + s.begin * itemsize_, saved + s.flat * itemsize_, stream_, s.count);
+  });
+}
+
+}  // namespace bsam
