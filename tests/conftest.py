@@ -1,11 +1,17 @@
 """What all tests share."""
 
+import host_cuda
 import pytest
 import torch
 
 from bsam_fused.ops import dispatch
 
-BACKENDS = ["torch", "cpp"]
+BACKENDS = ["torch", "cpp", "cuda-on-host", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -14,7 +20,21 @@ def _seeded(request):
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request):
-    """Every backend on CPU tensors. A missing one fails: the suite must not pass without it."""
-    assert dispatch.unavailable(request.param, "cpu") is None
-    return request.param
+def backend(request, monkeypatch):
+    """Every backend. A missing one fails: the suite must not pass without it.
+
+    "cuda-on-host" is the CUDA backend's own source on CPU tensors (tests/shim); "cuda" makes the GPU the device of
+    all tensors that the test makes.
+    """
+    if request.param == "cuda-on-host":
+        monkeypatch.setitem(dispatch._FACTORIES, "cuda", host_cuda.flat_params)
+        unavailable = dispatch.unavailable
+        monkeypatch.setattr(
+            dispatch, "unavailable", lambda name, device: None if name == "cuda" else unavailable(name, device)
+        )
+        yield "cuda"
+        return
+    device = "cuda" if request.param == "cuda" else "cpu"
+    assert dispatch.unavailable(request.param, device) is None
+    with torch.device(device):
+        yield request.param

@@ -1,0 +1,362 @@
+// The CUDA kernels: math.h's formulas over the tensors of a launch. No torch.
+//
+// A kernel first loads all that its thread works on in a chunk, in 128-bit accesses where pointers allow, then
+// computes, then stores: so that many loads are under way at once.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "cuda.h"
+#include "cuda_launch.cuh"
+#include "cuda_pieces.cuh"
+#include "math.h"
+#include "scalar.h"
+
+namespace bsam {
+namespace cuda {
+namespace {
+
+template <class T>
+struct Reach {
+  T step, eta;
+  bool adaptive;
+
+  __device__ T adaptivity(T w) const { return adaptive ? bsam::adaptivity<true, T>(w, eta) : T(1); }
+};
+
+template <class T>
+__device__ Reach<T> reach(const double* groups, uint32_t group, double sum, double norm_eps) {
+  const RadiusGroup o = RadiusGroup::from(groups + RadiusGroup::kOptions * group);
+  return {T(step_length(o.radius, sum, norm_eps)), T(o.eta), o.adaptive};
+}
+
+struct SquareNorm {
+  const double* groups;
+  Total total;
+
+  template <class S, int capacity>
+  __device__ void run(const Rows<capacity>& rows) const {
+    using T = arithmetic_t<S>;
+    double sum = 0;
+    for_pieces<S>(rows, [&](const Piece<S>& p) {
+      const Reach<T> o = groups ? reach<T>(groups, p.group, 0, 1) : Reach<T>{};
+      Vector<S> w[kVectors<S>], g[kVectors<S>];
+      for_vectors<S>(p.count, [&](int k, int i, int valid) {
+        g[k] = load(p.now, i, valid);
+        if (o.adaptive) w[k] = load(p.w, i, valid);
+      });
+      for_vectors<S>(p.count, [&](int k, int, int) {
+        for_lanes<S>([&](int j) {
+          const T t = o.adaptive ? o.adaptivity(value(w[k].lane[j])) : T(1);
+          sum = plus_square<T>(sum, value(g[k].lane[j]), t);
+        });
+      });
+    });
+    add_up(total, sum, rows.begin == 0);
+  }
+};
+
+struct Ascend {
+  const double *groups, *sums;
+  double norm_eps;
+  void* saved;
+
+  template <class S, int capacity>
+  __device__ void run(const Rows<capacity>& rows) const {
+    using T = arithmetic_t<S>;
+    const double sum = sums[kAscent];
+    const bool finite = std::isfinite(sum);
+    Shared<Reach<T>> shared;
+    for_pieces<S>(rows, [&](const Piece<S>& p) {
+      const Reach<T> o = shared(p.group, [&] { return reach<T>(groups, p.group, sum, norm_eps); });
+      Vector<S> w[kVectors<S>], g[kVectors<S>];
+      for_vectors<S>(p.count, [&](int k, int i, int valid) {
+        w[k] = load(p.w, i, valid);
+        g[k] = load(p.now, i, valid);
+      });
+      for_vectors<S>(p.count, [&](int k, int i, int valid) {
+        store(static_cast<S*>(saved) + p.flat, i, w[k], valid);
+        if (p.g) store(p.g, i, g[k], valid);
+        if (!finite) return;
+        for_lanes<S>([&](int j) {
+          const T x = value(w[k].lane[j]);
+          bsam::store(w[k].lane[j], perturbed<T>(x, value(g[k].lane[j]), o.adaptivity(x), o.step));
+        });
+        store(p.w, i, w[k], valid);
+      });
+    });
+  }
+};
+
+struct Descend {
+  const double *groups, *sums;
+  double norm_eps;
+  const void* saved;
+  Total total;
+
+  template <class S, int capacity>
+  __device__ void run(const Rows<capacity>& rows) const {
+    using T = arithmetic_t<S>;
+    const double sum_ascent = sums[kAscent];
+    const bool finite = std::isfinite(sum_ascent);
+    Shared<Reach<T>> shared;
+    double sum = 0;
+    for_pieces<S>(rows, [&](const Piece<S>& p) {
+      const Reach<T> o = shared(p.group, [&] { return reach<T>(groups, p.group, sum_ascent, norm_eps); });
+      Vector<S> w[kVectors<S>], g[kVectors<S>], g_max[kVectors<S>];
+      for_vectors<S>(p.count, [&](int k, int i, int valid) {
+        g_max[k] = load(p.now, i, valid);
+        if (!p.perturbed) return;
+        w[k] = load(static_cast<const S*>(saved) + p.flat, i, valid);
+        g[k] = load(p.g, i, valid);
+      });
+      for_vectors<S>(p.count, [&](int k, int i, int valid) {
+        for_lanes<S>([&](int j) { sum = plus_square<T>(sum, value(g_max[k].lane[j]), T(1)); });
+        if (!p.perturbed) {
+          if (p.g) store(p.g, i, g_max[k], valid);
+          return;
+        }
+        for_lanes<S>([&](int j) {
+          const T x = value(w[k].lane[j]), slope = value(g[k].lane[j]);
+          if (finite) bsam::store(w[k].lane[j], perturbed<T>(x, slope, o.adaptivity(x), o.step));
+          bsam::store(g[k].lane[j], direction_so_far<T>(slope, value(g_max[k].lane[j])));
+          // float16 overflows at 65504: a g + g_max that did must not reach the weights.
+          if (std::is_same<S, Float16>::value) sum += 0 * double(value(g[k].lane[j]));
+        });
+        store(p.w, i, w[k], valid);
+        store(p.g, i, g[k], valid);
+      });
+    });
+    add_up(total, sum, rows.begin == 0);
+  }
+};
+
+struct Direction {
+  const double* sums;
+
+  template <class S, int capacity>
+  __device__ void run(const Rows<capacity>& rows) const {
+    using T = arithmetic_t<S>;
+    Shared<T> shared;
+    const T c = shared(0, [&] { return T(bilateral_coefficient(sums[kMax], sums[kMin])); });
+    for_pieces<S>(rows, [&](const Piece<S>& p) {
+      Vector<S> g[kVectors<S>], g_min[kVectors<S>];
+      for_vectors<S>(p.count, [&](int k, int i, int valid) {
+        g[k] = load(p.g, i, valid);
+        g_min[k] = load(p.now, i, valid);
+      });
+      for_vectors<S>(p.count, [&](int k, int i, int valid) {
+        for_lanes<S>([&](int j) {
+          const T d = bilateral_direction<T>(value(g[k].lane[j]), value(g_min[k].lane[j]), c);
+          bsam::store(g[k].lane[j], d);
+        });
+        store(p.g, i, g[k], valid);
+      });
+    });
+  }
+};
+
+struct Restore {
+  const void* saved;
+
+  template <class S, int capacity>
+  __device__ void run(const Rows<capacity>& rows) const {
+    for_pieces<S>(rows, [&](const Piece<S>& p) {
+      Vector<S> w[kVectors<S>];
+      for_vectors<S>(p.count,
+                     [&](int k, int i, int valid) { w[k] = load(static_cast<const S*>(saved) + p.flat, i, valid); });
+      for_vectors<S>(p.count, [&](int k, int i, int valid) { store(p.w, i, w[k], valid); });
+    });
+  }
+};
+
+// The base optimizers: their scalars, of a group and the count of updates made so far, and their rule.
+struct SgdBase {
+  using Group = SgdGroup;
+  static constexpr int kStates = 1;
+
+  template <class T>
+  struct Scalars {
+    Sgd<T> rule;
+    bool momentum;
+
+    __device__ bool stateful() const { return momentum; }
+    __device__ T operator()(T w, T d, T* state) const {
+      return momentum ? bsam::sgd<T>(rule, w, d, state[0]) : bsam::sgd<T>(rule, w, d);
+    }
+  };
+
+  template <class T>
+  static __device__ Scalars<T> scalars(const SgdGroup& o, float steps) {
+    return {sgd_rule<T>(o.lr, o.momentum, o.dampening, o.weight_decay, o.nesterov, o.maximize, steps == 0),
+            o.momentum != 0};
+  }
+};
+
+struct AdamBase {
+  using Group = AdamGroup;
+  static constexpr int kStates = 2;
+
+  template <class T>
+  struct Scalars {
+    Adam<T> rule;
+
+    __device__ bool stateful() const { return true; }
+    __device__ T operator()(T w, T d, T* state) const { return bsam::adam<T>(rule, w, d, state[0], state[1]); }
+  };
+
+  template <class T>
+  static __device__ Scalars<T> scalars(const AdamGroup& o, float steps) {
+    return {adam_rule<T>(o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.decoupled, o.maximize, double(steps) + 1)};
+  }
+};
+
+template <class Base>
+struct Step {
+  Update u;
+  void* state[Base::kStates];
+  unsigned* ticket;
+
+  template <class T>
+  struct Scalars {
+    typename Base::template Scalars<T> base;
+    T c;
+  };
+
+  template <class S, int capacity>
+  __device__ void run(const Rows<capacity>& rows) const {
+    const bool finite = std::isfinite(u.sums[kAscent]) && std::isfinite(u.sums[kMax]) && std::isfinite(u.sums[kMin]);
+    Shared<Scalars<arithmetic_t<S>>> shared;
+    for_pieces<S>(rows, [&](const Piece<S>& p) {
+      if (finite)
+        update<S>(p, shared);
+      else if (p.perturbed)
+        put_back<S>(p);
+    });
+    if (!is_last_block(ticket)) return;  // all others have read the steps
+    for (uint32_t i = threadIdx.x; i < rows.count; i += kThreads)
+      if (rows.row[i].flags & kCounted) u.steps[rows.begin + i] += finite;
+    if (threadIdx.x == 0 && rows.begin == 0) *u.skipped += !finite;
+  }
+
+  template <class S, class T = arithmetic_t<S>>
+  __device__ void update(const Piece<S>& p, Shared<Scalars<T>>& shared) const {
+    const float steps = u.steps[p.tensor];
+    const Scalars<T> o = shared(uint64_t(p.group) << 32 | bit_cast<uint32_t>(steps), [&] {
+      const auto group = Base::Group::from(u.groups + Base::Group::kOptions * p.group);
+      return Scalars<T>{Base::template scalars<T>(group, steps), T(bilateral_coefficient(u.sums[kMax], u.sums[kMin]))};
+    });
+    const S* from = u.from_saved && p.perturbed ? static_cast<const S*>(u.saved) + p.flat : p.w;
+    Vector<S> w[kVectors<S>], g[kVectors<S>], last[kVectors<S>], held[Base::kStates][kVectors<S>];
+    for_vectors<S>(p.count, [&](int k, int i, int valid) {
+      w[k] = load(from, i, valid);
+      if (u.bilateral) g[k] = load(p.g, i, valid);
+      last[k] = load(p.now, i, valid);
+      if (!o.base.stateful()) return;
+#pragma unroll
+      for (int s = 0; s < Base::kStates; ++s) held[s][k] = load(static_cast<const S*>(state[s]) + p.flat, i, valid);
+    });
+    for_vectors<S>(p.count, [&](int k, int i, int valid) {
+      for_lanes<S>([&](int j) {
+        const T g_last = value(last[k].lane[j]);
+        const T d = u.bilateral ? bilateral_direction<T>(value(g[k].lane[j]), g_last, o.c) : g_last;
+        T kept[Base::kStates];
+#pragma unroll
+        for (int s = 0; s < Base::kStates; ++s) kept[s] = value(held[s][k].lane[j]);
+        bsam::store(w[k].lane[j], o.base(value(w[k].lane[j]), d, kept));
+#pragma unroll
+        for (int s = 0; s < Base::kStates; ++s) bsam::store(held[s][k].lane[j], kept[s]);
+      });
+      store(p.w, i, w[k], valid);
+      if (!o.base.stateful()) return;
+#pragma unroll
+      for (int s = 0; s < Base::kStates; ++s) store(static_cast<S*>(state[s]) + p.flat, i, held[s][k], valid);
+    });
+  }
+
+  template <class S>
+  __device__ void put_back(const Piece<S>& p) const {
+    for_vectors<S>(p.count, [&](int, int i, int valid) {
+      store(p.w, i, load(static_cast<const S*>(u.saved) + p.flat, i, valid), valid);
+    });
+  }
+};
+
+struct Words {
+  static constexpr size_t kCount = kFewBytes / sizeof(double);
+  double word[kCount];
+};
+
+__global__ void write_words(double* to, const __grid_constant__ Words words, int count) {
+  for (int i = int(threadIdx.x); i < count; i += kThreads) to[i] = words.word[i];
+}
+
+}  // namespace
+
+void square_norm(const Context& context, const Items& items, const double* groups, double* to) {
+  launch(context, items, SquareNorm{groups, {context.partials, context.ticket, to}});
+}
+
+void ascend(const Context& context, const Items& items, const double* groups, const double* sums, double norm_eps,
+            void* saved) {
+  launch(context, items, Ascend{groups, sums, norm_eps, saved});
+}
+
+void descend(const Context& context, const Items& items, const double* groups, const double* sums, double norm_eps,
+             const void* saved, double* to) {
+  launch(context, items, Descend{groups, sums, norm_eps, saved, {context.partials, context.ticket, to}});
+}
+
+void direction(const Context& context, const Items& items, const double* sums) {
+  launch(context, items, Direction{sums});
+}
+
+void restore(const Context& context, const Items& items, const void* saved) { launch(context, items, Restore{saved}); }
+
+void sgd(const Context& context, const Items& items, const Update& update, void* momentum_buffer) {
+  launch(context, items, Step<SgdBase>{update, {momentum_buffer}, context.ticket});
+}
+
+void adam(const Context& context, const Items& items, const Update& update, void* exp_avg, void* exp_avg_sq) {
+  launch(context, items, Step<AdamBase>{update, {exp_avg, exp_avg_sq}, context.ticket});
+}
+
+void write(double* to, const double* values, size_t count, void* stream) {
+  for (size_t done = 0; done < count; done += Words::kCount) {
+    Words words;
+    const size_t part = std::min(count - done, Words::kCount);
+    std::copy_n(values + done, part, words.word);
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(1);
+    config.blockDim = dim3(kThreads);
+    config.stream = static_cast<cudaStream_t>(stream);
+    check(cudaLaunchKernelEx(&config, write_words, to + done, words, int(part)), "launching a kernel");
+  }
+}
+
+std::string obstacle(int device) {
+  int before = 0;
+  check(cudaGetDevice(&before), "reading the current device");
+  check(cudaSetDevice(device), "choosing a device");
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, write_words);
+  cudaGetLastError();  // it is told here, and must not be found by the next launch
+  cudaSetDevice(before);
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
+bool is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status), "reading the stream's state");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+int most_blocks(int device) {
+  const int threads = attribute(cudaDevAttrMaxThreadsPerMultiProcessor, device);
+  return attribute(cudaDevAttrMultiProcessorCount, device) * std::max(1, threads / kThreads);
+}
+
+}  // namespace cuda
+}  // namespace bsam

@@ -1,0 +1,76 @@
+// What cuda.cu offers to CudaFlatParams: one launch a phase over many tensors. No torch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "groups.h"
+
+namespace bsam {
+namespace cuda {
+
+// A tensor in a launch: `numel` elements in memory order, 0 to leave it out; at `flat` in the flat buffers. What
+// w, g and now are, and which may be null, each launch says.
+struct Item {
+  char* w;
+  char* g;
+  const char* now;
+  int64_t flat, numel;
+  uint32_t group;
+  bool perturbed;  // w is not w, but saved is
+  bool counted;    // the base optimizer keeps state for it
+};
+
+// Where a launch runs and what it needs beside its operands.
+struct Context {
+  Dtype dtype;
+  int device;
+  void* stream;
+  double* partials;  // most_blocks(device) of them
+  unsigned* ticket;  // 0 at first; every launch leaves it 0
+};
+
+// All pointers are to the device. `groups`: Group::kOptions doubles a param group, in contract.py's order. `sums`:
+// over all FlatParams, kSlots of them.
+using Items = std::vector<Item>;
+
+// *to = Σ (T g)², g in `now`; without `groups`, T = 1.
+void square_norm(const Context&, const Items&, const double* groups, double* to);
+// saved = w, w = w_max; `now`, g at w, is copied into g where that is not null.
+void ascend(const Context&, const Items&, const double* groups, const double* sums, double norm_eps, void* saved);
+// w = w_min from saved, g += g_max in `now`, *to = Σ g_max². What is not perturbed has no w, and only copies g_max.
+void descend(const Context&, const Items&, const double* groups, const double* sums, double norm_eps, const void* saved,
+             double* to);
+// g = g + g_max − c g_min, g_min in `now`.
+void direction(const Context&, const Items&, const double* sums);
+// w = saved.
+void restore(const Context&, const Items&, const void* saved);
+
+// What every update needs: the last gradient is in `now`, g + g_max in g where the step is `bilateral`.
+struct Update {
+  const double *groups, *sums;
+  const void* saved;  // null if nothing was perturbed
+  bool from_saved;    // start from saved where perturbed, else from w
+  bool bilateral;
+  float* steps;      // a tensor: updates made so far; advanced
+  int64_t* skipped;  // advanced where a sum is not finite: nothing else changes then, but w goes back to saved
+};
+void sgd(const Context&, const Items&, const Update&, void* momentum_buffer);
+void adam(const Context&, const Items&, const Update&, void* exp_avg, void* exp_avg_sq);
+
+// Writes doubles that travel with the launch itself: nothing waits, and a graph may capture it.
+void write(double* to, const double* values, size_t count, void* stream);
+
+// What keeps the kernels from running on this device: none of the architectures they were built for; else "".
+std::string obstacle(int device);
+
+// Whether the stream's launches go into a graph instead of running.
+bool is_capturing(void* stream);
+
+// How many blocks a launch on this device has at most.
+int most_blocks(int device);
+
+}  // namespace cuda
+}  // namespace bsam

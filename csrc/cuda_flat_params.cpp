@@ -1,0 +1,133 @@
+#include "cuda_flat_params.h"
+
+#include <ATen/Functions.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <c10/util/irange.h>
+
+#include <algorithm>
+
+namespace bsam {
+
+CudaFlatParams::CudaFlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places)
+    : FlatParams(std::move(params), std::move(places)),
+      workspace_(at::zeros({1 + cuda::most_blocks(device_.index())}, at::dtype(at::kDouble).device(device_))),
+      items_(entries_.size()) {
+  for (size_t i : c10::irange(entries_.size())) {
+    items_[i].flat = index_.offset(int64_t(i));
+    items_[i].group = uint32_t(entries_[i].group);
+  }
+}
+
+cuda::Context CudaFlatParams::context() const {
+  double* workspace = reinterpret_cast<double*>(data(workspace_, 0));
+  return {element_type(dtype_), device_.index(), c10::cuda::getCurrentCUDAStream(device_.index()).stream(),
+          workspace + 1, reinterpret_cast<unsigned*>(workspace)};
+}
+
+// The tensors of a launch: those that are `wanted`, with their pointers.
+template <class Wanted>
+const cuda::Items& CudaFlatParams::items(Wanted wanted) {
+  for (size_t i : c10::irange(entries_.size())) {
+    const Entry& e = entries_[i];
+    cuda::Item& item = items_[i];
+    item.w = e.w;
+    item.g = data(e.g, 0);
+    item.now = e.now;
+    item.perturbed = e.perturbed;
+    item.counted = e.counted;
+    item.numel = wanted(e, item) ? index_.numel(int64_t(i)) : 0;
+  }
+  return items_;
+}
+
+// The options of all param groups, on the device. While a graph is captured nothing runs, so what is written then
+// is not there afterwards.
+template <size_t options>
+const double* CudaFlatParams::table(Use use, const std::vector<std::array<double, options>>& groups) {
+  Table& t = tables_[use];
+  const double* values = groups.data()->data();
+  const size_t count = options * groups.size();
+  if (!std::equal(t.written.begin(), t.written.end(), values, values + count)) {
+    const auto stream = c10::cuda::getCurrentCUDAStream(device_.index()).stream();
+    if (!t.on_device.defined() || t.on_device.numel() < int64_t(count))
+      t.on_device = at::empty({int64_t(count)}, at::dtype(at::kDouble).device(device_));
+    cuda::write(t.on_device.mutable_data_ptr<double>(), values, count, stream);
+    t.written.clear();
+    if (!cuda::is_capturing(stream)) t.written.assign(values, values + count);
+  }
+  return t.on_device.const_data_ptr<double>();
+}
+
+double* CudaFlatParams::sum(int64_t slot) { return sums_.mutable_data_ptr<double>() + slot; }
+
+void CudaFlatParams::square_norm(int64_t slot, const Options<RadiusGroup>& radii) {
+  c10::DeviceGuard guard(device_);
+  const bool adaptive =
+      std::any_of(radii.begin(), radii.end(), [](const auto& o) { return RadiusGroup::from(o.data()).adaptive; });
+  const double* groups = adaptive ? table(kAscending, radii) : nullptr;
+  cuda::square_norm(context(), items([](const Entry& e, cuda::Item&) { return e.now != nullptr; }), groups, sum(slot));
+}
+
+void CudaFlatParams::run_ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) {
+  c10::DeviceGuard guard(device_);
+  const double* groups = table(kAscending, radii);
+  char* saved = buffer("saved");
+  for (Entry& e : entries_) e.perturbed = e.now != nullptr;
+  const auto& all = items([](const Entry& e, cuda::Item& item) {
+    if (!e.copying) item.g = nullptr;
+    return e.perturbed;
+  });
+  cuda::ascend(context(), all, groups, sums.const_data_ptr<double>(), norm_eps, saved);
+}
+
+void CudaFlatParams::run_descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) {
+  c10::DeviceGuard guard(device_);
+  const double* groups = table(kDescending, radii);
+  const auto& all = items([](const Entry& e, cuda::Item& item) {
+    if (!e.perturbed && !e.copying) item.g = nullptr;
+    return e.perturbed || e.now != nullptr;
+  });
+  cuda::descend(context(), all, groups, sums.const_data_ptr<double>(), norm_eps, buffer("saved"), sum(kMax));
+}
+
+const cuda::Items& CudaFlatParams::members() {
+  return items([](const Entry& e, cuda::Item&) { return e.member; });
+}
+
+cuda::Update CudaFlatParams::update(const at::Tensor& sums, const double* groups, bool from_saved) {
+  return {groups,
+          sums.const_data_ptr<double>(),
+          buffer_if_any("saved"),
+          from_saved,
+          bilateral_,
+          steps_.mutable_data_ptr<float>(),
+          skipped_.mutable_data_ptr<int64_t>()};
+}
+
+void CudaFlatParams::run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved) {
+  c10::DeviceGuard guard(device_);
+  const bool momentum =
+      std::any_of(groups.begin(), groups.end(), [](const auto& o) { return SgdGroup::from(o.data()).momentum != 0; });
+  char* m = momentum ? buffer("momentum_buffer") : nullptr;
+  cuda::sgd(context(), members(), update(sums, table(kUpdating, groups), from_saved), m);
+}
+
+void CudaFlatParams::run_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved) {
+  c10::DeviceGuard guard(device_);
+  char *m = buffer("exp_avg"), *v = buffer("exp_avg_sq");
+  cuda::adam(context(), members(), update(sums, table(kUpdating, groups), from_saved), m, v);
+}
+
+void CudaFlatParams::run_direction(const at::Tensor& sums) {
+  c10::DeviceGuard guard(device_);
+  cuda::direction(context(), items([](const Entry& e, cuda::Item&) { return e.now != nullptr; }),
+                  sums.const_data_ptr<double>());
+}
+
+void CudaFlatParams::run_restore() {
+  c10::DeviceGuard guard(device_);
+  cuda::restore(context(), items([](const Entry& e, cuda::Item&) { return e.perturbed && e.w; }), buffer("saved"));
+}
+
+}  // namespace bsam

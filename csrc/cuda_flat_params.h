@@ -1,0 +1,47 @@
+// FlatParams on a CUDA device: the launches of cuda.h. Nothing here waits for the device.
+#pragma once
+
+#include <array>
+
+#include "cuda.h"
+#include "flat_params.h"
+
+namespace bsam {
+
+class CudaFlatParams final : public FlatParams {
+ public:
+  CudaFlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places);
+
+  void square_norm(int64_t slot, const Options<RadiusGroup>& radii) override;
+
+ private:
+  // The options of the param groups on the device: written when they change.
+  struct Table {
+    at::Tensor on_device;
+    std::vector<double> written;
+  };
+  enum Use { kAscending, kDescending, kUpdating };
+
+  void run_ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) override;
+  void run_descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) override;
+  void run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved) override;
+  void run_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved) override;
+  void run_direction(const at::Tensor& sums) override;
+  void run_restore() override;
+  bool known_bad(const at::Tensor&, int64_t) const override { return false; }  // finding out would wait
+
+  cuda::Context context() const;
+  template <class Wanted>
+  const cuda::Items& items(Wanted wanted);
+  template <size_t options>
+  const double* table(Use use, const std::vector<std::array<double, options>>& groups);
+  cuda::Update update(const at::Tensor& sums, const double* groups, bool from_saved);
+  const cuda::Items& members();
+  double* sum(int64_t slot);
+
+  at::Tensor workspace_;  // the ticket, then the partial sums
+  std::array<Table, 3> tables_;
+  cuda::Items items_;
+};
+
+}  // namespace bsam

@@ -1,0 +1,32 @@
+"""The CUDA backend on the host: csrc/cuda.cu compiled as C++ against tests/shim, for tests without a GPU."""
+
+import functools
+from pathlib import Path
+
+from torch.utils import cpp_extension
+
+import bsam_fused
+
+ROOT = Path(__file__).parents[1]
+
+
+@functools.cache
+def module():
+    """Return the extension with `CudaFlatParams` over CPU tensors; builds it the first time (about a minute)."""
+    build = ROOT / "build" / "host_cuda"
+    build.mkdir(parents=True, exist_ok=True)
+    return cpp_extension.load(
+        "bsam_fused_host_cuda",
+        [*sorted(map(str, (ROOT / "csrc").glob("*.cpp"))), str(ROOT / "tests" / "shim" / "cuda.cpp")],
+        extra_include_paths=[str(ROOT / "tests" / "shim"), str(ROOT / "csrc")],
+        extra_cflags=[
+            *("-O2", "-ffp-contract=off", "-fvisibility=hidden", "-fopenmp", "-Wno-unknown-pragmas"),
+            "-DBSAM_FUSED_CUDA",
+            rf"-DBSAM_FUSED_VERSION=\"{bsam_fused.__version__}\"",
+        ],
+        build_directory=str(build),
+    )
+
+
+def flat_params(params, places):
+    return module().CudaFlatParams(list(params), list(places))

@@ -1,0 +1,2 @@
+// The kernels, as C++: with this folder before CUDA's own in the include path.
+#include "../../csrc/cuda.cu"
