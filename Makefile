@@ -2,6 +2,7 @@
 # make test     the whole test suite
 # make bench    optimizer time of a step, side by side with other implementations
 # make lint     ruff and clang-format
+# make cuda-build-check   the CUDA build against a CUDA build of torch (5 GB, in .venv-cuda); needs nvcc and no GPU
 #
 # Each does its own set-up: a virtual environment in .venv, pinned packages, the C++ extension in place.
 
@@ -9,9 +10,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUILT := $(VENV)/.built
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h) setup.py pyproject.toml bsam_fused/_version.py
+CUDA_VENV := .venv-cuda
+# The registry's torch is built for CUDA 13.0, as nvcc here is; it asks for setuptools < 82.
+CUDA_TORCH := torch==2.12.1 setuptools==81.0.0
+CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
+SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py
 
-.PHONY: report test bench lint format clean
+.PHONY: report test bench lint format cuda-build-check clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
@@ -25,24 +30,33 @@ bench: $(BUILT)
 lint: $(BUILT)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
 format: $(BUILT)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format -i $(CSRC)
 
 $(VENV)/.installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt pip setuptools wheel
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt ninja numpy pytest pytest-benchmark hypothesis \
-		matplotlib jinja2 rich scikit-learn ruff clang-format build
+		matplotlib jinja2 rich scikit-learn ruff clang-format build triton
 	touch $@
 
 $(BUILT): $(VENV)/.installed $(SOURCES)
 	BSAM_FUSED_BUILD=cpu $(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
+cuda-build-check: $(CUDA_VENV)/.installed
+	.ci/cuda_build_check $(CUDA_VENV)/bin/python
+
+$(CUDA_VENV)/.installed: constraints.txt
+	$(PYTHON) -m venv $(CUDA_VENV)
+	grep -vE '^(torch|setuptools)==' constraints.txt >$(CUDA_VENV)/constraints.txt
+	$(CUDA_VENV)/bin/pip install -q -c $(CUDA_VENV)/constraints.txt $(CUDA_TORCH) pip wheel ninja numpy build
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist report *.egg-info bsam_fused/*.so
+	rm -rf $(VENV) $(CUDA_VENV) build dist report *.egg-info bsam_fused/*.so

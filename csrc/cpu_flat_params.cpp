@@ -4,7 +4,6 @@
 #include <c10/util/irange.h>
 #include <pybind11/pybind11.h>
 
-#include <cmath>
 #include <optional>
 
 #include "math.h"
@@ -77,9 +76,7 @@ double CpuFlatParams::sum_segments(Term term) {
   return sum;
 }
 
-bool CpuFlatParams::known_bad(const at::Tensor& sums, int64_t slot) const {
-  return !std::isfinite(at_slot(sums, slot));
-}
+bool CpuFlatParams::known_bad(const at::Tensor& sums, int64_t slot) const { return !is_finite(at_slot(sums, slot)); }
 
 // Copies g where it is taken so; before the segment's gradient or g is worked on.
 void CpuFlatParams::copy_taken(const Entry& e, const Segment& s) const {
@@ -99,7 +96,7 @@ void CpuFlatParams::square_norm(int64_t slot, const Options<RadiusGroup>& radii)
 
 void CpuFlatParams::run_ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) {
   const double sum = at_slot(sums, kAscent);
-  if (!std::isfinite(sum)) return;
+  if (!is_finite(sum)) return;
   const auto groups = reaches(radii, sum, norm_eps);
   char* saved = buffer("saved");
   for (Entry& e : entries_) e.perturbed = e.now != nullptr;

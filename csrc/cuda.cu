@@ -67,7 +67,7 @@ struct Ascend {
   __device__ void run(const Rows<capacity>& rows) const {
     using T = arithmetic_t<S>;
     const double sum = sums[kAscent];
-    const bool finite = std::isfinite(sum);
+    const bool finite = is_finite(sum);
     Shared<Reach<T>> shared;
     for_pieces<S>(rows, [&](const Piece<S>& p) {
       const Reach<T> o = shared(p.group, [&] { return reach<T>(groups, p.group, sum, norm_eps); });
@@ -100,7 +100,7 @@ struct Descend {
   __device__ void run(const Rows<capacity>& rows) const {
     using T = arithmetic_t<S>;
     const double sum_ascent = sums[kAscent];
-    const bool finite = std::isfinite(sum_ascent);
+    const bool finite = is_finite(sum_ascent);
     Shared<Reach<T>> shared;
     double sum = 0;
     for_pieces<S>(rows, [&](const Piece<S>& p) {
@@ -227,7 +227,7 @@ struct Step {
 
   template <class S, int capacity>
   __device__ void run(const Rows<capacity>& rows) const {
-    const bool finite = std::isfinite(u.sums[kAscent]) && std::isfinite(u.sums[kMax]) && std::isfinite(u.sums[kMin]);
+    const bool finite = is_finite(u.sums[kAscent]) && is_finite(u.sums[kMax]) && is_finite(u.sums[kMin]);
     Shared<Scalars<arithmetic_t<S>>> shared;
     for_pieces<S>(rows, [&](const Piece<S>& p) {
       if (finite)

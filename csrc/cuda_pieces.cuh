@@ -93,10 +93,11 @@ __device__ Vector<S> load(const S* from, int64_t i, int valid) {
   return v;
 }
 
+// __stwb and not an assignment: where the pointer comes straight from the arguments nvcc takes that apart again.
 template <class S>
 __device__ void store(S* to, int64_t i, const Vector<S>& v, int valid) {
   if (one_access(to + i, valid)) {
-    *reinterpret_cast<uint4*>(to + i) = bit_cast<uint4>(v);
+    __stwb(reinterpret_cast<uint4*>(to + i), bit_cast<uint4>(v));
     return;
   }
 #pragma unroll

@@ -36,6 +36,9 @@ BSAM_INLINE T fmadd(T a, T b, T c) {
 #endif
 }
 
+// Whether x is a number: inf − inf and NaN − NaN are not 0.
+BSAM_INLINE bool is_finite(double x) { return x - x == 0; }
+
 // ---- scalars of a step: in double, once a group or a step, never once an element
 
 // Of a radius (ρ, −ρ_min, and their signs under `maximize`): the factor of T² g, radius / (‖T g‖ + norm_eps); 0

@@ -1,7 +1,8 @@
 // The element types as stored, and their values as computed with.
 //
 // bfloat16 and float16 are stored in 16 bits and computed with in float; conversions are branch-free so that
-// compilers vectorise them, and round to nearest even. No torch header: cuda.cu includes this file too.
+// compilers vectorise them, and round to nearest even. GPUs have instructions for them. No torch header: cuda.cu
+// includes this file too.
 #pragma once
 
 #include <cstdint>
@@ -48,6 +49,11 @@ BSAM_INLINE double value(double x) { return x; }
 BSAM_INLINE float value(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 
 BSAM_INLINE float value(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  return result;
+#else
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
   // Exponents differ in bias by 112; the multiplication also normalises subnormals. Inf and NaN keep all
@@ -55,19 +61,27 @@ BSAM_INLINE float value(Float16 x) {
   const float scaled = bit_cast<float>(magnitude) * 0x1p112f;
   const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
   return bit_cast<float>(sign | special | bit_cast<uint32_t>(scaled));
+#endif
 }
 
 BSAM_INLINE void store(float& to, float x) { to = x; }
 BSAM_INLINE void store(double& to, double x) { to = x; }
 
 BSAM_INLINE void store(BFloat16& to, float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   to.bits = uint16_t(nan ? 0x7fc0u : rounded);
+#endif
 }
 
 BSAM_INLINE void store(Float16& to, float x) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
   // Normal results: round the 13 bits that fall off, then rebias. Subnormal ones: adding 0.5 leaves the
@@ -77,6 +91,7 @@ BSAM_INLINE void store(Float16& to, float x) {
   const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   to.bits = uint16_t((bits >> 16 & 0x8000u) | (magnitude >= 0x477ff000u ? special : finite));
+#endif
 }
 
 }  // namespace BSAM_ISA

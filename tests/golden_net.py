@@ -29,7 +29,7 @@ class Recording:
 
     def __init__(self, name):
         with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
-            self.arrays = {key: torch.from_numpy(file[key]) for key in file.files if key != "meta"}
+            self.arrays = {key: torch.as_tensor(file[key]) for key in file.files if key != "meta"}
             self.meta = json.loads(str(file["meta"]))
         self.dtype = getattr(torch, self.meta["dtype"].removeprefix("torch."))
 

@@ -1,6 +1,8 @@
 """The CUDA backend on the host: csrc/cuda.cu compiled as C++ against tests/shim, for tests without a GPU."""
 
 import functools
+import os
+import sys
 from pathlib import Path
 
 from torch.utils import cpp_extension
@@ -15,10 +17,11 @@ def module():
     """Return the extension with `CudaFlatParams` over CPU tensors; builds it the first time (about a minute)."""
     build = ROOT / "build" / "host_cuda"
     build.mkdir(parents=True, exist_ok=True)
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja's
     return cpp_extension.load(
         "bsam_fused_host_cuda",
         [*sorted(map(str, (ROOT / "csrc").glob("*.cpp"))), str(ROOT / "tests" / "shim" / "cuda.cpp")],
-        extra_include_paths=[str(ROOT / "tests" / "shim"), str(ROOT / "csrc")],
+        extra_include_paths=[str(ROOT / "tests" / "shim")],
         extra_cflags=[
             *("-O2", "-ffp-contract=off", "-fvisibility=hidden", "-fopenmp", "-Wno-unknown-pragmas"),
             "-DBSAM_FUSED_CUDA",

@@ -13,6 +13,8 @@ SHAPES = {
     "odd": [(7,), (33, 5), (127,), (1031,)],
     # One short of, at and one past the ends of blocks and tiles; one tensor over three blocks.
     "block_edges": [(BLOCK - 1,), (2,), (BLOCK,), (1024,), (1025,), (2 * BLOCK + 5,)],
+    # The same of the chunks that a GPU's blocks of threads take at a time: 2048 elements, 1024 of float64.
+    "chunk_edges": [(2047,), (2048,), (2049,), (4096,), (1023,), (6145,)],
     # More tensors than one block holds pieces of the same size, each its own cache line.
     "many": [(13,)] * 40,
 }
@@ -35,12 +37,18 @@ def strided(dtype=torch.float32):
     return [torch.nn.Parameter(t) for t in (transposed, channels_last, gaps, torch.randn(11).to(dtype))]
 
 
+def misaligned(dtype=torch.float32):
+    """Parameters that begin at no multiple of 16 bytes, each at another distance from one."""
+    numels = (5, 1031, 2048, 63)
+    return [torch.nn.Parameter(torch.randn(n + 1 + i).to(dtype)[1 + i :]) for i, n in enumerate(numels)]
+
+
 def gradients(params, seed, without=()):
     """Random gradients in each parameter's dtype and strides, None for the indices in ``without``."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     grads = []
     for i, p in enumerate(params):
-        g = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        g = torch.randn(p.shape, generator=generator, dtype=torch.float64, device="cpu").to(p.dtype)
         grads.append(None if i in without else torch.empty_like(p, requires_grad=False).copy_(g))
     return grads
 

@@ -8,7 +8,7 @@ reached, so that tolerances can be those of one step's rounding.
 import pytest
 import reference as ref
 import torch
-from samples import DTYPES, SHAPES, TOLERANCE, assign, gradients, parameters, strided
+from samples import DTYPES, SHAPES, TOLERANCE, assign, gradients, misaligned, parameters, strided
 
 import bsam_fused
 
@@ -54,8 +54,11 @@ def assert_near(params, expected, dtype, what):
         torch.testing.assert_close(p.detach().double(), e, rtol=tol, atol=tol, msg=message)
 
 
-def step_beside(opt, params, options, rule, passes):
-    """One step by hand beside the oracle; ``passes``: the gradients of each."""
+def step_beside(opt, params, options, rule, passes, given=None):
+    """One step by hand beside the oracle; ``passes``: the gradients of each.
+
+    ``given(k)``: the tensors to leave in .grad at pass k, instead of copies.
+    """
     dtype = params[0].dtype
     w = doubled(params)
     state = [
@@ -64,12 +67,19 @@ def step_beside(opt, params, options, rule, passes):
     grads = [doubled(g) for g in passes]
     n = ref.ascent_norm(w, grads[0], options)
 
-    assign(params, passes[0])
+    def leave(k):
+        if given is None:
+            assign(params, passes[k])
+            return
+        for p, g in zip(params, given(k % len(passes)), strict=True):
+            p.grad = g
+
+    leave(0)
     opt.ascend()
     assert_near(params, [ref.w_max(*x[:2], n, x[2]) for x in zip(w, grads[0], options)], dtype, "w_max")
     assert opt.norms[0].item() == pytest.approx(n, rel=max(1e-6, TOLERANCE[torch.float64]))
     if isinstance(opt, bsam_fused.BSAM):
-        assign(params, passes[1])
+        leave(1)
         opt.descend()
         assert_near(params, [ref.w_min(*x[:2], n, x[2]) for x in zip(w, grads[0], options)], dtype, "w_min")
         norms = ref.norm(grads[1]), ref.norm(grads[2])
@@ -79,7 +89,7 @@ def step_beside(opt, params, options, rule, passes):
     else:
         d = [ref.sam_direction(g, g_max, x) for g, g_max, x in zip(grads[0], grads[1], w)]
         slack = 1
-    assign(params, passes[-1])
+    leave(-1)
     opt.step()
     expected = [x if dx is None else rule(x, dx, s, o) for x, dx, s, o in zip(w, d, state, options)]
     for i, (p, e) in enumerate(zip(params, expected)):
@@ -108,7 +118,7 @@ def test_steps(backend, name, base, dtype):
     kind, options = OPTIMIZERS[name]
     base_class, base_options, rule = BASES[base]
     torch.manual_seed(1)
-    sets = [parameters(shapes, dtype) for shapes in SHAPES] + [strided(dtype)]
+    sets = [*(parameters(shapes, dtype) for shapes in SHAPES), strided(dtype), misaligned(dtype)]
     groups = [
         {"params": params, "rho": options["rho"] * (1 + i / 4), "lr": base_options["lr"] / (1 + i)}
         for i, params in enumerate(sets)
@@ -138,6 +148,39 @@ def test_each_shape_set_alone(backend, name, shapes):
     for t in range(2):
         passes = [gradients(params, 7 * t + k) for k in range(len(opt._calls))]
         step_beside(opt, params, options_of(opt, params), ref.sgd, passes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", ["SAM", "BSAM"])
+def test_misaligned_gradients(backend, name, dtype):
+    """Views of one bucket, as DDP leaves them, at odd places: no vector fits, and none may be taken."""
+    kind, options = OPTIMIZERS[name]
+    params = parameters("odd", dtype) + misaligned(dtype)
+    bucket = torch.zeros(1 + sum(p.numel() + 1 for p in params), dtype=dtype)
+    opt = kind(params, lr=0.1, momentum=0.9, backend=backend, **options)
+
+    def in_bucket(seed):
+        views, at = [], 1
+        for p, g in zip(params, gradients(params, seed)):
+            views.append(bucket[at : at + p.numel()].view(p.shape).copy_(g))
+            at += p.numel() + 1
+        return views
+
+    for t in range(2):
+        kept = [doubled(in_bucket(10 * t + k)) for k in range(len(opt._calls))]
+        step_beside(opt, params, options_of(opt, params), ref.sgd, kept, lambda k, t=t: in_bucket(10 * t + k))
+
+
+@pytest.mark.parametrize("name", ["SAM", "adaptive BSAM"])
+def test_more_tensors_than_a_launch_carries(backend, name):
+    """1,500 of them: on a GPU several launches a phase, whose sums and counts must come together."""
+    kind, options = OPTIMIZERS[name]
+    params = [torch.nn.Parameter(torch.randn(1 + i % 7)) for i in range(1500)]
+    opt = kind(params, torch.optim.AdamW, lr=0.05, eps=1e-3, backend=backend, **options)
+    for t in range(2):
+        passes = [gradients(params, 9 * t + k) for k in range(len(opt._calls))]
+        step_beside(opt, params, options_of(opt, params), ref.adamw, passes)
+    assert opt.skipped_steps == 0
 
 
 @pytest.mark.parametrize("base", ["SGD", "AdamW", "general"])

@@ -12,8 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from setuptools import Distribution, Extension
+from torch.utils import cpp_extension
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import bsam_fused
+import setup as build_script
 from bsam_fused.ops import dispatch, native_flat
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +70,8 @@ def test_without_torch_auto_builds_pure_python(source, tmp_path):
     [
         ("cpu", {}, True, "torch cannot be imported"),
         ("cpu", {"CXX": "/no/compiler"}, False, "no C\\+\\+ compiler \\(/no/compiler\\)"),
-        ("cuda", {}, False, "cuda.cu"),
+        ("cuda", {}, True, "torch cannot be imported"),
+        ("cuda", {"CUDA_HOME": "/no/toolkit"}, False, "(built without CUDA|no nvcc in /no/toolkit/bin): install"),
         ("fast", {}, False, "must be none, cpu, cuda or auto"),
     ],
 )
@@ -89,17 +95,134 @@ def test_without_a_compiler_auto_builds_pure_python(source, tmp_path):
     assert "no C++ compiler" in result.stderr
 
 
+def test_without_cuda_auto_builds_for_the_cpu_and_says_why(source, tmp_path):
+    result = run_setup(source, "build_py", "--build-lib", str(tmp_path), CUDA_HOME="/no/toolkit")
+    assert result.returncode == 0, result.stderr
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("bsam_fused: ")]
+    assert re.search("C\\+\\+ extension without CUDA kernels: .*(built without CUDA|no nvcc)", line)
+
+
+def test_with_a_failing_compiler_auto_builds_pure_python(source, tmp_path):
+    result = run_setup(source, "build", "--build-base", str(tmp_path), BSAM_FUSED_BUILD="auto", CXX="false")
+    assert result.returncode == 0, result.stderr
+    assert "the cpu build failed, going on without" in result.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_when_cuda_fails_to_compile_auto_goes_on_with_less(monkeypatch):
+    tried = []
+
+    def fail(self):
+        tried.append(self.extensions[0].sources)
+        raise RuntimeError("does not compile")
+
+    monkeypatch.setattr(cpp_extension.BuildExtension, "build_extensions", fail)
+    monkeypatch.setattr(build_script, "BUILD", "auto")
+    monkeypatch.setattr(build_script, "KIND", "cuda")
+    monkeypatch.setattr(build_script, "extension", lambda kind: Extension("native", [kind]))
+    command = build_script.build_ext_command()(Distribution())
+    command.extensions = [Extension("native", ["cuda"])]
+    command.build_extensions()
+    assert tried == [["cuda"], ["cpu"]]
+    assert command.extensions == []
+
+
+@pytest.mark.parametrize(
+    ("build", "no_cpu", "no_cuda", "decision"),
+    [
+        ("none", "no torch", "no nvcc", ("none", None)),
+        ("cpu", None, "no nvcc", ("cpu", None)),
+        ("cpu", "no torch", None, ("none", "no torch")),
+        ("cuda", None, None, ("cuda", None)),
+        ("cuda", None, "no nvcc", ("none", "no nvcc")),
+        ("cuda", "no torch", None, ("none", "no torch")),
+        ("auto", None, None, ("cuda", None)),
+        ("auto", None, "no nvcc", ("cpu", "no nvcc")),
+        ("auto", "no torch", "no nvcc", ("none", "no torch")),
+    ],
+)
+def test_what_is_built(monkeypatch, build, no_cpu, no_cuda, decision):
+    monkeypatch.setattr(build_script, "cpu_obstacle", lambda: no_cpu)
+    monkeypatch.setattr(build_script, "cuda_obstacle", lambda: no_cuda)
+    assert build_script.decide(build) == decision
+
+
+@pytest.mark.parametrize(
+    ("cuda", "hip", "reason"),
+    [(None, None, "is built without CUDA: install a CUDA build"), (None, "6.4", "is built for ROCm")],
+)
+def test_a_torch_that_no_cuda_kernel_can_serve_is_named(monkeypatch, cuda, hip, reason):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert f"torch {torch.__version__} {reason}" in build_script.cuda_obstacle()
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """A CUDA toolkit of which nothing works but the version that its nvcc reports, 13.0."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").touch()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    nvcc.chmod(0o755)
+    return tmp_path
+
+
+def test_a_toolkit_of_torchs_major_version_will_do(toolkit):
+    assert build_script.toolkit_obstacle(str(toolkit), "13.0") is None
+    assert build_script.toolkit_obstacle(str(toolkit), "13.2") is None
+
+
+def test_a_toolkit_of_another_major_version_is_named(toolkit):
+    assert "is of CUDA 13.0, torch of CUDA 12.8" in build_script.toolkit_obstacle(str(toolkit), "12.8")
+
+
+def test_a_toolkit_that_lacks_a_part_is_told(toolkit):
+    assert "no nvcc: install the CUDA 13.0 toolkit" in build_script.toolkit_obstacle(None, "13.0")
+    (toolkit / "include" / "cuda_runtime.h").unlink()
+    assert f"no cuda_runtime.h under {toolkit}: set CUDA_HOME" in build_script.toolkit_obstacle(str(toolkit), "13.0")
+    (toolkit / "bin" / "nvcc").unlink()
+    assert f"no nvcc in {toolkit}/bin: install" in build_script.toolkit_obstacle(str(toolkit), "13.0")
+
+
+def test_each_kind_of_build_has_its_sources():
+    cpu, cuda = (set(build_script.sources(kind)) for kind in ("cpu", "cuda"))
+    assert cuda == {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.suffix in {".cpp", ".cu"}}
+    assert cuda - cpu == {"csrc/cuda.cu", "csrc/cuda_flat_params.cpp"}
+
+
+@pytest.mark.parametrize(
+    ("supported", "codes"),
+    [
+        ("sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", ["sm_80", "sm_90", "sm_100", "compute_100"]),
+        ("sm_50 sm_80 sm_90", ["sm_80", "sm_90", "compute_90"]),
+    ],
+)
+def test_architectures_are_those_that_nvcc_knows(supported, codes):
+    flags = build_script.architecture_flags(supported.replace(" ", "\n"))
+    assert [flag.partition(",code=")[2] for flag in flags] == codes
+    assert all(re.fullmatch(r"-gencode=arch=compute_(\d+),code=(sm|compute)_\1", flag) for flag in flags)
+
+
+def test_torchs_own_list_of_architectures_comes_first(monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+    assert build_script.nvcc_flags() == build_script.NVCC_FLAGS
+    assert not any("arch" in flag for flag in build_script.NVCC_FLAGS)  # torch would then add none
+
+
+def test_no_fast_math():
+    assert "-ffp-contract=off" in build_script.CXX_FLAGS
+    assert "-fmad=false" in build_script.NVCC_FLAGS
+    assert not any("fast" in flag for flag in build_script.CXX_FLAGS + build_script.NVCC_FLAGS)
+
+
 def test_jobs_are_capped_by_memory(monkeypatch):
-    monkeypatch.setenv("BSAM_FUSED_BUILD", "none")
-    monkeypatch.chdir(ROOT)
-    setup = {"__file__": str(ROOT / "setup.py"), "__name__": "setup_under_test"}
-    code = (ROOT / "setup.py").read_text().split("\nsetup(\n")[0]
-    exec(compile(code, "setup.py", "exec"), setup)
     pages = {"SC_AVPHYS_PAGES": 0, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(os, "sysconf", pages.__getitem__)
-    assert setup["jobs"]() == 1
+    assert build_script.jobs() == 1
     pages["SC_AVPHYS_PAGES"] = 2**40
-    assert setup["jobs"]() == len(os.sched_getaffinity(0))
+    assert build_script.jobs() == len(os.sched_getaffinity(0))
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def train(opt, net, steps=3, seed=0, loss_of=None):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for _ in range(steps):
-        x = torch.randn(8, 6, generator=generator).to(next(net.parameters()).dtype)
+        x = torch.randn(8, 6, generator=generator, device="cpu").to(next(net.parameters()))
 
         def closure(x=x):
             loss = loss_of(net, x) if loss_of else net(x).square().mean()
@@ -163,7 +163,8 @@ def test_gradients_with_other_strides(backend, kind):
     opts = [kind(ps, lr=0.1, momentum=0.9, backend=backend) for ps in (params, other)]
     for t in range(2):
         for k, call in enumerate(opts[0]._calls):
-            grads = [torch.randn(5, 7, generator=torch.Generator().manual_seed(9 * t + k)) for _ in params]
+            torch.manual_seed(9 * t + k)
+            grads = [torch.randn(5, 7) for _ in params]
             params[0].grad, params[1].grad = grads[0].t().contiguous().t(), grads[1].clone()
             assign(other, grads)
             for opt in opts:
@@ -252,7 +253,8 @@ def test_one_autocast_block_around_all_passes(backend, kind):
     for around in (True, False):
         net = mlp()
         opt = kind(net.parameters(), lr=0.1, rho=2.0, backend=backend)
-        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+        torch.manual_seed(1)
+        x = torch.randn(8, 6)
 
         def autocast():
             return torch.autocast("cpu", dtype=torch.bfloat16)

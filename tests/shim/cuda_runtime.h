@@ -166,6 +166,7 @@ inline unsigned atomicInc(unsigned* at, unsigned most) {
   *at = old >= most ? 0 : old + 1;
   return old;
 }
+inline void __stwb(uint4* at, uint4 value) { *at = value; }
 inline double __ldcg(const double* at) { return *at; }
 
 // ---- the runtime
