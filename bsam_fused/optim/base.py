@@ -166,7 +166,7 @@ class SharpnessAware(torch.optim.Optimizer):
         return self._non_negative(group, option, index)
 
     def _non_negative(self, group: dict[str, Any], option: str, index: int) -> float:
-        return groups.check_non_negative(option, group[self._key(option)], f" in group {index}")
+        return groups.check_non_negative(option, group[self._key(option)], index)
 
     def _plain_radii(self) -> list[Radius]:
         return [Radius(0.0)] * len(self.param_groups)

@@ -55,11 +55,10 @@ class Flats:
         Returns:
             Those added within a step.
         """
-        sizes = [len(group["params"]) for group in groups]
         thawed = any(p.requires_grad or p.grad is not None for p in self._left_out)
-        if self._built is None or (at_rest and (thawed or sizes != self._sizes)):
+        if self._built is None or (at_rest and (thawed or self._sizes != _sizes(groups))):
             self.forget()
-            self._built, self._sizes = self._build(groups, backend, known=set()), sizes
+            self._built, self._sizes = self._build(groups, backend, known=set()), _sizes(groups)
         elif thawed:
             added = self._build(groups, backend, known={id(p) for flat in self._built for p in flat.params})
             self._built += added
@@ -138,3 +137,7 @@ class Flats:
             for flat in self:
                 fused.retract(flat, state, rule)
             self._states = len(state)
+
+
+def _sizes(groups: Groups) -> list[int]:
+    return [len(group["params"]) for group in groups]

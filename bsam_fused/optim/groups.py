@@ -117,16 +117,19 @@ def check_parameters(group: Group, index: int, others: Iterable[Tensor]) -> None
         seen.add(id(param))
 
 
-def check_non_negative(name: str, value: Any, where: str = "") -> float:
+def check_non_negative(name: str, value: Any, group: int | None = None) -> float:
     """Return ``value`` as a float.
 
     Raises:
-        ValueError: it is negative, infinite, NaN, or no number; named by ``name`` and ``where``.
+        ValueError: it is negative, infinite, NaN, or no number; named by ``name`` and the param group's index.
     """
+    if type(value) is float and 0.0 <= value < math.inf:  # nearly always, and this is on the way of every phase
+        return value
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not (math.isfinite(number) and number >= 0):
+        where = "" if group is None else f" in group {group}"
         raise ValueError(f"{name}={value!r}{where}: must be a finite number ≥ 0")
     return number
