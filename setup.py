@@ -189,22 +189,35 @@ def extension(kind: str) -> Extension:
 # ---- the commands
 
 
+def refuse() -> None:
+    """Raise where what was asked for cannot be built."""
+    if OBSTACLE and BUILD != "auto":
+        raise SystemExit(f"BSAM_FUSED_BUILD={BUILD}: {OBSTACLE}")
+
+
 class BuildPy(build_py):
-    """The step that every installation runs: refuses what was asked for and cannot be built."""
+    """The step that every installation runs."""
 
     def run(self) -> None:
         """Build the Python part."""
-        if OBSTACLE and BUILD != "auto":
-            raise SystemExit(f"BSAM_FUSED_BUILD={BUILD}: {OBSTACLE}")
+        refuse()
         if OBSTACLE:
             print(f"bsam_fused: {LEFT_OUT[KIND]}: {OBSTACLE}", file=sys.stderr)
         super().run()
 
 
+class NoExtension(build_ext):
+    """Where there is no extension to build."""
+
+    def run(self) -> None:
+        """Build nothing."""
+        refuse()
+
+
 def build_ext_command() -> type[build_ext]:
     """Return torch's build command, with capped jobs; in auto a failing compiler is no failure."""
     if KIND == "none":
-        return build_ext
+        return NoExtension
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildExt(BuildExtension):

@@ -75,11 +75,11 @@ def test_without_torch_auto_builds_pure_python(source, tmp_path):
         ("fast", {}, False, "must be none, cpu, cuda or auto"),
     ],
 )
-def test_what_cannot_be_built_fails_with_the_reason(source, tmp_path, build, env, without_torch, reason):
+@pytest.mark.parametrize("command", [["build", "--build-base"], ["build_ext", "--build-temp"]], ids=lambda c: c[0])
+def test_what_cannot_be_built_fails_with_the_reason(source, tmp_path, command, build, env, without_torch, reason):
     result = run_setup(
         source,
-        "build",
-        "--build-base",
+        *command,
         str(tmp_path),
         without_torch=without_torch,
         BSAM_FUSED_BUILD=build,
