@@ -3,8 +3,10 @@
 # make bench    optimizer time of a step, side by side with other implementations
 # make lint     ruff and clang-format
 # make cuda-build-check   the CUDA build against a CUDA build of torch (5 GB, in .venv-cuda); needs nvcc and no GPU
+# make gpu      with PYTHON's own torch, this machine's nvcc and no network: build, CUDA tests, benchmarks, sanitizer
+#               (COMMIT=... names the source where this is no git checkout)
 #
-# Each does its own set-up: a virtual environment in .venv, pinned packages, the C++ extension in place.
+# Each but the last does its own set-up: a virtual environment in .venv, pinned packages, the C++ extension in place.
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +18,7 @@ CUDA_TORCH := torch==2.12.1 setuptools==81.0.0
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py
 
-.PHONY: report test bench lint format cuda-build-check clean
+.PHONY: report test bench lint format cuda-build-check gpu clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
@@ -57,6 +59,9 @@ $(CUDA_VENV)/.installed: constraints.txt
 	grep -vE '^(torch|setuptools)==' constraints.txt >$(CUDA_VENV)/constraints.txt
 	$(CUDA_VENV)/bin/pip install -q -c $(CUDA_VENV)/constraints.txt $(CUDA_TORCH) pip wheel ninja numpy build
 	touch $@
+
+gpu:
+	$(PYTHON) -m bench.gpu $(if $(COMMIT),--commit $(COMMIT))
 
 clean:
 	rm -rf $(VENV) $(CUDA_VENV) build dist report *.egg-info bsam_fused/*.so

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import bsam_fused
+from bench.figures import Target, at_least, at_most
 from bench.foreach import ForeachBSAM, ForeachSAM
 from bsam_fused.report.loops import PlainBSAM, PlainSAM
 
@@ -42,32 +43,6 @@ def _implementations(loops: type, foreach: type, fused: type) -> dict[str, Calla
 
 SAM = Algorithm(("ascend", "step"), 11, _implementations(PlainSAM, ForeachSAM, bsam_fused.SAM))
 BSAM = Algorithm(("ascend", "descend", "step"), 17, _implementations(PlainBSAM, ForeachBSAM, bsam_fused.BSAM))
-
-
-class Target(NamedTuple):
-    """What a figure shall be."""
-
-    relation: str
-    """">=" or "<="."""
-    bound: float
-
-    def __str__(self) -> str:
-        return f"{self.relation} {self.bound:.2f}"
-
-    def met(self, value: float) -> bool:
-        """Return whether ``value``, to the two decimals that are printed, is within the bound."""
-        value = round(value, 2)
-        return value >= self.bound if self.relation == ">=" else value <= self.bound
-
-
-def at_least(bound: float) -> Target:
-    """Return the target >= bound."""
-    return Target(">=", bound)
-
-
-def at_most(bound: float) -> Target:
-    """Return the target <= bound."""
-    return Target("<=", bound)
 
 
 @dataclass(frozen=True)
@@ -107,14 +82,29 @@ def resnet18(classes: int = 10) -> Shapes:
 
 def distilbert(classes: int = 2) -> Shapes:
     """Return the shapes of DistilBERT's parameters with a classifier: 104 tensors, 66,955,010 elements."""
-
-    def linear(outputs: int, inputs: int) -> Shapes:
-        return (outputs, inputs), (outputs,)
-
     norm = ((768,), (768,))
     embeddings = ((30522, 768), (512, 768), *norm)
-    layer = (*linear(768, 768) * 4, *norm, *linear(3072, 768), *linear(768, 3072), *norm)
-    return (*embeddings, *layer * 6, *linear(768, 768), *linear(classes, 768))
+    layer = (*_linear(768, 768) * 4, *norm, *_linear(3072, 768), *_linear(768, 3072), *norm)
+    return (*embeddings, *layer * 6, *_linear(768, 768), *_linear(classes, 768))
+
+
+def vit_b16(classes: int = 1000) -> Shapes:
+    """Return the shapes of ViT-B/16's parameters at 224 x 224: 152 tensors, 86,567,656 elements."""
+    norm = ((768,), (768,))
+    embeddings = ((1, 1, 768), (768, 3, 16, 16), (768,), (1, 197, 768))
+    layer = (*norm, *_linear(2304, 768), *_linear(768, 768), *norm, *_linear(3072, 768), *_linear(768, 3072))
+    return (*embeddings, *layer * 12, *norm, *_linear(classes, 768))
+
+
+def gpt2() -> Shapes:
+    """Return the shapes of GPT-2's parameters: 148 tensors, 124,439,808 elements."""
+    norm = ((768,), (768,))
+    layer = (*norm, *_linear(2304, 768), *_linear(768, 768), *norm, *_linear(3072, 768), *_linear(768, 3072))
+    return ((50257, 768), (1024, 768), *layer * 12, *norm)
+
+
+def _linear(outputs: int, inputs: int) -> Shapes:
+    return (outputs, inputs), (outputs,)
 
 
 CASES = {

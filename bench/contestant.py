@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,10 +17,22 @@ from bench.cases import Shapes
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own reports of its starts and stops
 
 
-def coefficients(shapes: Shapes, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+Result = TypeVar("Result")
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Return how long ``work()`` takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def coefficients(
+    shapes: Shapes, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> list[Tensor]:
     """Return the curvatures t of the loss Σ ½ t (1 + w)², in [0, 1), the same ones every time."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.rand(shape, generator=generator, dtype=dtype) for shape in shapes]
+    generator = torch.Generator(device).manual_seed(0)
+    return [torch.rand(shape, generator=generator, dtype=dtype, device=device) for shape in shapes]
 
 
 class Contestant:
@@ -42,15 +54,15 @@ class Contestant:
         optimizer = build(self.params)
         self.phases = [getattr(optimizer, call) for call in calls]
 
-    def step(self) -> list[float]:
-        """Take a step; return the seconds in each phase, without making gradients and clearing the last."""
-        seconds = []
+    def step(self, measure: Callable[[Callable[[], object]], Result] = seconds_of) -> list[Result]:
+        """Take a step; return what ``measure`` says of each phase, without making gradients and clearing the last."""
+        results = []
         for phase in self.phases:
             self._backward()
-            seconds.append(seconds_of(phase))
+            results.append(measure(phase))
         for p in self.params:
             p.grad = None
-        return seconds
+        return results
 
     @torch.no_grad()
     def _backward(self) -> None:
@@ -69,10 +81,3 @@ def first_steps(
         contestant.step()
     events = sorted(profiler.events(), key=lambda event: event.time_range.start)
     return contestant, max(accumulate(event.self_cpu_memory_usage for event in events))
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    """Return how long ``work()`` takes."""
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin

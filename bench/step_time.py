@@ -12,7 +12,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ import torch
 import bsam_fused
 from bench.cases import CASES, TRIAL_CASES, Case
 from bench.contestant import Contestant, coefficients, first_steps, seconds_of
+from bench.figures import Figure, judged, spread, verdict
 from bsam_fused.ops import native_flat
 
 THREADS = 2
@@ -37,14 +38,6 @@ class Measured(NamedTuple):
     """Seconds of copying COPIED elements, each repetition (nothing in small cases: it would empty their caches)."""
     extra: dict[str, float]
     """Implementation -> peak memory beside parameters, gradients and momentum, in N elements."""
-
-
-class Figure(NamedTuple):
-    """A number of the report."""
-
-    name: str
-    value: float
-    unit: str = ""
 
 
 def measure(case: Case, repeat: int) -> Measured:
@@ -85,15 +78,10 @@ def figures(case: Case, measured: Measured) -> list[Figure]:
     return result + [Figure(f"extra memory of {name}", extra, "N") for name, extra in measured.extra.items()]
 
 
-def _verdict(case: Case, figure: Figure) -> str:
-    target = case.targets.get(figure.name)
-    return "" if target is None else f"{target}  {'met' if target.met(figure.value) else 'missed'}"
-
-
 def table(name: str, case: Case, found: Sequence[Figure]) -> str:
     """Return the figures as text, their targets beside them."""
     lines = [f"{name}: {len(case.shapes)} tensors, {case.elements / 1e6:.3g} M elements"]
-    lines += [f"  {f.name:<24}{f.value:>10.2f} {f.unit:<4}{_verdict(case, f)}".rstrip() for f in found]
+    lines += [f"  {f.name:<24}{f.value:>10.2f} {f.unit:<4}{verdict(case.targets, f)}".rstrip() for f in found]
     return "\n".join(lines)
 
 
@@ -105,20 +93,14 @@ def report(name: str, case: Case, measured: Measured, found: Sequence[Figure]) -
         "tensors": len(case.shapes),
         "elements": case.elements,
         "repetitions": len(measured.copies),
-        "step_ms": {who: _spread([sum(step) for step in steps]) for who, steps in measured.phases.items()},
+        "step_ms": {who: spread([sum(step) for step in steps]) for who, steps in measured.phases.items()},
         "phase_ms": {
-            who: {call: _spread(seconds) for call, *seconds in zip(case.algorithm.calls, *steps, strict=True)}
+            who: {call: spread(seconds) for call, *seconds in zip(case.algorithm.calls, *steps, strict=True)}
             for who, steps in measured.phases.items()
         },
         "copy_gb_per_s": None if case.small else 2e-9 * COPIED * ITEMSIZE / median(measured.copies),
-        "figures": [{**figure._asdict(), "target": _verdict(case, figure)} for figure in found],
+        "figures": judged(case.targets, found),
     }
-
-
-def _spread(seconds: Sequence[float]) -> dict[str, float]:
-    """Return the quartiles, in ms."""
-    low, middle, high = quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [*seconds] * 3
-    return {"p25": 1e3 * low, "median": 1e3 * middle, "p75": 1e3 * high}
 
 
 def about() -> dict[str, Any]:

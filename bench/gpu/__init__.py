@@ -1,0 +1,1 @@
+"""Build, tests, sanitizer and benchmarks on a machine with an NVIDIA GPU: `make gpu`."""

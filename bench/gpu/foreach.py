@@ -1,0 +1,106 @@
+"""SAM and BSAM as a careful engineer writes them for a GPU: `torch._foreach` and torch's fused optimizers.
+
+For comparison. As `bench.foreach`, but norms stay on the device, so that nothing ever waits for it. w_min is reached
+from w_max and not from the saved w, which saves a copy; temporaries are made by no call. With SGD with momentum SAM
+moves 15 N elements a step, BSAM 30 N. Unlike `bsam_fused`, they want a gradient for every parameter in every pass and
+norms other than 0, and do not look for inf and NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+NORM_EPS = 1e-12
+
+
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """Return the L2 norm over all tensors, on their device."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
+def take_gradients(params: Iterable[Tensor]) -> list[Tensor]:
+    """Return every gradient, and leave ``.grad`` None."""
+    gradients = []
+    for p in params:
+        gradients.append(p.grad)
+        p.grad = None
+    return gradients
+
+
+class DeviceForeachSAM:
+    """SAM (arXiv 2010.01412), the update by the base optimizer; 15 N.
+
+    Args:
+        params: float parameters of one device and dtype.
+        base: the base optimizer over the same parameters.
+        rho: radius ρ ≥ 0.
+    """
+
+    def __init__(self, params: Iterable[Tensor], base: torch.optim.Optimizer, rho: float = 0.05) -> None:
+        self.params, self.base, self.rho = list(params), base, rho
+        self.saved = [torch.empty_like(p) for p in self.params]
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        """w = w + ρ g / ‖g‖."""
+        g = take_gradients(self.params)
+        torch._foreach_copy_(self.saved, self.params)
+        torch._foreach_mul_(g, self.rho / (total_norm(g) + NORM_EPS))
+        torch._foreach_add_(self.params, g)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Back to w, and the base optimizer's step with the gradient at w_max."""
+        torch._foreach_copy_(self.params, self.saved)
+        self.base.step()
+
+
+class DeviceForeachBSAM(DeviceForeachSAM):
+    """BSAM (arXiv 2409.13173), the update by the base optimizer; 30 N.
+
+    Args:
+        params: float parameters of one device and dtype.
+        base: the base optimizer over the same parameters.
+        rho: radius ρ ≥ 0 towards w_max.
+        rho_min: radius ρ_min ≥ 0 towards w_min at the learning rate that ``base`` has now; falls with it.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], base: torch.optim.Optimizer, rho: float = 0.05, rho_min: float = 0.05
+    ) -> None:
+        super().__init__(params, base, rho)
+        self.rho_min, self.lr_max = rho_min, base.param_groups[0]["lr"]
+        self.g: list[Tensor] = []
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        """w = w + ρ g / ‖g‖; keeps g / ‖g‖."""
+        self.g = take_gradients(self.params)
+        self.norm = total_norm(self.g) + NORM_EPS
+        torch._foreach_copy_(self.saved, self.params)
+        torch._foreach_div_(self.g, self.norm)
+        torch._foreach_add_(self.params, self.g, alpha=self.rho)
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        """w = w − ρ_min g / ‖g‖, from w_max; g = g + g_max."""
+        rho_min = self.rho_min * self.base.param_groups[0]["lr"] / self.lr_max
+        g_max = take_gradients(self.params)
+        self.norm_max = total_norm(g_max)
+        torch._foreach_add_(self.params, self.g, alpha=-(self.rho + rho_min))
+        torch._foreach_mul_(self.g, self.norm)
+        torch._foreach_add_(self.g, g_max)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Back to w, and the base optimizer's step with d = g + g_max − ‖g_max‖ / ‖g_min‖ g_min."""
+        g_min = take_gradients(self.params)
+        torch._foreach_mul_(g_min, -self.norm_max / total_norm(g_min))
+        torch._foreach_add_(self.g, g_min)
+        for p, d in zip(self.params, self.g, strict=True):
+            p.grad = d
+        self.g = []
+        super().step()

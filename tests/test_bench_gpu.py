@@ -1,0 +1,402 @@
+"""The GPU benchmarks and their stages, without a GPU: the same code, timed by the host's clock on CPU tensors."""
+
+import contextlib
+import json
+import re
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import bsam_fused
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.cases import RHO, SGD, gpt2, vit_b16
+from bench.contestant import Contestant, coefficients, seconds_of
+from bench.figures import at_least, at_most
+from bench.gpu import __main__ as make_gpu
+from bench.gpu import cases, measure, page, sanitize, stages
+from bench.gpu.clock import copy_bandwidth
+from bench.gpu.compiled import CompiledBSAM
+from bench.gpu.deadline import Deadline, OutOfTime
+from bench.gpu.record import Record
+from bench.gpu.stages import Outcome, Stage
+from bench.operators import OPERATORS
+
+# Few elements: the radius then moves each of them far enough for every phase to show in the result.
+SHAPES = ((5, 3), (3,), (7,))
+
+
+class HostClock:
+    """bench.gpu.clock.Clock by the host's clock, on CPU tensors."""
+
+    device = torch.device("cpu")
+
+    def busy(self, work, ahead=0.0):
+        return seconds_of(work)
+
+    def host_and_wall(self, work):
+        seconds = seconds_of(work)
+        return seconds, seconds
+
+    def launches(self, work):
+        work()
+        return 2
+
+    def peak_bytes(self, work):
+        return work(), 4 * 25
+
+
+class Wrong:
+    """A BSAM that goes nowhere."""
+
+    def __init__(self, params):
+        self.params = params
+
+    def ascend(self):
+        pass
+
+    descend = step = ascend
+
+
+# ---- the implementations
+
+
+@pytest.mark.parametrize("algorithm", [cases.SAM_SGD, cases.BSAM_SGD, cases.BSAM_ADAMW], ids=["SAM", "BSAM", "AdamW"])
+def test_all_take_the_same_steps(algorithm):
+    curvatures = coefficients(SHAPES, torch.float64)
+    builds = [algorithm.implementations[name] for name in ("loops", "foreach", "torch")]
+    loops, *others = (Contestant(build, algorithm.calls, curvatures) for build in builds)
+    for _ in range(4):
+        for contestant in (loops, *others):
+            contestant.step()
+    for other in others:
+        torch.testing.assert_close(other.params, loops.params, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(loops.params[0], curvatures[0])
+
+
+def test_the_compiled_one_takes_the_same_steps(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced in one graph, not generated
+    curvatures = coefficients(SHAPES, torch.float64)
+    compiled = Contestant(lambda p: CompiledBSAM(p, rho=0.05, **SGD), cases.BSAM_SGD.calls, curvatures)
+    loops = Contestant(cases.BSAM_SGD.implementations["loops"], cases.BSAM_SGD.calls, curvatures)
+    for _ in range(3):
+        compiled.step()
+        loops.step()
+    torch.testing.assert_close(compiled.params, loops.params, rtol=1e-12, atol=1e-12)
+
+
+def test_shapes():
+    elements = {name: (len(case.shapes), case.elements) for name, case in cases.CASES.items()}
+    assert elements["bsam-sgd-resnet18"] == (62, 11_173_962)
+    assert elements["bsam-adamw-vit-b16"] == (len(vit_b16()), 86_567_656) == (152, 86_567_656)
+    assert elements["sam-sgd-500x64"] == (500, 32_000)
+    assert (len(gpt2()), sum(map(torch.Size.numel, map(torch.Size, gpt2())))) == (148, 124_439_808)
+
+
+def test_targets_name_figures_that_there_are():
+    shares = {"GPU time", "host time", "wall time", "of copy bandwidth", "extra memory", "launches"}
+    for name, case in cases.CASES.items():
+        others = set(case.algorithm.implementations) - {cases.SUBJECT}
+        ratios = {f"{what}, {other} / {cases.SUBJECT}" for what in ("GPU time", "wall time") for other in others}
+        assert {*case.targets, *cases.H200_TARGETS.get(name, {})} <= shares | ratios
+    assert set(cases.H200_TARGETS) <= set(cases.CASES)
+
+
+# ---- the benchmarks, start to end
+
+
+@pytest.fixture
+def record(tmp_path):
+    return Record(tmp_path / "results" / "host.json")
+
+
+def benchmarks(record, seconds=60.0):
+    clock = HostClock()
+    return measure.Benchmarks(record, clock, copy_bandwidth(clock, elements=1 << 10), Deadline(seconds), subject="cpp")
+
+
+def trial(*, targets=None, **implementations):
+    algorithm = cases.BSAM_SGD
+    builds = {name: algorithm.implementations[name] for name in ("loops", "foreach", "torch", "cuda")}
+    builds["cpp"] = lambda params: bsam_fused.BSAM(params, rho=RHO, backend="cpp", **SGD)
+    algorithm = replace(algorithm, implementations=builds | implementations)
+    return cases.GPUCase(algorithm, SHAPES, repeat=2, targets=targets or {})
+
+
+def test_a_case(record, capsys):
+    run = benchmarks(record)
+    case = trial(targets={"extra memory": at_most(2.05), "launches": at_least(7), "GPU time": at_least(0)})
+    run.step("trial", case)
+    run.count("trial", case)
+    assert run.complete
+    written = json.loads(record.path.read_text())
+    assert written["copy_gb_per_s"] > 0
+    found = written["steps"]["trial"]
+    by_name = found["implementations"]
+    assert set(by_name["cpp"]["gpu_ms"]) == {"all", "ascend", "descend", "step"}
+    assert by_name["foreach"]["launches"] == {"ascend": 2, "descend": 2, "step": 2}
+    assert by_name["loops"]["extra_memory_n"] == 0
+    assert "cuda" in by_name["cuda"]["why"]
+    figures = {figure["name"]: figure for figure in found["figures"]}
+    assert figures["launches"]["value"] == 6
+    assert figures["launches"]["target"] == ">= 7.00  missed"
+    assert figures["GPU time, loops / cpp"]["value"] > 0
+    assert page.targets_met(written) == (2, ["trial: launches 6.00 , >= 7.00"])
+    text = record.path.with_suffix(".md").read_text()
+    assert "| cuda | not available: RuntimeError: backend='cuda'" in text
+    assert all(f"| {name} |" in text for name in [*by_name, *figures])
+    assert "| 2 + 2 + 2 |" in text
+    assert page.case("trial", found) in text
+    assert "### trial" in capsys.readouterr().out
+
+
+def test_a_profiler_that_fails_costs_only_the_count(record, monkeypatch, capsys):
+    def broken(clock, work):
+        raise RuntimeError("no CUPTI")
+
+    monkeypatch.setattr(HostClock, "launches", broken)
+    run = benchmarks(record)
+    run.step("trial", trial())
+    run.count("trial", trial())
+    assert run.complete
+    assert "launches of trial not counted: RuntimeError: no CUPTI" in capsys.readouterr().out
+    assert "figures" in json.loads(record.path.read_text())["steps"]["trial"]
+    run.step("broken", trial(loops=lambda params: 1 / 0))
+    run.count("broken", trial())
+
+
+def test_other_weights_are_not_timed_but_told(record):
+    run = benchmarks(record)
+    run.step("trial", trial(foreach=Wrong))
+    found = json.loads(record.path.read_text())["steps"]["trial"]
+    assert not run.complete
+    assert found["implementations"]["foreach"]["wrong"]
+    assert "other weights than loops" in found["implementations"]["foreach"]["why"]
+    assert "**wrong**: other weights" in record.path.with_suffix(".md").read_text()
+    assert "gpu_ms" in found["implementations"]["cpp"]
+
+
+def test_one_that_takes_too_long_is_left_out(record, monkeypatch):
+    monkeypatch.setattr(measure, "LEAST_SECONDS", 0.0)
+    run = benchmarks(record, seconds=2.0)
+    run.step("trial", trial(foreach=lambda params: time.sleep(10)))
+    found = json.loads(record.path.read_text())["steps"]["trial"]["implementations"]
+    assert run.complete
+    assert found["foreach"] == {"why": "OutOfTime: took more than 1 s", "wrong": False}
+    assert "gpu_ms" in found["cpp"]
+
+
+def test_without_the_subject_a_case_is_not_complete(record):
+    def broken(params):
+        raise RuntimeError("no kernels\nand a long story")
+
+    run = benchmarks(record)
+    run.step("trial", trial(cpp=broken))
+    assert not run.complete
+    written = json.loads(record.path.read_text())["steps"]["trial"]
+    assert written["figures"] == []
+    assert written["implementations"]["cpp"]["why"] == "RuntimeError: no kernels"
+
+
+def test_a_case_that_cannot_run_does_not_stop_the_next(record):
+    run = benchmarks(record)
+    run.step("broken", trial(loops=lambda params: 1 / 0))
+    run.step("trial", trial())
+    found = json.loads(record.path.read_text())["steps"]
+    assert not run.complete
+    assert found["broken"]["why"].startswith("RuntimeError: loops did not run")
+    assert "figures" in found["trial"]
+    assert "Not measured: RuntimeError: loops did not run" in record.path.with_suffix(".md").read_text()
+
+
+def test_what_there_is_no_time_for_says_so(record):
+    run = benchmarks(record, seconds=1.0)
+    run.step("trial", trial())
+    run.operators("small", SHAPES, "cpp")
+    written = json.loads(record.path.read_text())
+    assert not run.complete
+    assert written["steps"]["trial"] == written["operators"]["cpp, small"] == {"why": "the time was up"}
+
+
+def test_operators(record):
+    run = benchmarks(record)
+    run.operators("small", SHAPES, "cpp")
+    run.operators("small", SHAPES, "triton")
+    assert run.complete
+    found = json.loads(record.path.read_text())["operators"]
+    assert set(found["cpp, small"]["operators"]) == set(OPERATORS)
+    assert "triton" in found["triton, small"]["why"]
+    text = record.path.with_suffix(".md").read_text()
+    assert all(f"| cpp, small | {name} |" in text for name in OPERATORS)
+    assert "| triton, small | not available:" in text
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "CudaClock", HostClock)
+    monkeypatch.setattr(measure, "copy_bandwidth", partial(copy_bandwidth, elements=1 << 10))
+    monkeypatch.setattr(measure, "CASES", {"a": trial(), "b": trial()})
+    monkeypatch.setattr(measure, "OPERATORS_ON", {"small": SHAPES})
+    path = tmp_path / "host.json"
+    assert measure.main(["--record", str(path), "--only", "a", "--only", "operators"]) == 1  # there is no cuda here
+    written = json.loads(path.read_text())
+    assert set(written["steps"]) == {"a"}
+    assert set(written["operators"]) == {"cuda, small", "triton, small"}
+    assert measure.main(["--record", str(path), "--only", "b"]) == 1
+    assert set(json.loads(path.read_text())["steps"]) == {"a", "b"}
+    assert "### b" in capsys.readouterr().out
+
+
+def test_a_deadline_interrupts_even_what_catches_exceptions():
+    def compile_stubbornly():
+        while True:
+            with contextlib.suppress(Exception):
+                time.sleep(5)
+
+    deadline = Deadline(0.2)
+    with pytest.raises(OutOfTime, match="took more than"), deadline.half():
+        compile_stubbornly()
+    with deadline.half():
+        assert deadline.left <= 0.2
+    time.sleep(0.3)
+    assert deadline.left == 0
+
+
+# ---- the stages
+
+
+@pytest.fixture
+def _no_out(monkeypatch):
+    monkeypatch.delenv("OUT", raising=False)
+
+
+def script(name, code, log, **options):
+    return Stage(name, [sys.executable, "-c", code], log=log, **{"limit": 30, **options})
+
+
+@pytest.mark.usefixtures("_no_out")
+def test_stages_that_there_is_no_time_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(make_gpu, "SECONDS", 1.0)
+    assert make_gpu.run([script("late", "", tmp_path / "log")], tmp_path / "host.json") == 1
+    assert json.loads((tmp_path / "host.json").read_text())["stages"]["late"]["said"] == "not begun: the time was up"
+    assert "FAILED  late" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_no_out")
+def test_stages(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stages, "LEAST_SECONDS", 0.5)
+    path, log = tmp_path / "host.json", tmp_path / "logs" / "log"
+    note = f"from bench.gpu.record import Record; from pathlib import Path; r = Record(Path({str(path)!r}))"
+    plan = [
+        script("fails", "import sys; print('why'); sys.exit(3)", log),
+        script("hangs", "import time; time.sleep(60)", log, limit=1),
+        script("adds", f"{note}; r.content['copy_gb_per_s'] = 4321.0; r.save()", log),
+        Stage("missing", ["/no/such/command"], 30, log),
+        script("asks", "import os; assert os.environ['WHO'] == 'me'", log, environment={"WHO": "me"}),
+    ]
+    begin = time.monotonic()
+    assert make_gpu.run(plan, path, commit="abc") == 1
+    assert time.monotonic() - begin < 20
+    content = json.loads(path.read_text())
+    assert {name: (stage["ok"], stage["said"]) for name, stage in content["stages"].items()} == {
+        "fails": (False, "exit status 3"),
+        "hangs": (False, "stopped after 1 s"),
+        "adds": (True, "done"),
+        "missing": (False, "exit status 127"),
+        "asks": (True, "done"),
+    }
+    assert content["copy_gb_per_s"] == 4321
+    assert content["about"]["git_commit"]
+    assert "| hangs | **failed** |" in path.with_suffix(".md").read_text()
+    printed = capsys.readouterr().out
+    assert "\nwhy\n" in printed
+    summary = printed[printed.index("make gpu:") :].splitlines()
+    assert [line.split()[1] for line in summary[1:6]] == ["fails", "hangs", "adds", "missing", "asks"]
+    assert summary[6] == "targets: 0 met, 0 missed"
+
+
+def test_stages_have_no_more_than_the_time_there_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "LEAST_SECONDS", 0.5)
+    noted = []
+    plan = [
+        script("first", "import time; time.sleep(60)", tmp_path / "log"),
+        script("second", "", tmp_path / "log"),
+    ]
+    assert not stages.run_all(plan, 1.0, lambda stage, outcome, seconds: noted.append((stage.name, outcome)))
+    assert noted == [
+        ("first", Outcome(False, "stopped after 1 s")),
+        ("second", Outcome(False, "not begun: the time was up")),
+    ]
+
+
+def test_results_are_copied_where_they_come_back_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    Record(tmp_path / "results" / "host.json").save()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["host.json", "host.md"]
+    assert all(re.fullmatch(r"[\w.-]+", stage.log.name) for stage in stages.plan(Path("host.json"), tmp_path))
+    assert len({stage.log for stage in stages.plan(Path("host.json"), tmp_path)}) + 2 <= 8
+
+
+def test_the_plan_ends_within_eight_minutes():
+    assert make_gpu.SECONDS < 8 * 60
+    assert [stage.name for stage in stages.plan(Path("r.json"), Path("logs"))] == [
+        *("build", "backend", "tests", "benchmarks"),
+        *("memcheck", "racecheck", "initcheck"),
+    ]
+
+
+SUITE = '<testsuites><testsuite tests="{}" failures="{}" errors="{}" skipped="{}"></testsuite></testsuites>'
+
+
+@pytest.mark.parametrize(
+    ("counts", "status", "outcome"),
+    [
+        ((5, 0, 0, 1), 0, Outcome(True, "4 passed, 0 failed, 1 skipped")),
+        ((5, 1, 1, 0), 1, Outcome(False, "3 passed, 2 failed, 0 skipped")),
+        ((5, 0, 0, 5), 0, Outcome(False, "0 passed, 0 failed, 5 skipped")),
+        (None, 4, Outcome(False, "exit status 4, no report")),
+    ],
+)
+def test_tests_are_judged_by_their_report(tmp_path, counts, status, outcome):
+    junit = tmp_path / "tests.xml"
+    if counts:
+        junit.write_text(SUITE.format(*counts))
+    assert stages.judge_tests(junit, status, "") == outcome
+    assert not junit.exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "ok", "said"),
+    [
+        (0, "========= ERROR SUMMARY: 0 errors", True, "ERROR SUMMARY: 0 errors"),
+        (stages.ERRORS_FOUND, "========= RACECHECK SUMMARY: 2 hazards", False, "RACECHECK SUMMARY: 2 hazards"),
+        (1, "Traceback", False, "exit status 1; no summary"),
+        (stages.ERRORS_FOUND, "========= Error: Device not supported", True, "cannot run on this machine"),
+        (stages.NOT_FOUND, "", True, "not installed"),
+    ],
+)
+def test_sanitizers_are_judged_by_what_they_find(status, output, ok, said):
+    outcome = stages.judge_sanitizer(status, output)
+    assert outcome.ok == ok
+    assert said in outcome.said
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_what_the_sanitizer_watches_runs(backend, capsys):
+    sanitize.main(backend, "cpu")
+    assert "all weights finite" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_one_line_says_so(capsys):
+    results = Path(__file__).parents[1] / "bench" / "results"
+    before = sorted(results.iterdir())
+    assert make_gpu.main([]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sees no NVIDIA GPU" in line
+    assert sorted(results.iterdir()) == before
