@@ -33,6 +33,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("torch_version") = TORCH_VERSION;
   m.def("instruction_set", bsam::instruction_set);
 
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const c10::OutOfMemoryError& error) {
+      PyErr_SetString(py::module_::import("torch").attr("OutOfMemoryError").ptr(), error.what_without_backtrace());
+    }
+  });
+
   py::class_<FlatParams>(m, "FlatParams", "bsam_fused.ops.contract.FlatParams", py::module_local())
       .def("read_gradients", read_gradients)
       .def("clear_gradients", &FlatParams::clear_gradients)

@@ -85,6 +85,7 @@ void CpuFlatParams::copy_taken(const Entry& e, const Segment& s) const {
 }
 
 void CpuFlatParams::square_norm(int64_t slot, const Options<RadiusGroup>& radii) {
+  check_groups(radii.size());
   const auto groups = reaches(radii, 0, 1);
   sums_.mutable_data_ptr<double>()[slot] = sum_segments([&](const Segment& s) {
     const Entry& e = entries_[s.tensor];

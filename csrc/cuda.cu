@@ -48,10 +48,11 @@ struct SquareNorm {
         if (o.adaptive) w[k] = load(p.w, i, valid);
       });
       for_vectors<S>(p.count, [&](int k, int, int) {
-        for_lanes<S>([&](int j) {
-          const T t = o.adaptive ? o.adaptivity(value(w[k].lane[j])) : T(1);
-          sum = plus_square<T>(sum, value(g[k].lane[j]), t);
-        });
+        if (o.adaptive)
+          for_lanes<S>(
+              [&](int j) { sum = plus_square<T>(sum, value(g[k].lane[j]), o.adaptivity(value(w[k].lane[j]))); });
+        else  // one conversion to double an element, of which GPUs make few at a time
+          for_lanes<S>([&](int j) { sum = plus_square<T>(sum, value(g[k].lane[j]), T(1)); });
       });
     });
     add_up(total, sum, rows.begin == 0);
@@ -341,7 +342,7 @@ std::string obstacle(int device) {
   check(cudaGetDevice(&before), "reading the current device");
   check(cudaSetDevice(device), "choosing a device");
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, write_words);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel<Restore, float, kMany>);
   cudaGetLastError();  // it is told here, and must not be found by the next launch
   cudaSetDevice(before);
   return error == cudaSuccess ? "" : cudaGetErrorString(error);

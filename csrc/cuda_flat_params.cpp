@@ -13,10 +13,22 @@ CudaFlatParams::CudaFlatParams(std::vector<at::Tensor> params, std::vector<std::
     : FlatParams(std::move(params), std::move(places)),
       workspace_(at::zeros({1 + cuda::most_blocks(device_.index())}, at::dtype(at::kDouble).device(device_))),
       items_(entries_.size()) {
+  refuse_capture();
   for (size_t i : c10::irange(entries_.size())) {
     items_[i].flat = index_.offset(int64_t(i));
     items_[i].group = uint32_t(entries_[i].group);
   }
+}
+
+// What a graph's capture makes is made anew, and zeroed, by every replay.
+void CudaFlatParams::refuse_capture() const {
+  if (cuda::is_capturing(c10::cuda::getCurrentCUDAStream(device_.index()).stream()))
+    throw std::runtime_error("the first step cannot be captured in a CUDA graph: take one before, then capture");
+}
+
+at::Tensor CudaFlatParams::new_buffer(int64_t numel) const {
+  refuse_capture();
+  return FlatParams::new_buffer(numel);
 }
 
 cuda::Context CudaFlatParams::context() const {
@@ -41,20 +53,19 @@ const cuda::Items& CudaFlatParams::items(Wanted wanted) {
   return items_;
 }
 
-// The options of all param groups, on the device. While a graph is captured nothing runs, so what is written then
-// is not there afterwards.
+// The options of all param groups, on the device.
 template <size_t options>
 const double* CudaFlatParams::table(Use use, const std::vector<std::array<double, options>>& groups) {
   Table& t = tables_[use];
   const double* values = groups.data()->data();
   const size_t count = options * groups.size();
-  if (!std::equal(t.written.begin(), t.written.end(), values, values + count)) {
+  if (t.captured || !std::equal(t.written.begin(), t.written.end(), values, values + count)) {
     const auto stream = c10::cuda::getCurrentCUDAStream(device_.index()).stream();
     if (!t.on_device.defined() || t.on_device.numel() < int64_t(count))
       t.on_device = at::empty({int64_t(count)}, at::dtype(at::kDouble).device(device_));
     cuda::write(t.on_device.mutable_data_ptr<double>(), values, count, stream);
-    t.written.clear();
-    if (!cuda::is_capturing(stream)) t.written.assign(values, values + count);
+    t.written.assign(values, values + count);
+    t.captured |= cuda::is_capturing(stream);
   }
   return t.on_device.const_data_ptr<double>();
 }
@@ -62,6 +73,7 @@ const double* CudaFlatParams::table(Use use, const std::vector<std::array<double
 double* CudaFlatParams::sum(int64_t slot) { return sums_.mutable_data_ptr<double>() + slot; }
 
 void CudaFlatParams::square_norm(int64_t slot, const Options<RadiusGroup>& radii) {
+  check_groups(radii.size());
   c10::DeviceGuard guard(device_);
   const bool adaptive =
       std::any_of(radii.begin(), radii.end(), [](const auto& o) { return RadiusGroup::from(o.data()).adaptive; });

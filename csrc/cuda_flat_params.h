@@ -15,10 +15,12 @@ class CudaFlatParams final : public FlatParams {
   void square_norm(int64_t slot, const Options<RadiusGroup>& radii) override;
 
  private:
-  // The options of the param groups on the device: written when they change.
+  // The options of the param groups on the device: written when they change. Once a graph's replays write it, too,
+  // nobody knows what it holds, and it is written every time.
   struct Table {
     at::Tensor on_device;
     std::vector<double> written;
+    bool captured = false;
   };
   enum Use { kAscending, kDescending, kUpdating };
 
@@ -30,7 +32,9 @@ class CudaFlatParams final : public FlatParams {
   void run_restore() override;
   bool known_bad(const at::Tensor&, int64_t) const override { return false; }  // finding out would wait
 
+  at::Tensor new_buffer(int64_t numel) const override;
   cuda::Context context() const;
+  void refuse_capture() const;
   template <class Wanted>
   const cuda::Items& items(Wanted wanted);
   template <size_t options>

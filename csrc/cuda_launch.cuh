@@ -24,8 +24,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("bsam_fused: ") + what + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it is told here, and must not be found by the next launch
+  throw std::runtime_error(std::string("bsam_fused: ") + what + ": " + cudaGetErrorString(error));
 }
 
 int attribute(cudaDeviceAttr which, int device) {

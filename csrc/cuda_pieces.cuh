@@ -34,13 +34,12 @@ struct Row {
   uint16_t flags;
 };
 
-// What a kernel's parameters may hold, without its other arguments.
+// What a kernel's parameters may hold, without its other arguments: few tensors, or as many as possible.
 constexpr size_t kArguments = 256;
-constexpr size_t kFewBytes = 4096 - kArguments;
 #if CUDART_VERSION >= 12010
-constexpr size_t kManyBytes = 32764 - kArguments;
+constexpr size_t kFewBytes = 8192 - kArguments, kManyBytes = 32764 - kArguments;
 #else
-constexpr size_t kManyBytes = kFewBytes;
+constexpr size_t kFewBytes = 4096 - kArguments, kManyBytes = kFewBytes;
 #endif
 constexpr int kFew = int((kFewBytes - 16) / sizeof(Row)), kMany = int((kManyBytes - 16) / sizeof(Row));
 

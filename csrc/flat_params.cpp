@@ -158,10 +158,12 @@ void FlatParams::end_pass() {
 }
 
 char* FlatParams::buffer(const std::string& key) {
-  at::Tensor& flat = buffers_[key];
-  if (!flat.defined()) flat = at::zeros({index_.size()}, at::dtype(dtype_).device(device_));
-  return data(flat, 0);
+  auto found = buffers_.find(key);
+  if (found == buffers_.end()) found = buffers_.emplace(key, new_buffer(index_.size())).first;
+  return data(found->second, 0);
 }
+
+at::Tensor FlatParams::new_buffer(int64_t numel) const { return at::zeros({numel}, at::dtype(dtype_).device(device_)); }
 
 void FlatParams::check_groups(size_t groups) const {
   if (int64_t(groups) < groups_)
@@ -214,14 +216,15 @@ std::vector<int64_t> FlatParams::begin_update(Counts counts) {
     e.counted = e.member && counts(e.group);
     if (e.member) read_weights(i);
     if (e.counted && !e.begun) begun.push_back(int64_t(i));
-    e.begun |= e.counted;
   }
   return begun;
 }
 
 void FlatParams::end_update() {
-  for (size_t i : c10::irange(params_.size()))
+  for (size_t i : c10::irange(params_.size())) {
     if (entries_[i].member) wrote_weights(i);
+    entries_[i].begun |= entries_[i].counted;
+  }
   release();
 }
 

@@ -90,8 +90,11 @@ class FlatParams {
   static char* data(const at::Tensor& t, int64_t at) {
     return t.defined() ? static_cast<char*>(t.unsafeGetTensorImpl()->mutable_data()) + at : nullptr;
   }
+  virtual at::Tensor new_buffer(int64_t numel) const;
   char* buffer(const std::string& key);
   char* buffer_if_any(const std::string& key) { return buffers_.count(key) ? buffer(key) : nullptr; }
+
+  void check_groups(size_t groups) const;
 
   std::vector<at::Tensor> params_;
   std::vector<std::pair<int64_t, int64_t>> places_;
@@ -111,7 +114,6 @@ class FlatParams {
   void wrote_weights(size_t i);
   void take_gradients();
   void end_pass();
-  void check_groups(size_t groups) const;
   template <class Counts>
   std::vector<int64_t> begin_update(Counts counts);
   void end_update();

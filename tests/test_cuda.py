@@ -66,19 +66,20 @@ def test_no_phase_waits_for_the_device(name, base, adaptive):
 
 
 @every_kind
-def test_no_closure_step_waits_for_the_device(name):
+@pytest.mark.parametrize("returns", ["a tensor", "a float"])
+def test_no_closure_step_waits_for_the_device(name, returns):
     w = nn.Parameter(torch.ones(1000))
     opt = optimizer(name, [w])
 
     def closure():
         loss = w.square().sum()
         loss.backward()
-        return loss
+        return loss if returns == "a tensor" else 1.5
 
     opt.step(closure)
     with waiting_is_an_error():
         opt.step(closure)
-    assert opt.sharpness.max_sharpness > 0
+    assert opt.skipped_steps == 0
 
 
 def kernels_of(work):
@@ -87,7 +88,8 @@ def kernels_of(work):
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize()
-    names = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    names = [event.name for event in events if not event.is_user_annotation]  # such as "Optimizer.step"
     memory = [name for name in names if name.startswith(("Memcpy", "Memset"))]
     return [name for name in names if name not in memory], memory
 
@@ -123,7 +125,7 @@ def test_more_tensors_than_a_launch_carries(name):
 
 def network():
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 5))
+    return nn.Sequential(nn.Linear(20, 300), nn.Tanh(), nn.Linear(300, 5))  # a gradient to copy, and ones to take
 
 
 @every_kind
@@ -161,22 +163,44 @@ def test_a_captured_step_is_replayed(name, base):
 
 
 def test_options_written_in_a_capture_do_not_count_as_written():
+    """A captured write happens with every replay, and none with the capture: eager steps write their own."""
     params, twins = ([nn.Parameter(torch.ones(100))] for _ in range(2))
     opt, twin = optimizer("SAM", params), optimizer("SAM", twins)
-    for o, ps in ((opt, params), (twin, twins)):
-        walk(o, ps)
+    graph = torch.cuda.CUDAGraph()
+
+    def eager(lr):
+        for o, ps in ((opt, params), (twin, twins)):
+            o.param_groups[0]["lr"] = lr
+            walk(o, ps)
+        assert torch.equal(params[0], twins[0])
+
+    eager(0.05)
+    for o in (opt, twin):
         o.param_groups[0]["lr"] = 0.01
-    before = params[0].detach().clone()
-    assign(params, gradients(params, 0))
     torch.cuda.synchronize()
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # captured, and never run
-        opt.ascend()
-        params[0].grad = torch.ones_like(params[0])
-        opt.step()
-    assert torch.equal(params[0], before)
-    for o, ps in ((opt, params), (twin, twins)):
-        walk(o, ps)
+    with torch.cuda.graph(graph):
+        for call in opt._calls:
+            params[0].grad = torch.ones_like(params[0])
+            getattr(opt, call)()
+    eager(0.01)  # captured, but not written yet
+    eager(0.02)
+    graph.replay()  # writes 0.01
+    for call in twin._calls:
+        twins[0].grad = torch.ones_like(twins[0])
+        twin.param_groups[0]["lr"] = 0.01
+        getattr(twin, call)()
     assert torch.equal(params[0], twins[0])
+    eager(0.02)
+
+
+def test_a_first_step_is_not_captured():
+    """Its buffers would be zeroed by every replay."""
+    p = nn.Parameter(torch.ones(100))
+    opt = optimizer("SAM", [p])
+    p.grad = torch.ones_like(p)
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="take one before"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        opt.ascend()
 
 
 @every_kind
@@ -237,20 +261,23 @@ def test_two_devices(name):
 @pytest.mark.parametrize(("name", "most"), [("SAM", 1), ("BSAM", 2)])
 def test_extra_memory(name, most):
     """N for `saved`, and for BSAM another for g, which is taken and not copied."""
+
+    def requested(which):  # of the allocator, before it rounds
+        return torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]
+
+    before = requested("current")
     params = [nn.Parameter(torch.randn(n)) for n in (4_000_000, 1_000_000, 3)]
     n = sum(p.numel() * p.element_size() for p in params)
     opt = optimizer(name, params)
     walk(opt, params)
     opt.zero_grad()
-    torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated()  # parameters, momentum, `saved`
     torch.cuda.reset_peak_memory_stats()
     for call in opt._calls:
         for p in params:
             p.grad = torch.full_like(p, 0.5)
         getattr(opt, call)()
-    beyond_gradients = torch.cuda.max_memory_allocated() - held - n
-    assert n + beyond_gradients <= (most + 0.02) * n
+    extra = requested("peak") - before - 3 * n  # without parameters, gradients and momentum
+    assert extra <= (most + 0.02) * n
 
 
 def test_more_elements_than_int32():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import bsam_fused
+from bsam_fused.optim import fused
 
 KINDS = [bsam_fused.SAM, bsam_fused.ASAM, bsam_fused.BSAM]
 BASES = {
@@ -146,6 +147,64 @@ def test_a_skipped_first_step_leaves_the_first_step_rule(backend, kind):
         torch.manual_seed(5)
         step_with(opt, net)
     assert all(torch.equal(p, q) for p, q in zip(skipped[0].parameters(), plain[0].parameters()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("then", ["copied", "another group", "inactive", "plain base", "nothing"])
+def test_a_skipped_first_step_leaves_the_first_step_to_come(backend, kind, then):
+    """The momentum starts as d, whatever the dampening, also where the host cannot know that a step was skipped."""
+    p = nn.Parameter(torch.ones(3))
+    opt = kind([p], lr=0.1, momentum=0.9, dampening=0.5, rho=0.0, backend=backend)
+
+    def walk(slope):
+        for call in opt._calls if opt.active else ["step"]:
+            p.grad = torch.full_like(p, slope)
+            getattr(opt, call)()
+
+    walk(float("nan"))
+    if then == "copied":
+        opt.load_state_dict(copy.deepcopy(opt).state_dict())
+    if then == "another group":
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    if then == "inactive":
+        opt.active = False
+    if then == "plain base":
+        plain = torch.optim.SGD([p], lr=0.1, momentum=0.9, dampening=0.5)
+        plain.load_state_dict(opt.state_dict())
+        p.grad = torch.ones_like(p)
+        plain.step()
+    else:
+        walk(1.0)
+    torch.testing.assert_close(p.detach(), torch.full_like(p, 0.9))
+
+
+def test_no_memory_for_the_update(backend, monkeypatch):
+    """The step is given up, tried again, and has its state; no FlatParams steps where another one cannot."""
+    params = [nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5, dtype=torch.float64))]
+    opt = bsam_fused.SAM(params, lr=0.1, momentum=0.9, backend=backend)
+
+    def backward():
+        for p in params:
+            p.grad = torch.ones_like(p)
+
+    backward()
+    opt.ascend()
+    backward()
+    second, state = list(opt._flats)[1], fused.adopt
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "adopt", lambda flat, *a, **k: out_of_memory() if flat is second else state(flat, *a, **k))
+        with pytest.raises(torch.OutOfMemoryError):
+            opt.step()
+    opt.restore()
+    assert all(torch.equal(p, torch.ones_like(p)) for p in params)
+    for call in opt._calls:
+        backward()
+        getattr(opt, call)()
+    assert all("momentum_buffer" in opt.state[p] for p in params)
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -256,8 +256,8 @@ def test_one_autocast_block_around_all_passes(backend, kind):
         torch.manual_seed(1)
         x = torch.randn(8, 6)
 
-        def autocast():
-            return torch.autocast("cpu", dtype=torch.bfloat16)
+        def autocast(device=x.device.type):
+            return torch.autocast(device, dtype=torch.bfloat16)
 
         losses = []
         if around:

@@ -61,7 +61,7 @@ def test_lazily_negated_and_zero_gradients(backend, kind):
     assert torch.equal(*results)
     p = nn.Parameter(torch.zeros(50_000))
     opt = kind([p], lr=0.1, backend=backend)
-    p.grad = torch._efficientzerotensor((50_000,))
+    p.grad = torch._efficientzerotensor((50_000,), device=p.device)
     opt.ascend()
     assert opt.norms[0] == 0
 

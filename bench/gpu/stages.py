@@ -126,7 +126,7 @@ def plan(record: Path, logs: Path) -> list[Stage]:
         Stage(
             "tests",
             [python, "-m", "pytest", "-q", "-m", "cuda", f"--junitxml={junit}", *_PYTEST],
-            limit=150,
+            limit=210,
             log=logs / "tests.log",
             judge=partial(judge_tests, junit),
         ),

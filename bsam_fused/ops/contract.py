@@ -37,6 +37,11 @@ class SGDScalars(NamedTuple):
     nesterov: bool
     maximize: bool
 
+    @property
+    def stateful(self) -> bool:
+        """Whether the update keeps state."""
+        return self.momentum != 0
+
 
 class AdamScalars(NamedTuple):
     """A param group's options of torch.optim.Adam, or AdamW (``decoupled``)."""
@@ -48,6 +53,11 @@ class AdamScalars(NamedTuple):
     weight_decay: float
     decoupled: bool
     maximize: bool
+
+    @property
+    def stateful(self) -> bool:
+        """Whether the update keeps state."""
+        return True
 
 
 class FlatParams(Protocol):

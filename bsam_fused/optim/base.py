@@ -236,8 +236,8 @@ class SharpnessAware(torch.optim.Optimizer):
         return not self.active or all(lr is not None and float(lr) == 0 for lr in rates)
 
     def _base_step(self) -> None:
+        self._flats.hand_over()
         self.base_optimizer.step()
-        self._flats.left_to_base()
         torch.clear_autocast_cache()
 
     def _run(self, closures: Sequence[Closure]) -> Any:
@@ -365,10 +365,9 @@ class SharpnessAware(torch.optim.Optimizer):
             RuntimeError: while the weights are perturbed: a checkpoint of the model would hold w_max.
         """
         self._require_w("state_dict()")
-        rule = fused.rule_for(self.base_optimizer)
-        if rule:
-            self._flats.retract(rule, self.state)
-        return super().state_dict()
+        self._flats.retract()
+        packed = super().state_dict()
+        return {**packed, "state": fused.with_steps_on_host(packed["state"])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer or of the plain base optimizer.
@@ -393,6 +392,7 @@ class SharpnessAware(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy take: no flat buffers, and state that is no view of one."""
         self._require_rest("copying or pickling the optimizer")
+        self._flats.retract()
         state: Any = type(self.state)(dict)
         for param, values in self.state.items():
             state[param] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping, Sequence
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bsam_fused.ops import contract, dispatch
-from bsam_fused.ops.contract import FlatParams
+from bsam_fused.ops.contract import AdamScalars, FlatParams, SGDScalars
 from bsam_fused.optim import fused
 from bsam_fused.optim.fused import FusedRule
 
@@ -30,7 +30,7 @@ class Flats:
         self._built: list[FlatParams] | None = None
         self._sizes: list[int] = []  # of the param groups, when built
         self._left_out: list[Tensor] = []  # frozen, and in no FlatParams
-        self._adopted = False  # the base's state is views of the flat buffers
+        self._adopted: tuple[FusedRule, State] | None = None  # the base's state, if it is views of the flat buffers
         self._states = 0  # parameters with state, when last seen
 
     def __iter__(self) -> Iterator[FlatParams]:
@@ -47,6 +47,7 @@ class Flats:
 
     def forget(self) -> None:
         """Build anew next time."""
+        self.retract()
         self.__init__(self.skipped)  # type: ignore[misc]
 
     def gather(self, groups: Groups, backend: str, *, at_rest: bool) -> list[FlatParams]:
@@ -60,6 +61,7 @@ class Flats:
             self.forget()
             self._built, self._sizes = self._build(groups, backend, known=set()), _sizes(groups)
         elif thawed:
+            self.hand_over()
             added = self._build(groups, backend, known={id(p) for flat in self._built for p in flat.params})
             self._built += added
             return added
@@ -67,7 +69,7 @@ class Flats:
 
     def _build(self, groups: Groups, backend: str, known: set[int]) -> list[FlatParams]:
         kinds: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[tuple[int, int]]]] = {}
-        self._left_out, self._adopted = [], False
+        self._left_out = []
         for i, group in enumerate(groups):
             for j, param in enumerate(group["params"]):
                 if id(param) in known:
@@ -106,37 +108,54 @@ class Flats:
 
     def poison(self, slot: int, loss: Any) -> None:
         """Make the sum in ``slot`` non-finite if ``loss`` is: 0 · loss is 0 or NaN, without asking the device."""
-        if self._built and isinstance(loss, Tensor | Real):
-            total = loss.detach().sum() if isinstance(loss, Tensor) and loss.dim() else loss
-            sums = self._built[0].sums
-            sums[slot].add_(torch.as_tensor(total, device=sums.device).detach(), alpha=0)
+        if not self._built:
+            return
+        sums = self._built[0].sums
+        if isinstance(loss, Tensor):
+            total = loss.detach().sum() if loss.dim() else loss.detach()
+            sums[slot].add_(total if total.is_cpu else total.to(sums.device), alpha=0)
+        elif isinstance(loss, Real):
+            sums[slot].add_(0 * float(loss))
 
     # ---- the base optimizer's state
 
     def update(
-        self, rule: FusedRule, state: State, scalars: Sequence[NamedTuple], totals: Sequence[Tensor], from_saved: bool
+        self,
+        rule: FusedRule,
+        state: State,
+        scalars: Sequence[SGDScalars | AdamScalars],
+        totals: Sequence[Tensor],
+        from_saved: bool,
     ) -> None:
         """Make the fused update of every FlatParams, its state under torch's keys."""
         cleared = len(state) < self._states
         if not self._adopted or cleared:
             for flat in self:
                 fused.adopt(flat, state, rule, cleared=cleared)
-            self._adopted = True
+                if any(options.stateful for options in scalars):
+                    for key in rule.keys:  # all there is to allocate, before any weights are written
+                        flat.state(key)
+            self._adopted = rule, state
         for flat, sums in zip(self, totals, strict=True):
             begun = getattr(flat, rule.operator)(sums, scalars, from_saved)
             fused.publish(flat, state, rule, begun)
         self._states = len(state)
 
-    def left_to_base(self) -> None:
-        """Note that the base optimizer itself wrote its state: it is adopted again when needed."""
-        self._adopted = False
-
-    def retract(self, rule: FusedRule, state: State) -> None:
+    def retract(self) -> None:
         """Take state back whose every update was skipped; waits for a GPU."""
         if self._adopted:
+            rule, state = self._adopted
             for flat in self:
                 fused.retract(flat, state, rule)
             self._states = len(state)
+
+    def hand_over(self) -> None:
+        """Leave the base optimizer's state to the base optimizer; it is adopted again when needed."""
+        if self._adopted:
+            self.retract()
+            _, state = self._adopted
+            state.update(fused.with_steps_on_host(dict(state)))
+            self._adopted = None
 
 
 def _sizes(groups: Groups) -> list[int]:

@@ -21,7 +21,7 @@ class FusedRule(NamedTuple):
     """The update's name in `contract.FlatParams`."""
     keys: tuple[str, ...]
     """Its state's keys in torch.optim, in torch's order."""
-    scalars: Callable[[Group], NamedTuple]
+    scalars: Callable[[Group], SGDScalars | AdamScalars]
     """Reads a param group's options."""
 
 
@@ -87,8 +87,6 @@ def adopt(
             if cleared:
                 flat.clear_state(i)
             continue
-        if "step" not in rule.keys:
-            steps[i].fill_(1.0)
         for key, buffers in views.items():
             given = torch.as_tensor(held[key])
             if given.shape != buffers[i].shape:
@@ -97,6 +95,8 @@ def adopt(
             if given.data_ptr() != buffers[i].data_ptr():
                 buffers[i].copy_(given)
                 held[key] = buffers[i]
+                if "step" not in rule.keys:
+                    steps[i].fill_(1.0)
 
 
 def _has(flat: FlatParams, state: MutableMapping[Tensor, dict[str, Any]], key: str) -> bool:
@@ -117,10 +117,20 @@ def publish(
 def retract(flat: FlatParams, state: MutableMapping[Tensor, dict[str, Any]], rule: FusedRule) -> None:
     """Take back the state of parameters whose every update was skipped: on a GPU `publish` could not know.
 
-    Waits for a GPU.
+    Until then SGD's rule for a first step would be lost to whoever takes the state on. Waits for a GPU.
     """
     updates = torch.stack(flat.state("step")).tolist()
     for i, (param, count) in enumerate(zip(flat.params, updates, strict=True)):
         if count == 0 and all(state.get(param, {}).get(key) is not None for key in rule.keys):
             del state[param]
             flat.clear_state(i)
+
+
+def with_steps_on_host(state: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """Return a state in which "step" is on the CPU, where torch's Adam keeps it and reads it. Waits for a GPU."""
+    on_device = {k: v["step"] for k, v in state.items() if isinstance(v.get("step"), Tensor) and not v["step"].is_cpu}
+    if not on_device:
+        return state
+    home = next(iter(on_device.values())).device
+    steps = torch.stack([step.to(home) for step in on_device.values()]).cpu()
+    return {**state, **{k: {**state[k], "step": step} for k, step in zip(on_device, steps, strict=True)}}
