@@ -291,6 +291,17 @@ def test_dispatch_prefers_the_compiled_one():
     assert "not on meta" in dispatch.unavailable("cpp", "meta")
 
 
+def test_dispatch_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(native_flat, "why_no_cuda", lambda: "")
+    assert dispatch.choose("auto", torch.device("cuda")).backend == "cuda"
+    assert "not on cpu" in dispatch.unavailable("cuda", "cpu")
+    monkeypatch.setattr(native_flat, "why_no_cuda", lambda: "there is no nvcc")
+    with pytest.warns(UserWarning, match="slower torch backend; cuda: there is no nvcc"):
+        assert dispatch.choose("auto", torch.device("cuda")).backend == "torch"
+    with pytest.raises(RuntimeError, match="backend='cuda' for tensors on cuda: there is no nvcc"):
+        dispatch.choose("cuda", torch.device("cuda"))
+
+
 STEP = """
 import sys; sys.path.insert(0, "tests")
 import torch, bsam_fused

@@ -81,7 +81,7 @@ def _best(device: torch.device) -> Choice:
         if reason is None:
             break
         missing.append(f"{backend}: {reason}")
-    if device.type == "cpu" and missing:
+    if backend == "torch" and missing:
         warnings.warn(f"bsam_fused runs on its slower torch backend; {missing[0]}", stacklevel=2)
     why = f"auto's choice for {device.type} tensors" + "".join(f"; without {reason}" for reason in missing)
     return Choice(backend, why, _FACTORIES[backend])
