@@ -47,11 +47,10 @@ def doubled(tensors):
     return [None if t is None else t.detach().double().clone() for t in tensors]
 
 
-def assert_near(params, expected, dtype, what):
-    for i, (p, e) in enumerate(zip(params, expected, strict=True)):
-        message = lambda text, i=i: f"{what}, parameter {i}: {text}"  # noqa: E731
-        tol = TOLERANCE[dtype]
-        torch.testing.assert_close(p.detach().double(), e, rtol=tol, atol=tol, msg=message)
+def assert_near(tensors, expected, tol, what):
+    """All tensors at once, which is much faster than one by one."""
+    together, others = (torch.cat([t.detach().double().reshape(-1) for t in ts]) for ts in (tensors, expected))
+    torch.testing.assert_close(together, others, rtol=tol, atol=tol, msg=f"{what}: {{}}".format)
 
 
 def step_beside(opt, params, options, rule, passes, given=None):
@@ -59,7 +58,7 @@ def step_beside(opt, params, options, rule, passes, given=None):
 
     ``given(k)``: the tensors to leave in .grad at pass k, instead of copies.
     """
-    dtype = params[0].dtype
+    tol = TOLERANCE[params[0].dtype]
     w = doubled(params)
     state = [
         {k: v.double().clone() if k != "step" else int(v) for k, v in opt.state.get(p, {}).items()} for p in params
@@ -76,12 +75,12 @@ def step_beside(opt, params, options, rule, passes, given=None):
 
     leave(0)
     opt.ascend()
-    assert_near(params, [ref.w_max(*x[:2], n, x[2]) for x in zip(w, grads[0], options)], dtype, "w_max")
+    assert_near(params, [ref.w_max(*x[:2], n, x[2]) for x in zip(w, grads[0], options)], tol, "w_max")
     assert opt.norms[0].item() == pytest.approx(n, rel=max(1e-6, TOLERANCE[torch.float64]))
     if isinstance(opt, bsam_fused.BSAM):
         leave(1)
         opt.descend()
-        assert_near(params, [ref.w_min(*x[:2], n, x[2]) for x in zip(w, grads[0], options)], dtype, "w_min")
+        assert_near(params, [ref.w_min(*x[:2], n, x[2]) for x in zip(w, grads[0], options)], tol, "w_min")
         norms = ref.norm(grads[1]), ref.norm(grads[2])
         d = [ref.bsam_direction(*g, *norms, x) for *g, x in zip(*grads, w)]
         # g + g_max is kept in the gradient's dtype, as the byte budget has it.
@@ -92,18 +91,13 @@ def step_beside(opt, params, options, rule, passes, given=None):
     leave(-1)
     opt.step()
     expected = [x if dx is None else rule(x, dx, s, o) for x, dx, s, o in zip(w, d, state, options)]
-    for i, (p, e) in enumerate(zip(params, expected)):
-        tol = slack * TOLERANCE[dtype]
-        torch.testing.assert_close(
-            p.detach().double(), e, rtol=tol, atol=tol, msg=lambda text, i=i: f"w, parameter {i}: {text}"
-        )
-        for key, value in state[i].items():
-            held = opt.state[p][key]
-            got = held.double() if key != "step" else int(held)
-            if key == "step":
-                assert got == value
-            else:
-                torch.testing.assert_close(got, value, rtol=2 * tol, atol=2 * tol)
+    assert_near(params, expected, slack * tol, "w")
+    for key in {key for values in state for key in values}:
+        pairs = [(opt.state[p][key], values[key]) for p, values in zip(params, state) if key in values]
+        if key == "step":
+            assert all(held == value for held, value in pairs)
+        else:
+            assert_near(*zip(*pairs), 2 * slack * tol, key)
 
 
 def options_of(opt, params):
@@ -230,7 +224,7 @@ def step_beside_mixed(opt, params, passes):
         d = [ref.bsam_direction(*g, *norms, x) for *g, x in zip(*grads, w)]
     else:
         d = grads[1]
-    assert_near(params, [ref.sgd(x, dx, {}, o) for x, dx, o in zip(w, d, options)], torch.float32, "w")
+    assert_near(params, [ref.sgd(x, dx, {}, o) for x, dx, o in zip(w, d, options)], TOLERANCE[torch.float32], "w")
 
 
 def test_zero_min_gradient_gives_c_zero(backend):
@@ -266,5 +260,5 @@ def test_update_from_w_min(backend, base):
         assign(params, g)
         getattr(opt, call)()
     expected = [rule(s, dx, {}, o) for s, dx, o in zip(start, d, options)]
-    assert_near(params, expected, torch.float64, "w")
+    assert_near(params, expected, TOLERANCE[torch.float64], "w")
     assert (params[0].detach() - rule(w[0], d[0], {}, options[0])).abs().max() > 1e-3
