@@ -15,6 +15,7 @@ PACKAGE = ROOT / "bsam_fused"
 MAY_IMPORT = {
     "_version": set(),
     "batchnorm": set(),
+    "losses": set(),
     "ops.contract": set(),
     "ops.torch_flat": {"ops.contract"},
     "ops.native_flat": {"ops.contract", "_version"},
