@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "_version": set(),
     "batchnorm": set(),
     "losses": set(),
+    "schedules": set(),
     "ops.contract": set(),
     "ops.torch_flat": {"ops.contract"},
     "ops.native_flat": {"ops.contract", "_version"},
@@ -36,7 +37,7 @@ MAY_IMPORT = {
         "batchnorm",
     },
     "optim.sam": {"ops.contract", "optim.base"},
-    "optim.bsam": {"ops.contract", "optim.base", "optim.sam"},
+    "optim.bsam": {"ops.contract", "optim.base", "optim.sam", "schedules"},
     "": {"_version", "optim.base", "optim.sam", "optim.bsam", "optim.sharpness"},
 }
 ABOVE = {"cli", "__main__"}  # and report: they may import anything below
