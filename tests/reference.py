@@ -95,3 +95,17 @@ def adam(w, d, state, o, decoupled=False):
 
 def adamw(w, d, state, o):
     return adam(w, d, state, o, decoupled=True)
+
+
+def bisam_q(f, y, mu, phi):
+    """Q of one example's logits: 1/μ log Σ_j exp(μ φ(f_j − f_y)), BiSAM 2407.12993 eq. 11."""
+    return math.log(sum(math.exp(mu * phi(f_j - f[y])) for f_j in f)) / mu
+
+
+def phi_tanh(x, alpha=0.1):
+    return math.tanh(alpha * x)
+
+
+def phi_log(x):
+    """1 − log(1 + exp(γ − x)), γ = log(e − 1)."""
+    return 1 - math.log(1 + math.exp(math.log(math.e - 1) - x))

@@ -15,6 +15,8 @@ PACKAGE = ROOT / "bsam_fused"
 MAY_IMPORT = {
     "_version": set(),
     "batchnorm": set(),
+    "losses": set(),
+    "schedules": set(),
     "ops.contract": set(),
     "ops.torch_flat": {"ops.contract"},
     "ops.native_flat": {"ops.contract", "_version"},
@@ -35,8 +37,31 @@ MAY_IMPORT = {
         "batchnorm",
     },
     "optim.sam": {"ops.contract", "optim.base"},
-    "optim.bsam": {"ops.contract", "optim.base", "optim.sam"},
-    "": {"_version", "optim.base", "optim.sam", "optim.bsam", "optim.sharpness"},
+    "optim.bsam": {"ops.contract", "optim.base", "optim.sam", "schedules"},
+    "sharpness.extras": set(),
+    "sharpness.mean_loss": set(),
+    "sharpness.neighbourhood": {"optim.sharpness", "sharpness.mean_loss"},
+    "sharpness.hessian": {"sharpness.extras", "sharpness.mean_loss"},
+    "sharpness.landscape": {"sharpness.mean_loss"},
+    "sharpness.plots": {"optim.sharpness", "sharpness.extras"},
+    "sharpness": {
+        "optim.sharpness",
+        "sharpness.hessian",
+        "sharpness.landscape",
+        "sharpness.neighbourhood",
+        "sharpness.plots",
+    },
+    "": {
+        "_version",
+        "batchnorm",
+        "losses",
+        "schedules",
+        "sharpness",
+        "optim.base",
+        "optim.sam",
+        "optim.bsam",
+        "optim.sharpness",
+    },
 }
 ABOVE = {"cli", "__main__"}  # and report: they may import anything below
 
@@ -102,7 +127,7 @@ def test_formulas_know_no_indexing_and_indexing_no_formulas():
 
 def test_torch_alone_is_needed_at_run_time():
     """The extras must not be imported by the package, nor by `info`."""
-    extras = ["numpy", "matplotlib", "jinja2", "rich", "sklearn", "triton", "pytest"]
+    extras = ["numpy", "scipy", "matplotlib", "jinja2", "rich", "sklearn", "triton", "pytest"]
     hidden = "; ".join(f"sys.modules[{name!r}] = None" for name in extras if name != "numpy")
     code = f"import sys; {hidden}; import bsam_fused.cli; raise SystemExit(bsam_fused.cli.main(['info']))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)

@@ -11,16 +11,7 @@ from torch import nn
 from bsam_fused.ops.contract import MAX, MIN
 from bsam_fused.optim.base import Closure, Phase, SharpnessAware
 from bsam_fused.optim.sam import Base
-
-
-def decayed_radius(rho_min: float, lr: float, lr_max: float, *, rho_min_end: float = 0.0, lr_end: float = 0.0) -> float:
-    """Return ρ_min,t = ρ_end + (ρ_min − ρ_end)(lr_t − lr_end)/(lr_max − lr_end), BSAM eq. 12.
-
-    ρ_min where lr_max = lr_end; never below 0.
-    """
-    if lr_max == lr_end:
-        return rho_min
-    return max(0.0, rho_min_end + (rho_min - rho_min_end) * (lr - lr_end) / (lr_max - lr_end))
+from bsam_fused.schedules import decayed_radius, largest_lr
 
 
 class BSAM(SharpnessAware):
@@ -114,11 +105,10 @@ class BSAM(SharpnessAware):
         radius = super()._radius(group, option, index)
         if option != "rho_min" or group["rho_min_decay"] == "none" or group.get("lr") is None:
             return radius
-        lr_max = group.get("max_lr", group.get("initial_lr", group["lr_max"]))
         return decayed_radius(
             radius,
             float(group["lr"]),
-            float(lr_max),
+            largest_lr(group),
             rho_min_end=self._non_negative(group, "rho_min_end", index),
             lr_end=self._non_negative(group, "rho_min_lr_end", index),
         )

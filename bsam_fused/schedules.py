@@ -1,0 +1,365 @@
+"""Which steps are sharpness-aware, and how ρ and ρ_min go: stepped after the optimizer, as torch's LR schedulers are.
+
+A radius schedule is a function of the number of steps taken: it resumes exactly, and `SequentialRadius` composes it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from numbers import Integral
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+Each = float | Sequence[float]
+"""One number for all param groups, or one a group."""
+Factor = Callable[[int], float]
+
+
+class _Stepped(ABC):
+    """What belongs to an optimizer and counts its steps; all but the optimizer is in the state dict."""
+
+    _unsaved: ClassVar[frozenset[str]] = frozenset({"optimizer"})
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        if not hasattr(optimizer, "active"):
+            raise TypeError(
+                f"{type(self).__name__} of {type(optimizer).__name__}: pass a sharpness-aware optimizer, such as SAM"
+            )
+        self.optimizer: Any = optimizer
+        self.last_step = 0
+
+    @abstractmethod
+    def _apply(self, t: int) -> None:
+        """Set up the optimizer's step after the first ``t``."""
+
+    def step(self) -> None:
+        """Count a step of the optimizer, and set up its next one."""
+        self._apply(self.last_step + 1)
+        self.last_step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything but the optimizer, and functions."""
+        return {name: value for name, value in self.__dict__.items() if name not in self._unsaved}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict, and set the optimizer up as it was then."""
+        self.__dict__.update(state_dict)
+        self._apply(self.last_step)
+
+
+class LatePhase(_Stepped):
+    """Perturb in the last part of training only; before it, a step is the base optimizer's: one pass, one update.
+
+    "Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training" (arXiv 2410.10373): a few
+    epochs of SAM at the end do nearly what SAM throughout does. Sets ``optimizer.active``; whoever calls the
+    phases by hand asks ``optimizer.active`` whether to call them, or ``step()`` alone.
+
+    Args:
+        optimizer: a sharpness-aware optimizer.
+        total_steps: steps of the whole training, > 0.
+        start: the share of them, in [0, 1], at which the late phase starts.
+        early: the mirror experiment: perturb before ``start``, not from there on.
+        every: within the phase, perturb in its first step and every ``every``-th from there, > 0.
+
+    Raises:
+        TypeError: the optimizer is not sharpness-aware.
+        ValueError: ``start`` outside [0, 1], or ``total_steps`` or ``every`` that is no integer > 0.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        start: float = 0.9,
+        *,
+        early: bool = False,
+        every: int = 1,
+    ) -> None:
+        super().__init__(optimizer)
+        if not 0 <= start <= 1:
+            raise ValueError(f"start={start!r}: must be a share of the steps, in [0, 1]")
+        self.total_steps = _check_count("total_steps", total_steps)
+        self.start, self.early = start, early
+        self.every = _check_count("every", every)
+        self._apply(0)
+
+    def _apply(self, t: int) -> None:
+        switch = round(self.start * self.total_steps)
+        begin, end = (0, switch) if self.early else (switch, math.inf)
+        self.optimizer.active = begin <= t < end and (t - begin) % self.every == 0
+
+
+# ---- radii
+
+
+class RadiusSchedule(_Stepped):
+    """A radius as a function of t, the number of steps taken, and ρ_0, the one a group had to begin with.
+
+    ρ_0 is the group's ``initial_rho`` (``initial_rho_min``), which is its ρ now unless an earlier schedule left one
+    there, as ``initial_lr`` is for torch's schedulers. A schedule of ρ_min replaces BSAM's own decay.
+
+    Args:
+        optimizer: a sharpness-aware optimizer.
+        radius: "rho" or "rho_min".
+
+    Raises:
+        TypeError: the optimizer is not sharpness-aware.
+        ValueError: it has no such radius, or an option is out of range. From ``step()``: a radius that is negative
+            or not finite, with no group changed.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, radius: str = "rho") -> None:
+        super().__init__(optimizer)
+        groups = optimizer.param_groups
+        if radius not in {"rho", "rho_min"} or radius not in groups[0]:
+            raise ValueError(f"radius={radius!r}: {type(optimizer).__name__} has no such radius")
+        # where the base optimizer has an option of its own called rho (Adadelta), ours has a longer name
+        self.key = f"sharpness_{radius}" if f"sharpness_{radius}" in groups[0] else radius
+        self.initial = [float(group.setdefault(f"initial_{radius}", float(group[self.key]))) for group in groups]
+
+    @abstractmethod
+    def _radius(self, t: int, rho_0: float, i: int) -> float:
+        """Return ρ_t of group ``i``."""
+
+    def radii(self, t: int) -> list[float]:
+        """Return ρ_t of each group."""
+        return [self._radius(t, rho_0, i) for i, rho_0 in enumerate(self.initial)]
+
+    def get_last_radius(self) -> list[float]:
+        """Return the radius that each group has now."""
+        return [float(group[self.key]) for group in self.optimizer.param_groups]
+
+    def _apply(self, t: int) -> None:
+        groups = self.optimizer.param_groups
+        if len(groups) != len(self.initial):
+            raise ValueError(f"{len(groups)} param groups, but the schedule was made for {len(self.initial)}")
+        radii = [
+            _check_non_negative(f"{self.key}={{}} at step {t} of {type(self).__name__} in group {i}", radius)
+            for i, radius in enumerate(self.radii(t))
+        ]
+        for group, radius in zip(groups, radii, strict=True):
+            if isinstance(group[self.key], Tensor):
+                group[self.key].fill_(radius)
+            else:
+                group[self.key] = radius
+            if self.key == "rho_min":
+                group["rho_min_decay"] = "none"
+
+    def _each(self, name: str, values: Each) -> list[float]:
+        given = list(values) if isinstance(values, Sequence) else [values] * len(self.initial)
+        if len(given) != len(self.initial):
+            raise ValueError(f"{name} has {len(given)} values, but there are {len(self.initial)} param groups")
+        return [_check_non_negative(f"{name}={{}}", value) for value in given]
+
+
+class ConstantRadius(RadiusSchedule):
+    """ρ_t = ρ_0.
+
+    Args:
+        optimizer: as `RadiusSchedule` has it.
+        radius: as `RadiusSchedule` has it.
+
+    Raises:
+        TypeError, ValueError: as `RadiusSchedule` has it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, radius: str = "rho") -> None:
+        super().__init__(optimizer, radius)
+        self._apply(0)
+
+    def _radius(self, t: int, rho_0: float, i: int) -> float:
+        return rho_0
+
+
+class ProportionalRadius(RadiusSchedule):
+    """ρ_t follows the learning rate: `decayed_radius` (BSAM eq. 12). Step it after the LR scheduler.
+
+    lr_max is as BSAM has it: the group's ``max_lr`` (OneCycle), else ``initial_lr``, else its lr to begin with.
+
+    Args:
+        optimizer: as `RadiusSchedule` has it.
+        radius: as `RadiusSchedule` has it.
+        end: ρ_end ≥ 0, one or one a group.
+        lr_end: lr_end ≥ 0, the learning rate that ρ_end is reached at, one or one a group.
+
+    Raises:
+        TypeError, ValueError: as `RadiusSchedule` has it.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, *, radius: str = "rho", end: Each = 0.0, lr_end: Each = 0.0
+    ) -> None:
+        super().__init__(optimizer, radius)
+        self.end, self.lr_end = self._each("end", end), self._each("lr_end", lr_end)
+        for group in optimizer.param_groups:
+            group.setdefault("lr_max", float(group["lr"]))
+        self._apply(0)
+
+    def _radius(self, t: int, rho_0: float, i: int) -> float:
+        group = self.optimizer.param_groups[i]
+        return decayed_radius(
+            rho_0, float(group["lr"]), largest_lr(group), rho_min_end=self.end[i], lr_end=self.lr_end[i]
+        )
+
+
+class LinearRadius(RadiusSchedule):
+    """ρ_t = ρ_end + (ρ_0 − ρ_end)(1 − t/T), ρ_end from T on.
+
+    Args:
+        optimizer: as `RadiusSchedule` has it.
+        total_steps: T > 0.
+        radius: as `RadiusSchedule` has it.
+        end: ρ_end ≥ 0, one or one a group.
+
+    Raises:
+        TypeError, ValueError: as `RadiusSchedule` has it.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, total_steps: int, *, radius: str = "rho", end: Each = 0.0
+    ) -> None:
+        super().__init__(optimizer, radius)
+        self.total_steps, self.end = _check_count("total_steps", total_steps), self._each("end", end)
+        self._apply(0)
+
+    def _radius(self, t: int, rho_0: float, i: int) -> float:
+        return self.end[i] + (rho_0 - self.end[i]) * (1 - min(t / self.total_steps, 1))
+
+
+class CosineRadius(LinearRadius):
+    """ρ_t = ρ_end + (ρ_0 − ρ_end)(1 + cos(π t/T))/2, ρ_end from T on.
+
+    Args:
+        optimizer: as `RadiusSchedule` has it.
+        total_steps: T > 0.
+        radius: as `RadiusSchedule` has it.
+        end: ρ_end ≥ 0, one or one a group.
+
+    Raises:
+        TypeError, ValueError: as `RadiusSchedule` has it.
+    """
+
+    def _radius(self, t: int, rho_0: float, i: int) -> float:
+        return self.end[i] + (rho_0 - self.end[i]) * (1 + math.cos(math.pi * min(t / self.total_steps, 1))) / 2
+
+
+class ExponentialRadius(RadiusSchedule):
+    """ρ_t = ρ_0 γ^t.
+
+    Args:
+        optimizer: as `RadiusSchedule` has it.
+        gamma: γ ≥ 0, one or one a group.
+        radius: as `RadiusSchedule` has it.
+
+    Raises:
+        TypeError, ValueError: as `RadiusSchedule` has it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, gamma: Each, *, radius: str = "rho") -> None:
+        super().__init__(optimizer, radius)
+        self.gamma = self._each("gamma", gamma)
+        self._apply(0)
+
+    def _radius(self, t: int, rho_0: float, i: int) -> float:
+        return rho_0 * self.gamma[i] ** t
+
+
+class LambdaRadius(RadiusSchedule):
+    """ρ_t = ρ_0 λ(t), for any function λ. The function is not in the state dict.
+
+    Args:
+        optimizer: as `RadiusSchedule` has it.
+        factor: λ, of the number of steps taken; one or one a group.
+        radius: as `RadiusSchedule` has it.
+
+    Raises:
+        TypeError, ValueError: as `RadiusSchedule` has it.
+    """
+
+    _unsaved = _Stepped._unsaved | {"factors"}
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, factor: Factor | Sequence[Factor], *, radius: str = "rho"
+    ) -> None:
+        super().__init__(optimizer, radius)
+        self.factors = [factor] * len(self.initial) if callable(factor) else list(factor)
+        if len(self.factors) != len(self.initial):
+            raise ValueError(f"{len(self.factors)} functions, but there are {len(self.initial)} param groups")
+        self._apply(0)
+
+    def _radius(self, t: int, rho_0: float, i: int) -> float:
+        return rho_0 * self.factors[i](t)
+
+
+class SequentialRadius(RadiusSchedule):
+    """One schedule after the other, each from ρ_0 and its own t = 0, as torch's SequentialLR has it.
+
+    Args:
+        schedules: of one radius of one optimizer; only this one is stepped.
+        milestones: the steps at which the second, the third, … takes over, ascending.
+
+    Raises:
+        ValueError: schedules of different radii or optimizers, or milestones that do not fit.
+    """
+
+    _unsaved = _Stepped._unsaved | {"schedules"}
+
+    def __init__(self, schedules: Sequence[RadiusSchedule], milestones: Sequence[int]) -> None:
+        self.schedules, self.milestones = list(schedules), list(milestones)
+        if len(self.milestones) != len(self.schedules) - 1 or any(
+            later <= earlier for earlier, later in zip([0, *self.milestones], self.milestones, strict=False)
+        ):
+            raise ValueError(
+                f"milestones={self.milestones} for {len(self.schedules)} schedules: give the step, > 0 and ascending, "
+                "at which each but the first takes over"
+            )
+        if len({(id(schedule.optimizer), schedule.key) for schedule in self.schedules}) != 1:
+            raise ValueError("schedules are of different radii or optimizers: give a sequence for each")
+        super().__init__(self.schedules[0].optimizer, self.schedules[0].key.removeprefix("sharpness_"))
+        self._apply(0)
+
+    def _radius(self, t: int, rho_0: float, i: int) -> float:
+        current = bisect_right(self.milestones, t)
+        return self.schedules[current]._radius(t - [0, *self.milestones][current], rho_0, i)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything but the optimizer, and functions; with the state dicts of the schedules."""
+        return {**super().state_dict(), "schedules": [schedule.state_dict() for schedule in self.schedules]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict, and set the optimizer up as it was then."""
+        for schedule, state in zip(self.schedules, state_dict["schedules"], strict=True):
+            schedule.load_state_dict(state)
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "schedules"})
+
+
+def decayed_radius(rho_min: float, lr: float, lr_max: float, *, rho_min_end: float = 0.0, lr_end: float = 0.0) -> float:
+    """Return ρ_min,t = ρ_end + (ρ_min − ρ_end)(lr_t − lr_end)/(lr_max − lr_end), BSAM (arXiv 2409.13173) eq. 12.
+
+    ρ_min where lr_max = lr_end; never below 0.
+    """
+    if lr_max == lr_end:
+        return rho_min
+    return max(0.0, rho_min_end + (rho_min - rho_min_end) * (lr - lr_end) / (lr_max - lr_end))
+
+
+def largest_lr(group: dict[str, Any]) -> float:
+    """Return lr_max of eq. 12: the group's ``max_lr`` (OneCycle), else ``initial_lr``, else ``lr_max``."""
+    return next(float(group[name]) for name in ("max_lr", "initial_lr", "lr_max") if name in group)
+
+
+def _check_count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value <= 0:
+        raise ValueError(f"{name}={value!r}: must be an integer > 0")
+    return int(value)
+
+
+def _check_non_negative(what: str, value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{what.format(value)}: must be a finite number ≥ 0")
+    return value
