@@ -58,7 +58,7 @@ def plot_loss_along(steps: Sequence[float], losses: Series, axes: Any = None) ->
 
 
 def plot_landscape(
-    steps: tuple[Sequence[float], Sequence[float]], losses: Tensor, axes: Any = None, levels: int = 20
+    steps: tuple[Sequence[float], Sequence[float]], losses: Tensor, axes: Any = None, levels: int | Sequence[float] = 20
 ) -> Any:
     """Plot the loss on a plane, by contours; the weights themselves are marked.
 
@@ -66,7 +66,7 @@ def plot_landscape(
         steps: the multiples that `loss_on_plane` had.
         losses: what it returned.
         axes: as `plot_spectrum` has it.
-        levels: about how many contours.
+        levels: about how many contours, or the losses that they are at, rising.
 
     Returns:
         The axes.
