@@ -6,13 +6,13 @@ whether a step is skipped is chosen elementwise, so that a GPU is never waited f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from bsam_fused.ops import contract
 from bsam_fused.ops.contract import ASCENT, MAX, MIN, AdamScalars, Radius, SGDScalars
+from bsam_fused.ops.flat_params import PythonFlatParams
 
 Rule = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(parameter, w, d, finite) -> the next weights; updates the state where finite."""
@@ -30,124 +30,47 @@ def bilateral_coefficient(sums: Tensor) -> Tensor:
     return torch.where(norm_min > 0, norm_max / norm_min, torch.zeros_like(norm_max))
 
 
-class TorchFlatParams:
+class TorchFlatParams(PythonFlatParams):
     """`contract.FlatParams` in plain torch."""
 
-    @torch.no_grad()
     def __init__(self, params: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> None:
-        self.params, self.places = list(params), list(places)
-        self.device, self.dtype = self.params[0].device, self.params[0].dtype
+        super().__init__(params, places)
         self._compute = torch.promote_types(self.dtype, torch.float32)
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
-        self.sums = torch.zeros(3, dtype=wide, device=self.device)
-        self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._steps = torch.zeros(len(self.params), device=self.device)
-        self._layouts = [(p.shape, p.stride()) for p in self.params]
-        # An element's place in the flat buffers: its parameter's strides, or dense ones where they have gaps.
-        self._strides = [torch.empty_like(p).stride() for p in self.params]
-        offsets = [0]
-        for p in self.params:
-            offsets.append(offsets[-1] + p.numel())
-        self._offsets, self._numel = offsets[:-1], offsets[-1]
-        self._views: dict[str, list[Tensor]] = {}
-        self._now: dict[int, Tensor] = {}
-        self._g: dict[int, Tensor] = {}
-        self._perturbed: list[int] = []
-        self._bilateral = False
-        self._at_w = False
-
-    @property
-    def skipped(self) -> int:
-        """Updates that were skipped."""
-        return int(self._skipped)
-
-    @property
-    def extra_bytes(self) -> int:
-        """Bytes of the flat buffers."""
-        return len(self._views) * self._numel * self.params[0].element_size()
-
-    def state(self, key: str) -> list[Tensor]:
-        """Views of the flat buffer ``key``."""
-        if key == "step":
-            return list(self._steps.unbind())
-        if key not in self._views:
-            flat = torch.zeros(self._numel, dtype=self.dtype, device=self.device)
-            self._views[key] = [
-                flat.as_strided(p.shape, strides, offset)
-                for p, strides, offset in zip(self.params, self._strides, self._offsets, strict=True)
-            ]
-        return self._views[key]
-
-    @torch.no_grad()
-    def clear_state(self, i: int) -> None:
-        """Zero the i-th parameter's state."""
-        self._steps[i].zero_()
-        for key, views in self._views.items():
-            if key not in {"saved", "g"}:
-                views[i].zero_()
-
-    def read_gradients(self) -> None:
-        """Note the gradients of this pass."""
-        self._now = {}
-        for i, (param, layout) in enumerate(zip(self.params, self._layouts, strict=True)):
-            grad = param.grad
-            moved = param.dtype != self.dtype or param.device != self.device
-            if moved or (param.shape, param.stride()) != layout:
-                contract.reject(self, i)
-            if grad is None:
-                continue
-            if grad.layout != torch.strided or grad.dtype != self.dtype or grad.device != self.device:
-                contract.reject(self, i)
-            self._now[i] = grad.detach()
-
-    def clear_gradients(self) -> None:
-        """Set every .grad to None."""
-        for param in self.params:
-            param.grad = None
-
-    def _end_pass(self) -> None:
-        for i in self._now:
-            self.params[i].grad = None
-        self._now = {}
 
     @torch.no_grad()
     def square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
         """Σ (T g)²."""
         scaled = []
         for i, g in self._now.items():
-            radius, w = radii[self.places[i][0]], self.params[i]
+            radius, w = radii[self.places[i][0]], self._weights(i)
             scaled.append((w.to(self.sums.dtype).abs() + radius.eta) * g if radius.adaptive else g)
         self.sums[slot] = 0
         if scaled:
             norms = torch._foreach_norm(scaled, 2, dtype=self.sums.dtype)
             self.sums[slot] = torch.stack(norms).square().sum()
 
-    @torch.no_grad()
-    def ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float, keep: bool) -> None:
-        """Save w, then w = w_max."""
-        saved = self.state("saved")
-        self._bilateral, self._g = keep, {}
+    def _take(self) -> None:
+        """Copy: who else holds a gradient is not worth finding out here."""
+        new = [i for i in self._now if i not in self._g]
+        if new:
+            torch._foreach_copy_([self._kept(i) for i in new], [self._now[i] for i in new])
+        self._g.update((i, self._kept(i)) for i in new)
+
+    def _run_ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
         if self._now:
-            torch._foreach_copy_([saved[i] for i in self._now], [self.params[i] for i in self._now])
+            torch._foreach_copy_([self._view("saved", i) for i in self._now], [self._weights(i) for i in self._now])
         self._perturbed = list(self._now)  # only now: an interrupted copy must not be restored from
         self._perturb(sums, radii, norm_eps, sums[ASCENT].isfinite(), self._now)
-        if keep:
-            self._take(self._now)
-        self._end_pass()
 
-    @torch.no_grad()
-    def descend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
-        """From the saved w, w = w_min; g = g + g_max."""
+    def _run_descend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
         self.square_norm(MAX, [Radius(0.0)] * len(radii))
         finite = sums[ASCENT].isfinite() & self.sums[MAX].isfinite()
         self._perturb(sums, radii, norm_eps, finite, {i: self._g[i] for i in self._perturbed})
-        both = [i for i in self._now if i in self._g]
+        both = [i for i in self._perturbed if i in self._now]
         if both:
             torch._foreach_add_([self._g[i] for i in both], [self._now[i] for i in both])
             if self.dtype == torch.float16:  # overflows at 65504: a g + g_max that did must not reach the weights
                 self.sums[MAX] += 0 * torch.stack(torch._foreach_norm([self._g[i] for i in both])).sum()
-        self._take({i: g for i, g in self._now.items() if i not in self._g})
-        self._end_pass()
 
     def _perturb(
         self,
@@ -155,24 +78,14 @@ class TorchFlatParams:
         radii: Sequence[Radius],
         norm_eps: float,
         finite: Tensor,
-        gradients: dict[int, Tensor],
+        gradients: Mapping[int, Tensor],
     ) -> None:
         length = sums[ASCENT].sqrt() + norm_eps
         inverse = torch.where(length == 0, 0.0, 1 / length)
-        saved = self.state("saved")
         for i, g in gradients.items():
-            radius, w = radii[self.places[i][0]], saved[i].to(self._compute)
+            radius, w = radii[self.places[i][0]], self._view("saved", i).to(self._compute)
             step = (radius.radius * inverse).to(self._compute)
-            self.params[i].copy_(torch.where(finite, perturbed(w, g.to(self._compute), step, radius), w))
-
-    def _take(self, gradients: dict[int, Tensor]) -> None:
-        """Copy gradients into the flat buffer of g: who else holds their storage is not known in Python."""
-        if not gradients:
-            return
-        kept = self.state("g")
-        for i in gradients:
-            self._g[i] = kept[i]
-        torch._foreach_copy_([kept[i] for i in gradients], list(gradients.values()))
+            self._weights(i).copy_(torch.where(finite, perturbed(w, g.to(self._compute), step, radius), w))
 
     def _direction(self, i: int, c: Tensor) -> Tensor:
         """Return d: g_max (SAM), or g + g_max − c g_min (BSAM); a missing gradient is zero."""
@@ -183,49 +96,34 @@ class TorchFlatParams:
         so_far = self._g[i].to(self._compute) if i in self._g else zero
         return so_far - c.to(self._compute) * last
 
-    def _members(self) -> list[int]:
-        return sorted({*self._perturbed, *self._g, *self._now})
-
-    def _update(self, sums: Tensor, from_saved: bool, counted: Callable[[int], bool], rule: Rule) -> list[int]:
+    def _run(self, sums: Tensor, members: list[int], counted: Iterable[int], from_saved: bool, rule: Rule) -> None:
         finite, c = sums.isfinite().all(), bilateral_coefficient(sums)
-        saved = self.state("saved")
         # The weights before the step are in saved only where they were perturbed.
-        before = {i: saved[i] if i in self._perturbed else self.params[i] for i in self._members()}
-        members = [i for i in before if counted(i)]
-        for i in members:
+        before = {i: self._weights(i) for i in members} | {i: self._view("saved", i) for i in self._perturbed}
+        for i in counted:
             self._steps[i] += finite
         for i, kept in before.items():
-            start = kept if from_saved else self.params[i]
+            start = kept if from_saved else self._weights(i)
             new = rule(i, start.to(self._compute), self._direction(i, c), finite)
-            self.params[i].copy_(torch.where(finite, new, kept.to(self._compute)))
+            self._weights(i).copy_(torch.where(finite, new, kept.to(self._compute)))
         self._skipped += ~finite
-        self.release()
-        # On a GPU asking which ones began would wait for it; naming one again does no harm.
-        return [i for i in members if self.device.type != "cpu" or self._steps[i] == 1]
 
-    @torch.no_grad()
-    def update_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], from_saved: bool) -> list[int]:
-        """torch.optim.SGD's rule."""
-        buffers = self.state("momentum_buffer") if any(o.momentum for o in groups) else []
-
+    def _run_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], members: list[int], from_saved: bool) -> None:
         def rule(i: int, w: Tensor, d: Tensor, finite: Tensor) -> Tensor:
             o = groups[self.places[i][0]]
             d = (-d if o.maximize else d) + o.weight_decay * w
             if o.momentum:
-                m = buffers[i].to(self._compute)
+                buffer = self._view("momentum_buffer", i)
+                m = buffer.to(self._compute)
                 averaged = o.momentum * m + (1 - o.dampening) * d
                 new = torch.where(self._steps[i] == 1, d, averaged)
-                buffers[i].copy_(torch.where(finite, new, m))
+                buffer.copy_(torch.where(finite, new, m))
                 d = d + o.momentum * new if o.nesterov else new
             return w - o.lr * d
 
-        return self._update(sums, from_saved, lambda i: groups[self.places[i][0]].momentum != 0, rule)
+        self._run(sums, members, [i for i in members if groups[self.places[i][0]].stateful], from_saved, rule)
 
-    @torch.no_grad()
-    def update_adam(self, sums: Tensor, groups: Sequence[AdamScalars], from_saved: bool) -> list[int]:
-        """torch.optim.Adam's and AdamW's rule."""
-        exp_avg, exp_avg_sq = self.state("exp_avg"), self.state("exp_avg_sq")
-
+    def _run_adam(self, sums: Tensor, groups: Sequence[AdamScalars], members: list[int], from_saved: bool) -> None:
         def rule(i: int, w: Tensor, d: Tensor, finite: Tensor) -> Tensor:
             o = groups[self.places[i][0]]
             d = -d if o.maximize else d
@@ -233,55 +131,19 @@ class TorchFlatParams:
                 w = w * (1 - o.lr * o.weight_decay)
             else:
                 d = d + o.weight_decay * w
-            m, v = exp_avg[i].to(self._compute), exp_avg_sq[i].to(self._compute)
+            exp_avg, exp_avg_sq = self._view("exp_avg", i), self._view("exp_avg_sq", i)
+            m, v = exp_avg.to(self._compute), exp_avg_sq.to(self._compute)
             new_m, new_v = m + (1 - o.beta1) * (d - m), o.beta2 * v + (1 - o.beta2) * d.square()
-            exp_avg[i].copy_(torch.where(finite, new_m, m))
-            exp_avg_sq[i].copy_(torch.where(finite, new_v, v))
+            exp_avg.copy_(torch.where(finite, new_m, m))
+            exp_avg_sq.copy_(torch.where(finite, new_v, v))
             t = self._steps[i].to(self.sums.dtype)
             step_size = (o.lr / (1 - o.beta1**t)).to(self._compute)
             correction = (1 - o.beta2**t).sqrt().to(self._compute)
             return w - step_size * new_m / (new_v.sqrt() / correction + o.eps)
 
-        return self._update(sums, from_saved, lambda i: True, rule)
+        self._run(sums, members, members, from_saved, rule)
 
-    @torch.no_grad()
-    def combine(self, sums: Tensor, from_saved: bool) -> bool:
-        """Put d into .grad, w into the weights."""
-        if not sums.isfinite().all():
-            self._skipped += 1
-            self.restore()
-            return False
+    def _run_direction(self, sums: Tensor) -> None:
         c = bilateral_coefficient(sums)
-        directions = {i: self._direction(i, c) for i in self._members()}
-        if from_saved:
-            self._write_saved()
-        for i, d in directions.items():
-            self.params[i].grad = torch.empty_like(self.params[i], requires_grad=False).copy_(d)
-        return True
-
-    @torch.no_grad()
-    def _write_saved(self) -> None:
-        if self._perturbed and not self._at_w:
-            saved = self.state("saved")
-            torch._foreach_copy_([self.params[i] for i in self._perturbed], [saved[i] for i in self._perturbed])
-
-    def restore(self) -> None:
-        """Saved w back into the weights."""
-        self._write_saved()
-        self.release()
-
-    def release(self) -> None:
-        """Forget the step."""
-        self._perturbed, self._g, self._now, self._at_w = [], {}, {}, False
-
-    @torch.no_grad()
-    def show_w(self, at_w: bool) -> None:
-        """Exchange perturbed weights and saved w, if that is not so already."""
-        if at_w == self._at_w:
-            return
-        saved = self.state("saved")
-        for i in self._perturbed:
-            kept = self.params[i].clone()
-            self.params[i].copy_(saved[i])
-            saved[i].copy_(kept)
-        self._at_w = at_w
+        for i in self._now:
+            self._g[i].copy_(self._direction(i, c))

@@ -1,0 +1,279 @@
+"""What FlatParams written in Python share: parameters, gradients, flat buffers, what a phase does in which order.
+
+The twin of csrc/flat_params.cpp, but that no device is asked whether a sum is finite: the phases choose there.
+What runs over the elements is a backend's own: torch_flat.py, triton_flat.py.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from bsam_fused.ops import contract
+from bsam_fused.ops.contract import AdamScalars, Radius, SGDScalars
+
+ALIGNMENT = 64  # bytes: every tensor starts on a cache line of the flat buffers
+
+
+class PythonFlatParams(ABC):
+    """`contract.FlatParams`, but for what runs over the elements."""
+
+    @torch.no_grad()
+    def __init__(self, params: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> None:
+        self.params, self.places = list(params), list(places)
+        self.device, self.dtype = self.params[0].device, self.params[0].dtype
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        self.sums = torch.zeros(3, dtype=wide, device=self.device)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._steps = torch.zeros(len(self.params), device=self.device)
+        self._layouts = [(p.shape, p.stride()) for p in self.params]
+        self._numels = [p.numel() for p in self.params]
+        # An element's place in the flat buffers: its parameter's strides, or dense ones where they have gaps.
+        self._strides = [torch.empty_like(p, device="meta").stride() for p in self.params]
+        # What has gaps, or is lazily negated, is worked on in a packed copy.
+        self._packed = {
+            i: torch.empty_like(p, requires_grad=False)
+            for i, p in enumerate(self.params)
+            if p.stride() != self._strides[i] or p.is_neg()
+        }
+        pad = ALIGNMENT // self.params[0].element_size()
+        self._offsets = [0]
+        for numel in self._numels:
+            self._offsets.append(self._offsets[-1] + -(-numel // pad) * pad)
+        self._buffers: dict[str, Tensor] = {}  # "saved", and the base optimizer's state
+        self._begun: set[int] = set()  # whose state Python has been told of
+        self._own: dict[int, Tensor] = {}  # where g is kept if it had to be copied
+        self._bilateral = False  # this step's ascend kept g
+        self._forget()
+
+    def _forget(self) -> None:
+        self._now: dict[int, Tensor] = {}  # this pass's gradients, in the flat buffers' strides
+        self._g: dict[int, Tensor] = {}  # BSAM: g, then g + g_max, likewise
+        self._perturbed: list[int] = []  # what is not w, but saved is
+        self._at_w = False  # saved holds the perturbed weights meanwhile
+
+    # ---- what a backend does in a phase, over the elements of all parameters
+
+    @abstractmethod
+    def square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
+        """Σ (T g)²."""
+
+    @abstractmethod
+    def _take(self) -> None:
+        """Take the gradients of this pass into g, where g is not there yet: at the latest as the phase runs."""
+
+    @abstractmethod
+    def _run_ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
+        """Save w, then w = w_max; note what is perturbed."""
+
+    @abstractmethod
+    def _run_descend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
+        """From the saved w, w = w_min; g = g + g_max; Σ g_max²."""
+
+    @abstractmethod
+    def _run_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], members: list[int], from_saved: bool) -> None:
+        """SGD's rule; counts the members' steps, or the skipped one."""
+
+    @abstractmethod
+    def _run_adam(self, sums: Tensor, groups: Sequence[AdamScalars], members: list[int], from_saved: bool) -> None:
+        """Adam's rule, likewise."""
+
+    @abstractmethod
+    def _run_direction(self, sums: Tensor) -> None:
+        """g = g + g_max − c g_min, where there is a g_min."""
+
+    # ---- parameters and gradients
+
+    @property
+    def skipped(self) -> int:
+        """Updates that were skipped."""
+        return int(self._skipped)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes held beside parameters and gradients."""
+        g = [g for i, g in self._g.items() if g is not self._own.get(i)]
+        return sum(t.nbytes for t in (*self._buffers.values(), *self._packed.values(), *self._own.values(), *g))
+
+    def _weights(self, i: int) -> Tensor:
+        """Return the i-th parameter's elements, in the flat buffers' strides."""
+        return self._packed.get(i, self.params[i])
+
+    def _unmoved(self, i: int) -> bool:
+        p = self.params[i]
+        return (p.shape, p.stride()) == self._layouts[i] and p.dtype == self.dtype and p.device == self.device
+
+    @torch.no_grad()
+    def read_gradients(self) -> None:
+        """Note the gradients of this pass."""
+        self._now = {}
+        dtype, device = self.dtype, self.device
+        for i, param in enumerate(self.params):
+            grad = param.grad
+            if not self._unmoved(i):
+                contract.reject(self, i)
+            if grad is None:
+                continue
+            if (
+                grad.layout != torch.strided
+                or grad.dtype != dtype
+                or grad.device != device
+                or grad.shape != param.shape
+            ):
+                contract.reject(self, i)
+            if i in self._packed:
+                self._packed[i].copy_(param)
+            # A lazily negated or zero gradient is not what its memory says; a copy is.
+            if grad.stride() != self._strides[i] or grad.is_neg() or grad._is_zerotensor():
+                grad = self._empty(i).copy_(grad)
+            if self._numels[i] and not (param.data_ptr() and grad.data_ptr()):
+                contract.reject(self, i)
+            self._now[i] = grad
+
+    def clear_gradients(self) -> None:
+        """Set every .grad to None."""
+        for param in self.params:
+            param.grad = None
+
+    def _wrote(self, members: Sequence[int]) -> None:
+        for i in members:
+            if i in self._packed:
+                self.params[i].copy_(self._packed[i])
+        torch.autograd.graph.increment_version([self.params[i] for i in members if not self.params[i].is_inference()])
+
+    def _end_pass(self) -> None:
+        for i in self._now:
+            self.params[i].grad = None
+        self._now = {}
+
+    def _empty(self, i: int) -> Tensor:
+        return torch.empty_strided(self.params[i].shape, self._strides[i], dtype=self.dtype, device=self.device)
+
+    def _kept(self, i: int) -> Tensor:
+        """Return where a copy of the i-th gradient is kept, from step to step."""
+        if i not in self._own:
+            self._own[i] = self._empty(i)
+        return self._own[i]
+
+    # ---- flat buffers
+
+    def _buffer(self, key: str) -> Tensor:
+        if key not in self._buffers:
+            self._buffers[key] = torch.zeros(self._offsets[-1], dtype=self.dtype, device=self.device)
+        return self._buffers[key]
+
+    def _view(self, key: str, i: int) -> Tensor:
+        return self._buffer(key).as_strided(self._layouts[i][0], self._strides[i], self._offsets[i])
+
+    def state(self, key: str) -> list[Tensor]:
+        """Views of the flat buffer ``key``."""
+        if key == "step":
+            return list(self._steps.unbind())
+        return [self._view(key, i) for i in range(len(self.params))]
+
+    @torch.no_grad()
+    def clear_state(self, i: int) -> None:
+        """Zero the i-th parameter's state."""
+        self._begun.discard(i)
+        self._steps[i].zero_()
+        for key in self._buffers:
+            if key != "saved":
+                self._view(key, i).zero_()
+
+    # ---- phases
+
+    @torch.no_grad()
+    def ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float, keep: bool) -> None:
+        """Save w, then w = w_max."""
+        self._bilateral, self._g = keep, {}
+        if keep:
+            self._take()
+        self._run_ascend(sums, radii, norm_eps)
+        self._wrote(self._perturbed)
+        self._end_pass()
+
+    @torch.no_grad()
+    def descend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
+        """From the saved w, w = w_min; g = g + g_max."""
+        self._take()
+        self._run_descend(sums, radii, norm_eps)
+        self._wrote(self._perturbed)
+        self._end_pass()
+
+    def _members(self) -> list[int]:
+        """Return the parameters that had a gradient in some pass of this step."""
+        return sorted({*self._perturbed, *self._g, *self._now})
+
+    def _update(self, counted: Callable[[int], bool], run: Callable[[list[int]], None]) -> list[int]:
+        members = self._members()
+        begun = [i for i in members if i not in self._begun and counted(self.places[i][0])]
+        run(members)
+        self._wrote(members)
+        self._begun.update(begun)
+        self.release()
+        return begun
+
+    @torch.no_grad()
+    def update_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], from_saved: bool) -> list[int]:
+        """torch.optim.SGD's rule."""
+        return self._update(
+            lambda i: groups[i].stateful, lambda members: self._run_sgd(sums, groups, members, from_saved)
+        )
+
+    @torch.no_grad()
+    def update_adam(self, sums: Tensor, groups: Sequence[AdamScalars], from_saved: bool) -> list[int]:
+        """torch.optim.Adam's and AdamW's rule."""
+        return self._update(lambda i: True, lambda members: self._run_adam(sums, groups, members, from_saved))
+
+    @torch.no_grad()
+    def combine(self, sums: Tensor, from_saved: bool) -> bool:
+        """Put d into .grad, w into the weights."""
+        if not sums.isfinite().all():
+            self._skipped += 1
+            self.restore()
+            return False
+        members = self._members()
+        if self._bilateral:
+            for i in members:
+                if i not in self._g:
+                    self._g[i] = self._empty(i).zero_()
+            self._run_direction(sums)
+        if from_saved:
+            self._write_saved()
+        for i in members:
+            d = self._g.pop(i, None) if self._bilateral else self.params[i].grad
+            self.params[i].grad = self._empty(i).zero_() if d is None else d
+            self._own.pop(i, None)  # it may be the gradient now
+        return True
+
+    # ---- giving up, and looking at w
+
+    @torch.no_grad()
+    def _write_saved(self) -> None:
+        """saved -> w, for the perturbed; also right for a parameter that was moved since."""
+        if self._perturbed and not self._at_w:
+            saved = [self._view("saved", i) for i in self._perturbed]
+            torch._foreach_copy_([self.params[i] for i in self._perturbed], saved)
+
+    def restore(self) -> None:
+        """Saved w back into the weights."""
+        self._write_saved()
+        self.release()
+
+    def release(self) -> None:
+        """Forget the step."""
+        self._forget()
+
+    @torch.no_grad()
+    def show_w(self, at_w: bool) -> None:
+        """Exchange perturbed weights and saved w, if that is not so already."""
+        if at_w == self._at_w:
+            return
+        for i in self._perturbed:
+            saved, kept = self._view("saved", i), self.params[i].clone()
+            self.params[i].copy_(saved)
+            saved.copy_(kept)
+        self._at_w = at_w
