@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 
 from bsam_fused.ops import contract
-from bsam_fused.ops.contract import ASCENT, MAX, MIN, AdamScalars, Radius, SGDScalars
+from bsam_fused.ops.contract import (
+    ASCENT,
+    CHECKED,
+    CROSS,
+    MAX,
+    MIN,
+    SCALE,
+    SLOTS,
+    SO_FAR,
+    AdamScalars,
+    Radius,
+    SGDScalars,
+)
 
 Rule = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(parameter, w, d, finite) -> the next weights; updates the state where finite."""
@@ -30,6 +42,15 @@ def bilateral_coefficient(sums: Tensor) -> Tensor:
     return torch.where(norm_min > 0, norm_max / norm_min, torch.zeros_like(norm_max))
 
 
+def direction_scales(sums: Tensor, bilateral: bool, max_norm: float) -> tuple[Tensor, Tensor]:
+    """Return c, and the factor of d = s − c g_min: 1 / scale, times what clips ‖d‖ / scale to ``max_norm``."""
+    c = bilateral_coefficient(sums)
+    square = (sums[SO_FAR] - 2 * c * sums[CROSS] + c.square() * sums[MIN]).clamp(min=0) if bilateral else sums[MAX]
+    unscaled = torch.where(sums[SCALE] == 0, 1.0, 1 / sums[SCALE])
+    clip = max_norm / (square.sqrt() * unscaled + 1e-6)
+    return c, torch.where(clip < 1, clip * unscaled, unscaled)
+
+
 class TorchFlatParams:
     """`contract.FlatParams` in plain torch."""
 
@@ -39,7 +60,7 @@ class TorchFlatParams:
         self.device, self.dtype = self.params[0].device, self.params[0].dtype
         self._compute = torch.promote_types(self.dtype, torch.float32)
         wide = torch.float32 if self.device.type == "mps" else torch.float64
-        self.sums = torch.zeros(3, dtype=wide, device=self.device)
+        self.sums = torch.zeros(SLOTS, dtype=wide, device=self.device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._steps = torch.zeros(len(self.params), device=self.device)
         self._layouts = [(p.shape, p.stride()) for p in self.params]
@@ -123,6 +144,14 @@ class TorchFlatParams:
             self.sums[slot] = torch.stack(norms).square().sum()
 
     @torch.no_grad()
+    def direction_sums(self) -> None:
+        """Σ g_min², Σ s², Σ s g_min."""
+        self.square_norm(MIN, [Radius(0.0)] * (1 + max(group for group, _ in self.places)))
+        so_far = {i: g.to(self.sums.dtype) for i, g in self._g.items()}
+        self.sums[SO_FAR] = sum(g.square().sum() for g in so_far.values())
+        self.sums[CROSS] = sum((so_far[i] * g).sum() for i, g in self._now.items() if i in so_far)
+
+    @torch.no_grad()
     def ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float, keep: bool) -> None:
         """Save w, then w = w_max."""
         saved = self.state("saved")
@@ -174,20 +203,22 @@ class TorchFlatParams:
             self._g[i] = kept[i]
         torch._foreach_copy_([kept[i] for i in gradients], list(gradients.values()))
 
-    def _direction(self, i: int, c: Tensor) -> Tensor:
-        """Return d: g_max (SAM), or g + g_max − c g_min (BSAM); a missing gradient is zero."""
+    def _direction(self, i: int, c: Tensor, factor: Tensor) -> Tensor:
+        """Return d: factor times g_max (SAM), or g + g_max − c g_min (BSAM); a missing gradient is zero."""
         zero = torch.zeros((), dtype=self._compute, device=self.device)
         last = self._now[i].to(self._compute) if i in self._now else zero
-        if not self._bilateral:
-            return last
-        so_far = self._g[i].to(self._compute) if i in self._g else zero
-        return so_far - c.to(self._compute) * last
+        if self._bilateral:
+            so_far = self._g[i].to(self._compute) if i in self._g else zero
+            last = so_far - c.to(self._compute) * last
+        return factor.to(self._compute) * last
 
     def _members(self) -> list[int]:
         return sorted({*self._perturbed, *self._g, *self._now})
 
-    def _update(self, sums: Tensor, from_saved: bool, counted: Callable[[int], bool], rule: Rule) -> list[int]:
-        finite, c = sums.isfinite().all(), bilateral_coefficient(sums)
+    def _update(
+        self, sums: Tensor, from_saved: bool, max_norm: float, counted: Callable[[int], bool], rule: Rule
+    ) -> list[int]:
+        finite, scales = sums[:CHECKED].isfinite().all(), direction_scales(sums, self._bilateral, max_norm)
         saved = self.state("saved")
         # The weights before the step are in saved only where they were perturbed.
         before = {i: saved[i] if i in self._perturbed else self.params[i] for i in self._members()}
@@ -196,7 +227,7 @@ class TorchFlatParams:
             self._steps[i] += finite
         for i, kept in before.items():
             start = kept if from_saved else self.params[i]
-            new = rule(i, start.to(self._compute), self._direction(i, c), finite)
+            new = rule(i, start.to(self._compute), self._direction(i, *scales), finite)
             self.params[i].copy_(torch.where(finite, new, kept.to(self._compute)))
         self._skipped += ~finite
         self.release()
@@ -204,7 +235,7 @@ class TorchFlatParams:
         return [i for i in members if self.device.type != "cpu" or self._steps[i] == 1]
 
     @torch.no_grad()
-    def update_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], from_saved: bool) -> list[int]:
+    def update_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], from_saved: bool, max_norm: float) -> list[int]:
         """torch.optim.SGD's rule."""
         buffers = self.state("momentum_buffer") if any(o.momentum for o in groups) else []
 
@@ -219,10 +250,10 @@ class TorchFlatParams:
                 d = d + o.momentum * new if o.nesterov else new
             return w - o.lr * d
 
-        return self._update(sums, from_saved, lambda i: groups[self.places[i][0]].momentum != 0, rule)
+        return self._update(sums, from_saved, max_norm, lambda i: groups[self.places[i][0]].momentum != 0, rule)
 
     @torch.no_grad()
-    def update_adam(self, sums: Tensor, groups: Sequence[AdamScalars], from_saved: bool) -> list[int]:
+    def update_adam(self, sums: Tensor, groups: Sequence[AdamScalars], from_saved: bool, max_norm: float) -> list[int]:
         """torch.optim.Adam's and AdamW's rule."""
         exp_avg, exp_avg_sq = self.state("exp_avg"), self.state("exp_avg_sq")
 
@@ -242,17 +273,17 @@ class TorchFlatParams:
             correction = (1 - o.beta2**t).sqrt().to(self._compute)
             return w - step_size * new_m / (new_v.sqrt() / correction + o.eps)
 
-        return self._update(sums, from_saved, lambda i: True, rule)
+        return self._update(sums, from_saved, max_norm, lambda i: True, rule)
 
     @torch.no_grad()
-    def combine(self, sums: Tensor, from_saved: bool) -> bool:
+    def combine(self, sums: Tensor, from_saved: bool, max_norm: float) -> bool:
         """Put d into .grad, w into the weights."""
-        if not sums.isfinite().all():
+        if not sums[:CHECKED].isfinite().all():
             self._skipped += 1
             self.restore()
             return False
-        c = bilateral_coefficient(sums)
-        directions = {i: self._direction(i, c) for i in self._members()}
+        scales = direction_scales(sums, self._bilateral, max_norm)
+        directions = {i: self._direction(i, *scales) for i in self._members()}
         if from_saved:
             self._write_saved()
         for i, d in directions.items():
