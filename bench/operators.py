@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -63,9 +64,9 @@ class OperatorRun:
             "square_norm of g_min": lambda: flat.square_norm(MIN, RADII),
             "ascend": lambda: flat.ascend(sums, RADII, 1e-12, True),
             "descend": lambda: flat.descend(sums, RADII, 1e-12),
-            "update_sgd": lambda: flat.update_sgd(sums, SGD, True),
-            "update_adam": lambda: flat.update_adam(sums, ADAM, True),
-            "combine": lambda: flat.combine(sums, True),
+            "update_sgd": lambda: flat.update_sgd(sums, SGD, True, math.inf),
+            "update_adam": lambda: flat.update_adam(sums, ADAM, True, math.inf),
+            "combine": lambda: flat.combine(sums, True, math.inf),
             "restore": flat.restore,
         }
         calls[name]()

@@ -45,6 +45,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("read_gradients", read_gradients)
       .def("clear_gradients", &FlatParams::clear_gradients)
       .def("square_norm", &FlatParams::square_norm, no_grad())
+      .def("direction_sums", &FlatParams::direction_sums, no_grad())
       .def("ascend", &FlatParams::ascend, no_grad())
       .def("descend", &FlatParams::descend, no_grad())
       .def("update_sgd", &FlatParams::update_sgd, no_grad())

@@ -14,11 +14,11 @@ struct Reach {
 };
 
 // One segment of an update. `from`: where the update starts (saved, or the weights); w: where it is written;
-// the direction is g, or g − c g_min where g_min is not null. `stream`: write w around the cache.
+// the direction is g, or g − c g_min where g_min is not null, times factor. `stream`: write w around the cache.
 struct Update {
   void* w;
   const void *from, *g, *g_min;
-  double c;
+  DirectionScales scales;
   bool stream;
   int64_t count;
 };
@@ -26,6 +26,8 @@ struct Update {
 // Each works on one segment; formulas in math.h. Pointers are to the segment's first element, n its length.
 struct Loops {
   double (*square_norm)(const void* w, const void* g, const Reach&, int64_t n);
+  // Adds Σ g_min², Σ g² and Σ g g_min; g is g + g_max.
+  void (*direction_sums)(const void* g, const void* g_min, double* sums, int64_t n);
   void (*ascend)(void* w, const void* g, void* saved, const Reach&, bool stream, int64_t n);
   // g becomes g + g_max; returns Σ g_max².
   double (*descend)(void* w, void* g, const void* g_max, const void* saved, const Reach&, bool stream, int64_t n);

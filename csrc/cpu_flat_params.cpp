@@ -63,20 +63,24 @@ void CpuFlatParams::for_segments(Body body) const {
   for_blocks([&](int64_t block) { index_.for_each_segment(block, body); });
 }
 
-// The sum of term(segment) over all segments: a partial sum a block, then those in order.
-template <class Term>
-double CpuFlatParams::sum_segments(Term term) {
+// The sums in `slots`, of what add_terms(segment, sums) adds: partial sums a block, then those in order.
+template <class AddTerms>
+void CpuFlatParams::sum_segments(std::initializer_list<int64_t> slots, AddTerms add_terms) {
   for_blocks([&](int64_t block) {
-    double sum = 0;
-    index_.for_each_segment(block, [&](const Segment& s) { sum += term(s); });
-    partial_[block] = sum;
+    Terms sums{};
+    index_.for_each_segment(block, [&](const Segment& s) { add_terms(s, sums.data()); });
+    partial_[block] = sums;
   });
-  double sum = 0;
-  for (double part : partial_) sum += part;
-  return sum;
+  size_t term = 0;
+  for (int64_t slot : slots) {
+    double sum = 0;
+    for (const Terms& part : partial_) sum += part[term];
+    sums_.mutable_data_ptr<double>()[slot] = sum;
+    ++term;
+  }
 }
 
-bool CpuFlatParams::known_bad(const at::Tensor& sums, int64_t slot) const { return !is_finite(at_slot(sums, slot)); }
+const double* CpuFlatParams::on_host(const at::Tensor& sums) const { return sums.const_data_ptr<double>(); }
 
 // Copies g where it is taken so; before the segment's gradient or g is worked on.
 void CpuFlatParams::copy_taken(const Entry& e, const Segment& s) const {
@@ -87,11 +91,21 @@ void CpuFlatParams::copy_taken(const Entry& e, const Segment& s) const {
 void CpuFlatParams::square_norm(int64_t slot, const Options<RadiusGroup>& radii) {
   check_groups(radii.size());
   const auto groups = reaches(radii, 0, 1);
-  sums_.mutable_data_ptr<double>()[slot] = sum_segments([&](const Segment& s) {
+  sum_segments({slot}, [&](const Segment& s, double* sum) {
     const Entry& e = entries_[s.tensor];
-    if (!e.now) return 0.0;
+    if (!e.now) return;
     const int64_t at = s.begin * itemsize_;
-    return loops_.square_norm(e.w + at, e.now + at, groups[e.group], s.count);
+    *sum += loops_.square_norm(e.w + at, e.now + at, groups[e.group], s.count);
+  });
+}
+
+void CpuFlatParams::direction_sums() {
+  sum_segments({kMin, kSoFar, kCross}, [&](const Segment& s, double* sums) {
+    const Entry& e = entries_[s.tensor];
+    if (!e.now && !e.g.defined()) return;
+    const int64_t at = s.begin * itemsize_;
+    const char* g = data(e.g, at);
+    loops_.direction_sums(g ? g : kZeros, e.now ? e.now + at : kZeros, sums, s.count);
   });
 }
 
@@ -114,25 +128,25 @@ void CpuFlatParams::run_descend(const at::Tensor& sums, const Options<RadiusGrou
   const auto groups = reaches(radii, at_slot(sums, kAscent), norm_eps);
   const char* saved = buffer("saved");
   // Without g (a gradient in this pass only) the weights stay, and g + g_max is g_max.
-  sums_.mutable_data_ptr<double>()[kMax] = sum_segments([&](const Segment& s) {
+  sum_segments({kMax}, [&](const Segment& s, double* sum) {
     const Entry& e = entries_[s.tensor];
     const int64_t at = s.begin * itemsize_;
     const char* g_max = e.now ? e.now + at : kZeros;
     copy_taken(e, s);
-    if (!e.perturbed) return loops_.square_norm(nullptr, g_max, Reach{}, s.count);
-    return loops_.descend(e.w + at, data(e.g, at), g_max, saved + s.flat * itemsize_, groups[e.group], stream_,
-                          s.count);
+    *sum += e.perturbed ? loops_.descend(e.w + at, data(e.g, at), g_max, saved + s.flat * itemsize_, groups[e.group],
+                                         stream_, s.count)
+                        : loops_.square_norm(nullptr, g_max, Reach{}, s.count);
   });
 }
 
 // Applies rule(Update, entry, segment, t) to every member's segments, in its t-th step.
 template <class Rule>
-void CpuFlatParams::update(const at::Tensor& sums, bool from_saved, Rule rule) {
+void CpuFlatParams::update(const at::Tensor& sums, bool from_saved, double max_norm, Rule rule) {
   float* steps = steps_.mutable_data_ptr<float>();
   for (size_t i : c10::irange(entries_.size()))
     if (entries_[i].counted) ++steps[i];
   const char* saved = from_saved ? buffer_if_any("saved") : nullptr;
-  const double c = bilateral_coefficient(at_slot(sums, kMax), at_slot(sums, kMin));
+  const auto scales = DirectionScales::from(sums.const_data_ptr<double>(), bilateral_, max_norm);
   for_segments([&](const Segment& s) {
     const Entry& e = entries_[s.tensor];
     if (!e.member) return;
@@ -140,25 +154,26 @@ void CpuFlatParams::update(const at::Tensor& sums, bool from_saved, Rule rule) {
     const char* now = e.now ? e.now + at : nullptr;
     const char* g = bilateral_ ? static_cast<const char*>(data(e.g, at)) : now;
     rule(Update{e.w + at, e.perturbed && saved ? saved + s.flat * itemsize_ : e.w + at, g ? g : kZeros,
-                bilateral_ ? now : nullptr, c, stream_, s.count},
+                bilateral_ ? now : nullptr, scales, stream_, s.count},
          e, s, steps[s.tensor]);
   });
 }
 
-void CpuFlatParams::run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved) {
+void CpuFlatParams::run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved, double max_norm) {
   const auto rules = groups_of<SgdGroup>(groups);
   const bool momentum = std::any_of(rules.begin(), rules.end(), [](const SgdGroup& o) { return o.momentum != 0; });
   char* m = momentum ? buffer("momentum_buffer") : nullptr;
-  update(sums, from_saved, [&](const Update& u, const Entry& e, const Segment& s, float t) {
+  update(sums, from_saved, max_norm, [&](const Update& u, const Entry& e, const Segment& s, float t) {
     const SgdGroup& rule = rules[e.group];
     loops_.sgd(u, rule, rule.momentum != 0 ? m + s.flat * itemsize_ : nullptr, t == 1);
   });
 }
 
-void CpuFlatParams::run_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved) {
+void CpuFlatParams::run_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved,
+                             double max_norm) {
   const auto rules = groups_of<AdamGroup>(groups);
   char *m = buffer("exp_avg"), *v = buffer("exp_avg_sq");
-  update(sums, from_saved, [&](const Update& u, const Entry& e, const Segment& s, float t) {
+  update(sums, from_saved, max_norm, [&](const Update& u, const Entry& e, const Segment& s, float t) {
     loops_.adam(u, rules[e.group], m + s.flat * itemsize_, v + s.flat * itemsize_, t);
   });
 }

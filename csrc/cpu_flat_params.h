@@ -11,30 +11,33 @@ class CpuFlatParams final : public FlatParams {
   CpuFlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places);
 
   void square_norm(int64_t slot, const Options<RadiusGroup>& radii) override;
+  void direction_sums() override;
 
  private:
   void run_ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) override;
   void run_descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) override;
-  void run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved) override;
-  void run_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved) override;
+  void run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved, double max_norm) override;
+  void run_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved, double max_norm) override;
   void run_direction(const at::Tensor& sums) override;
   void run_restore() override;
-  bool known_bad(const at::Tensor& sums, int64_t slot) const override;
+  const double* on_host(const at::Tensor& sums) const override;
+
+  using Terms = std::array<double, 3>;  // of as many sums at once
 
   void copy_taken(const Entry& e, const Segment& s) const;
   template <class Rule>
-  void update(const at::Tensor& sums, bool from_saved, Rule rule);
+  void update(const at::Tensor& sums, bool from_saved, double max_norm, Rule rule);
 
   template <class Body>
   void for_blocks(Body body) const;
   template <class Body>
   void for_segments(Body body) const;
-  template <class Term>
-  double sum_segments(Term term);
+  template <class AddTerms>
+  void sum_segments(std::initializer_list<int64_t> slots, AddTerms add_terms);
 
   const Loops& loops_;
   bool stream_;
-  std::vector<double> partial_;  // of a sum, one a block
+  std::vector<Terms> partial_;  // of sums, one a block
 };
 
 }  // namespace bsam

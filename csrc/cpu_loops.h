@@ -73,6 +73,20 @@ BSAM_INLINE double square_sum(const S* w, const S* g, double eta, int64_t n) {
   return sum;
 }
 
+// Σ a b.
+template <class S>
+BSAM_INLINE double product_sum(const S* a, const S* b, int64_t n) {
+  using T = arithmetic_t<S>;
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] = plus_product<T>(lanes[j], value(a[i + j]), value(b[i + j]));
+  for (int64_t j = 0; i < n; ++i, ++j) lanes[j] = plus_product<T>(lanes[j], value(a[i]), value(b[i]));
+  double sum = 0;
+  for (double lane : lanes) sum += lane;
+  return sum;
+}
+
 // to = from + step T² g.
 template <bool adaptive, class S>
 BSAM_INLINE void perturb(S* to, const S* from, const S* g, const Reach& reach, int64_t n) {
@@ -154,6 +168,16 @@ struct SegmentLoops {
     return reach.adaptive ? square_sum<true>(w, g, reach.eta, n) : square_sum<false>(w, g, 0, n);
   }
 
+  static void direction_sums(const void* g_, const void* g_min_, double* sums, int64_t n) {
+    const S *g = static_cast<const S*>(g_), *g_min = static_cast<const S*>(g_min_);
+    for (int64_t i = 0; i < n; i += kTile) {
+      const int64_t count = tile_at(i, n);
+      sums[0] += product_sum(g_min + i, g_min + i, count);
+      sums[1] += product_sum(g + i, g + i, count);
+      sums[2] += product_sum(g + i, g_min + i, count);
+    }
+  }
+
   static void ascend(void* w_, const void* g_, void* saved_, const Reach& reach, bool stream, int64_t n) {
     S *w = static_cast<S*>(w_), *saved = static_cast<S*>(saved_);
     const S* g = static_cast<const S*>(g_);
@@ -198,13 +222,13 @@ struct SegmentLoops {
 
   static void sgd(const Update& u, const SgdGroup& group, void* momentum_buffer, bool first) {
     const Sgd<T> o = sgd_rule<T>(group.lr, group.momentum, group.dampening, group.weight_decay, group.nesterov,
-                                 group.maximize, first);
+                                 group.maximize, first, u.scales.factor);
     update(u, SgdRule<S>{o, static_cast<S*>(momentum_buffer)});
   }
 
   static void adam(const Update& u, const AdamGroup& group, void* exp_avg, void* exp_avg_sq, double t) {
     const Adam<T> o = adam_rule<T>(group.lr, group.beta1, group.beta2, group.eps, group.weight_decay, group.decoupled,
-                                   group.maximize, t);
+                                   group.maximize, t, u.scales.factor);
     update(u, AdamRule<S>{o, static_cast<S*>(exp_avg), static_cast<S*>(exp_avg_sq)});
   }
 
@@ -221,9 +245,9 @@ struct SegmentLoops {
       const int64_t n = tile_at(i, u.count);
       S* to = stream ? out : w + i;
       if (g_min)
-        rule.template tile<true>(to, from + i, g + i, g_min + i, T(u.c), i, n);
+        rule.template tile<true>(to, from + i, g + i, g_min + i, T(u.scales.c), i, n);
       else
-        rule.template tile<false>(to, from + i, g + i, nullptr, T(u.c), i, n);
+        rule.template tile<false>(to, from + i, g + i, nullptr, T(0), i, n);
       if (stream) copy_elements(w + i, out, true, n);
     }
   }
@@ -232,7 +256,7 @@ struct SegmentLoops {
 template <class S>
 constexpr Loops loops_of() {
   using L = SegmentLoops<S>;
-  return {L::square_norm, L::ascend, L::descend, L::direction, L::copy, L::sgd, L::adam};
+  return {L::square_norm, L::direction_sums, L::ascend, L::descend, L::direction, L::copy, L::sgd, L::adam};
 }
 
 const Loops& loops(Dtype dtype) {

@@ -34,7 +34,7 @@ __device__ Reach<T> reach(const double* groups, uint32_t group, double sum, doub
 
 struct SquareNorm {
   const double* groups;
-  Total total;
+  Totals<1> total;
 
   template <class S, int capacity>
   __device__ void run(const Rows<capacity>& rows) const {
@@ -55,7 +55,33 @@ struct SquareNorm {
           for_lanes<S>([&](int j) { sum = plus_square<T>(sum, value(g[k].lane[j]), T(1)); });
       });
     });
-    add_up(total, sum, rows.begin == 0);
+    add_up(total, {sum}, rows.begin == 0);
+  }
+};
+
+struct DirectionSums {
+  Totals<kTerms> totals;
+
+  template <class S, int capacity>
+  __device__ void run(const Rows<capacity>& rows) const {
+    using T = arithmetic_t<S>;
+    double squares_min = 0, squares = 0, products = 0;
+    for_pieces<S>(rows, [&](const Piece<S>& p) {
+      Vector<S> s[kVectors<S>], g_min[kVectors<S>];
+      for_vectors<S>(p.count, [&](int k, int i, int valid) {
+        s[k] = load(p.g, i, valid);
+        g_min[k] = load(p.now, i, valid);
+      });
+      for_vectors<S>(p.count, [&](int k, int, int) {
+        for_lanes<S>([&](int j) {
+          const T so_far = value(s[k].lane[j]), last = value(g_min[k].lane[j]);
+          squares_min = plus_product<T>(squares_min, last, last);
+          squares = plus_product<T>(squares, so_far, so_far);
+          products = plus_product<T>(products, so_far, last);
+        });
+      });
+    });
+    add_up(totals, {squares_min, squares, products}, rows.begin == 0);
   }
 };
 
@@ -95,7 +121,7 @@ struct Descend {
   const double *groups, *sums;
   double norm_eps;
   const void* saved;
-  Total total;
+  Totals<1> total;
 
   template <class S, int capacity>
   __device__ void run(const Rows<capacity>& rows) const {
@@ -130,7 +156,7 @@ struct Descend {
         store(p.g, i, g[k], valid);
       });
     });
-    add_up(total, sum, rows.begin == 0);
+    add_up(total, {sum}, rows.begin == 0);
   }
 };
 
@@ -190,8 +216,8 @@ struct SgdBase {
   };
 
   template <class T>
-  static __device__ Scalars<T> scalars(const SgdGroup& o, float steps) {
-    return {sgd_rule<T>(o.lr, o.momentum, o.dampening, o.weight_decay, o.nesterov, o.maximize, steps == 0),
+  static __device__ Scalars<T> scalars(const SgdGroup& o, float steps, double factor) {
+    return {sgd_rule<T>(o.lr, o.momentum, o.dampening, o.weight_decay, o.nesterov, o.maximize, steps == 0, factor),
             o.momentum != 0};
   }
 };
@@ -209,8 +235,9 @@ struct AdamBase {
   };
 
   template <class T>
-  static __device__ Scalars<T> scalars(const AdamGroup& o, float steps) {
-    return {adam_rule<T>(o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.decoupled, o.maximize, double(steps) + 1)};
+  static __device__ Scalars<T> scalars(const AdamGroup& o, float steps, double factor) {
+    return {adam_rule<T>(o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.decoupled, o.maximize, double(steps) + 1,
+                         factor)};
   }
 };
 
@@ -228,7 +255,7 @@ struct Step {
 
   template <class S, int capacity>
   __device__ void run(const Rows<capacity>& rows) const {
-    const bool finite = is_finite(u.sums[kAscent]) && is_finite(u.sums[kMax]) && is_finite(u.sums[kMin]);
+    const bool finite = all_finite(u.sums);
     Shared<Scalars<arithmetic_t<S>>> shared;
     for_pieces<S>(rows, [&](const Piece<S>& p) {
       if (finite)
@@ -247,7 +274,8 @@ struct Step {
     const float steps = u.steps[p.tensor];
     const Scalars<T> o = shared(uint64_t(p.group) << 32 | bit_cast<uint32_t>(steps), [&] {
       const auto group = Base::Group::from(u.groups + Base::Group::kOptions * p.group);
-      return Scalars<T>{Base::template scalars<T>(group, steps), T(bilateral_coefficient(u.sums[kMax], u.sums[kMin]))};
+      const auto scales = DirectionScales::from(u.sums, u.bilateral, u.max_norm);
+      return Scalars<T>{Base::template scalars<T>(group, steps, scales.factor), T(scales.c)};
     });
     const S* from = u.from_saved && p.perturbed ? static_cast<const S*>(u.saved) + p.flat : p.w;
     Vector<S> w[kVectors<S>], g[kVectors<S>], last[kVectors<S>], held[Base::kStates][kVectors<S>];
@@ -297,7 +325,11 @@ __global__ void write_words(double* to, const __grid_constant__ Words words, int
 }  // namespace
 
 void square_norm(const Context& context, const Items& items, const double* groups, double* to) {
-  launch(context, items, SquareNorm{groups, {context.partials, context.ticket, to}});
+  launch(context, items, SquareNorm{groups, {context.partials, context.ticket, {to}}});
+}
+
+void direction_sums(const Context& context, const Items& items, double* const (&to)[kTerms]) {
+  launch(context, items, DirectionSums{{context.partials, context.ticket, {to[0], to[1], to[2]}}});
 }
 
 void ascend(const Context& context, const Items& items, const double* groups, const double* sums, double norm_eps,
@@ -307,7 +339,7 @@ void ascend(const Context& context, const Items& items, const double* groups, co
 
 void descend(const Context& context, const Items& items, const double* groups, const double* sums, double norm_eps,
              const void* saved, double* to) {
-  launch(context, items, Descend{groups, sums, norm_eps, saved, {context.partials, context.ticket, to}});
+  launch(context, items, Descend{groups, sums, norm_eps, saved, {context.partials, context.ticket, {to}}});
 }
 
 void direction(const Context& context, const Items& items, const double* sums) {

@@ -28,9 +28,12 @@ struct Context {
   Dtype dtype;
   int device;
   void* stream;
-  double* partials;  // most_blocks(device) of them
+  double* partials;  // kTerms * most_blocks(device) of them
   unsigned* ticket;  // 0 at first; every launch leaves it 0
 };
+
+// How many sums a launch makes at most.
+constexpr int kTerms = 3;
 
 // All pointers are to the device. `groups`: Group::kOptions doubles a param group, in contract.py's order. `sums`:
 // over all FlatParams, kSlots of them.
@@ -38,6 +41,8 @@ using Items = std::vector<Item>;
 
 // *to = Σ (T g)², g in `now`; without `groups`, T = 1.
 void square_norm(const Context&, const Items&, const double* groups, double* to);
+// to[0], [1], [2] = Σ g_min², Σ s², Σ s g_min; s = g + g_max in g, g_min in `now`.
+void direction_sums(const Context&, const Items&, double* const (&to)[kTerms]);
 // saved = w, w = w_max; `now`, g at w, is copied into g where that is not null.
 void ascend(const Context&, const Items&, const double* groups, const double* sums, double norm_eps, void* saved);
 // w = w_min from saved, g += g_max in `now`, *to = Σ g_max². What is not perturbed has no w, and only copies g_max.
@@ -54,6 +59,7 @@ struct Update {
   const void* saved;  // null if nothing was perturbed
   bool from_saved;    // start from saved where perturbed, else from w
   bool bilateral;
+  double max_norm;   // of d
   float* steps;      // a tensor: updates made so far; advanced
   int64_t* skipped;  // advanced where a sum is not finite: nothing else changes then, but w goes back to saved
 };

@@ -11,7 +11,8 @@ namespace bsam {
 
 CudaFlatParams::CudaFlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places)
     : FlatParams(std::move(params), std::move(places)),
-      workspace_(at::zeros({1 + cuda::most_blocks(device_.index())}, at::dtype(at::kDouble).device(device_))),
+      workspace_(
+          at::zeros({1 + cuda::kTerms * cuda::most_blocks(device_.index())}, at::dtype(at::kDouble).device(device_))),
       items_(entries_.size()) {
   refuse_capture();
   for (size_t i : c10::irange(entries_.size())) {
@@ -81,6 +82,12 @@ void CudaFlatParams::square_norm(int64_t slot, const Options<RadiusGroup>& radii
   cuda::square_norm(context(), items([](const Entry& e, cuda::Item&) { return e.now != nullptr; }), groups, sum(slot));
 }
 
+void CudaFlatParams::direction_sums() {
+  c10::DeviceGuard guard(device_);
+  cuda::direction_sums(context(), items([](const Entry& e, cuda::Item&) { return e.now || e.g.defined(); }),
+                       {sum(kMin), sum(kSoFar), sum(kCross)});
+}
+
 void CudaFlatParams::run_ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) {
   c10::DeviceGuard guard(device_);
   const double* groups = table(kAscending, radii);
@@ -107,28 +114,31 @@ const cuda::Items& CudaFlatParams::members() {
   return items([](const Entry& e, cuda::Item&) { return e.member; });
 }
 
-cuda::Update CudaFlatParams::update(const at::Tensor& sums, const double* groups, bool from_saved) {
+cuda::Update CudaFlatParams::update(const at::Tensor& sums, const double* groups, bool from_saved, double max_norm) {
   return {groups,
           sums.const_data_ptr<double>(),
           buffer_if_any("saved"),
           from_saved,
           bilateral_,
+          max_norm,
           steps_.mutable_data_ptr<float>(),
           skipped_.mutable_data_ptr<int64_t>()};
 }
 
-void CudaFlatParams::run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved) {
+void CudaFlatParams::run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved,
+                             double max_norm) {
   c10::DeviceGuard guard(device_);
   const bool momentum =
       std::any_of(groups.begin(), groups.end(), [](const auto& o) { return SgdGroup::from(o.data()).momentum != 0; });
   char* m = momentum ? buffer("momentum_buffer") : nullptr;
-  cuda::sgd(context(), members(), update(sums, table(kUpdating, groups), from_saved), m);
+  cuda::sgd(context(), members(), update(sums, table(kUpdating, groups), from_saved, max_norm), m);
 }
 
-void CudaFlatParams::run_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved) {
+void CudaFlatParams::run_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved,
+                              double max_norm) {
   c10::DeviceGuard guard(device_);
   char *m = buffer("exp_avg"), *v = buffer("exp_avg_sq");
-  cuda::adam(context(), members(), update(sums, table(kUpdating, groups), from_saved), m, v);
+  cuda::adam(context(), members(), update(sums, table(kUpdating, groups), from_saved, max_norm), m, v);
 }
 
 void CudaFlatParams::run_direction(const at::Tensor& sums) {

@@ -13,6 +13,7 @@ class CudaFlatParams final : public FlatParams {
   CudaFlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places);
 
   void square_norm(int64_t slot, const Options<RadiusGroup>& radii) override;
+  void direction_sums() override;
 
  private:
   // The options of the param groups on the device: written when they change. Once a graph's replays write it, too,
@@ -26,11 +27,11 @@ class CudaFlatParams final : public FlatParams {
 
   void run_ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) override;
   void run_descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) override;
-  void run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved) override;
-  void run_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved) override;
+  void run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved, double max_norm) override;
+  void run_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved, double max_norm) override;
   void run_direction(const at::Tensor& sums) override;
   void run_restore() override;
-  bool known_bad(const at::Tensor&, int64_t) const override { return false; }  // finding out would wait
+  const double* on_host(const at::Tensor&) const override { return nullptr; }
 
   at::Tensor new_buffer(int64_t numel) const override;
   cuda::Context context() const;
@@ -39,7 +40,7 @@ class CudaFlatParams final : public FlatParams {
   const cuda::Items& items(Wanted wanted);
   template <size_t options>
   const double* table(Use use, const std::vector<std::array<double, options>>& groups);
-  cuda::Update update(const at::Tensor& sums, const double* groups, bool from_saved);
+  cuda::Update update(const at::Tensor& sums, const double* groups, bool from_saved, double max_norm);
   const cuda::Items& members();
   double* sum(int64_t slot);
 

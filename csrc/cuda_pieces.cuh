@@ -209,21 +209,30 @@ __device__ bool is_last_block(unsigned* ticket) {
   return last;
 }
 
-struct Total {
+template <int terms>
+struct Totals {
   double* partials;
   unsigned* ticket;
-  double* to;
+  double* to[terms];
 };
 
 // *to = Σ over all blocks, in their order; of a split launch, its parts one after the other.
-__device__ void add_up(const Total& total, double sum, bool first_part) {
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) total.partials[blockIdx.x] = sum;
-  if (!is_last_block(total.ticket)) return;
-  sum = 0;
-  for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads) sum += __ldcg(total.partials + block);
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) *total.to = first_part ? sum : *total.to + sum;
+template <int terms>
+__device__ void add_up(const Totals<terms>& totals, const double (&sums)[terms], bool first_part) {
+#pragma unroll
+  for (int term = 0; term < terms; ++term) {
+    const double sum = block_sum(sums[term]);
+    if (threadIdx.x == 0) totals.partials[term * gridDim.x + blockIdx.x] = sum;
+  }
+  if (!is_last_block(totals.ticket)) return;
+#pragma unroll
+  for (int term = 0; term < terms; ++term) {
+    const double* partials = totals.partials + term * gridDim.x;
+    double sum = 0;
+    for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads) sum += __ldcg(partials + block);
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) *totals.to[term] = first_part ? sum : *totals.to[term] + sum;
+  }
 }
 
 }  // namespace

@@ -187,13 +187,15 @@ void FlatParams::descend(const at::Tensor& sums, const Options<RadiusGroup>& rad
   take_gradients();
   run_descend(sums, radii, norm_eps);
   end_pass();
-  if (known_bad(sums_, kMax)) restore();
+  const double* known = on_host(sums_);
+  if (known && !is_finite(known[kMax])) restore();
 }
 
 // ---- the end of a step
 
 bool FlatParams::skips(const at::Tensor& sums) {
-  if (!known_bad(sums, kAscent) && !known_bad(sums, kMax) && !known_bad(sums, kMin)) return false;
+  const double* known = on_host(sums);
+  if (!known || all_finite(known)) return false;
   skip();
   return true;
 }
@@ -228,27 +230,38 @@ void FlatParams::end_update() {
   release();
 }
 
-std::vector<int64_t> FlatParams::update_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved) {
+std::vector<int64_t> FlatParams::update_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved,
+                                            double max_norm) {
   check_groups(groups.size());
   if (skips(sums)) return {};
   auto begun = begin_update([&](int64_t group) { return SgdGroup::from(groups[group].data()).momentum != 0; });
-  run_sgd(sums, groups, from_saved);
+  run_sgd(sums, groups, from_saved, max_norm);
   end_update();
   return begun;
 }
 
-std::vector<int64_t> FlatParams::update_adam(const at::Tensor& sums, const Options<AdamGroup>& groups,
-                                             bool from_saved) {
+std::vector<int64_t> FlatParams::update_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved,
+                                             double max_norm) {
   check_groups(groups.size());
   if (skips(sums)) return {};
   auto begun = begin_update([](int64_t) { return true; });
-  run_adam(sums, groups, from_saved);
+  run_adam(sums, groups, from_saved, max_norm);
   end_update();
   return begun;
 }
 
-bool FlatParams::combine(const at::Tensor& sums, bool from_saved) {
-  if (!sums.isfinite().all().item<bool>()) {
+void FlatParams::scale_gradients(double factor) {
+  if (factor == 1) return;
+  std::vector<at::Tensor> gradients;
+  for (const auto& p : params_)
+    if (p.grad().defined()) gradients.push_back(p.grad().detach());
+  if (!gradients.empty()) at::_foreach_mul_(gradients, factor);
+}
+
+bool FlatParams::combine(const at::Tensor& sums, bool from_saved, double max_norm) {
+  const at::Tensor here = sums.cpu();
+  const double* known = here.const_data_ptr<double>();
+  if (!all_finite(known)) {
     skip();
     return false;
   }
@@ -265,6 +278,7 @@ bool FlatParams::combine(const at::Tensor& sums, bool from_saved) {
     if (e.g.defined()) params_[i].mutable_grad() = std::move(e.g);
     e.own.reset();  // it may be the gradient now
   }
+  scale_gradients(DirectionScales::from(known, bilateral_, max_norm).factor);
   return true;
 }
 

@@ -35,11 +35,14 @@ class FlatParams {
   void read_gradients();
   void clear_gradients();
   virtual void square_norm(int64_t slot, const Options<RadiusGroup>& radii) = 0;
+  virtual void direction_sums() = 0;
   void ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps, bool keep);
   void descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps);
-  std::vector<int64_t> update_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved);
-  std::vector<int64_t> update_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved);
-  bool combine(const at::Tensor& sums, bool from_saved);
+  std::vector<int64_t> update_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved,
+                                  double max_norm);
+  std::vector<int64_t> update_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved,
+                                   double max_norm);
+  bool combine(const at::Tensor& sums, bool from_saved, double max_norm);
   void restore();
   void release();
   void show_w(bool at_w);
@@ -79,12 +82,12 @@ class FlatParams {
   // moved; ascend and descend also copy the gradients that are `copying`.
   virtual void run_ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) = 0;
   virtual void run_descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) = 0;
-  virtual void run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved) = 0;
-  virtual void run_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved) = 0;
+  virtual void run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved, double max_norm) = 0;
+  virtual void run_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved, double max_norm) = 0;
   virtual void run_direction(const at::Tensor& sums) = 0;  // g = g + g_max − c g_min
   virtual void run_restore() = 0;                          // saved -> w, of the perturbed that have a w
-  // Whether a sum is known, on the host, not to be finite. Where the host cannot tell, the update itself looks.
-  virtual bool known_bad(const at::Tensor& sums, int64_t slot) const = 0;
+  // The sums, where the host can read them without waiting, else null: the update itself then looks.
+  virtual const double* on_host(const at::Tensor& sums) const = 0;
 
   // The address of byte `at`, without a tensor none.
   static char* data(const at::Tensor& t, int64_t at) {
@@ -117,6 +120,7 @@ class FlatParams {
   template <class Counts>
   std::vector<int64_t> begin_update(Counts counts);
   void end_update();
+  void scale_gradients(double factor);
   bool skips(const at::Tensor& sums);
   void skip();
   void write_saved();

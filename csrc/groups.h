@@ -9,9 +9,26 @@ namespace bsam {
 
 enum class Dtype { float32, float64, bfloat16, float16 };
 
-// Which sum of squares: Σ (T g)², Σ g_max², Σ g_min².
-enum Slot { kAscent = 0, kMax = 1, kMin = 2 };
-constexpr int kSlots = 3;
+// The sums: Σ (T g)², Σ g_max², Σ g_min²; what the loss was scaled by, 0 where it was not; and where BSAM's ‖d‖ is
+// asked for, of s = g + g_max, Σ s² and Σ s g_min.
+enum Slot { kAscent = 0, kMax = 1, kMin = 2, kScale = 3, kSoFar = 4, kCross = 5 };
+constexpr int kSlots = 6;
+
+// Whether the step's sums are numbers: else it is skipped.
+BSAM_INLINE bool all_finite(const double* sums) {
+  return is_finite(sums[kAscent]) && is_finite(sums[kMax]) && is_finite(sums[kMin]) && is_finite(sums[kScale]);
+}
+
+// What the update multiplies by: g_min by c (BSAM), and all of d by factor.
+struct DirectionScales {
+  double c, factor;
+
+  static BSAM_INLINE DirectionScales from(const double* sums, bool bilateral, double max_norm) {
+    const double c = bilateral ? bilateral_coefficient(sums[kMax], sums[kMin]) : 0.0;
+    const double square = bilateral ? bilateral_square(sums[kSoFar], sums[kCross], sums[kMin], c) : sums[kMax];
+    return {c, direction_factor(square, sums[kScale], max_norm)};
+  }
+};
 
 // The options of a param group, in the order of contract.py's tuples, which come as doubles.
 struct RadiusGroup {

@@ -53,6 +53,20 @@ BSAM_INLINE double bilateral_coefficient(double sum_max, double sum_min) {
   return sum_min > 0 ? std::sqrt(sum_max) / std::sqrt(sum_min) : 0.0;
 }
 
+// ‖d‖² of BSAM's d = s − c g_min, s = g + g_max. From Σ s², Σ s g_min and Σ g_min²; rounding takes it below 0 nowhere.
+BSAM_INLINE double bilateral_square(double sum_so_far, double sum_cross, double sum_min, double c) {
+  const double square = fmadd(c, fmadd(c, sum_min, -2 * sum_cross), sum_so_far);
+  return square > 0 ? square : 0.0;
+}
+
+// The factor of d, whose square sum is `square`: 1 / scale where the loss was scaled (else scale is 0), and what
+// clips ‖d‖ / scale to max_norm, as torch.nn.utils.clip_grad_norm_ has it.
+BSAM_INLINE double direction_factor(double square, double scale, double max_norm) {
+  const double unscaled = scale == 0 ? 1.0 : 1 / scale;
+  const double clip = max_norm / (std::sqrt(square) * unscaled + 1e-6);
+  return clip < 1 ? clip * unscaled : unscaled;
+}
+
 // ---- perturbations
 
 // T: 1 (SAM, BSAM), or |w| + η (adaptive: ASAM).
@@ -61,11 +75,17 @@ BSAM_INLINE T adaptivity(T w, T eta) {
   return adaptive ? std::fabs(w) + eta : T(1);
 }
 
+// sum + a b, in double.
+template <class T>
+BSAM_INLINE double plus_product(double sum, T a, T b) {
+  return fmadd(double(a), double(b), sum);
+}
+
 // sum + (T g)², in double: no float32 gradient overflows it or underflows to nothing.
 template <class T>
 BSAM_INLINE double plus_square(double sum, T g, T t) {
   const double x = double(t) * double(g);
-  return fmadd(x, x, sum);
+  return plus_product(sum, x, x);
 }
 
 // w + step T² g: w_max with step = ρ / (n + norm_eps), w_min with step = −ρ_min / (n + norm_eps).
@@ -94,18 +114,18 @@ BSAM_INLINE T bilateral_direction(T g_plus_g_max, T g_min, T c) {
 template <class T>
 struct Sgd {
   T lr, weight_decay;
-  T sign;        // −1 under maximize
-  T keep, take;  // m = keep m + take d
-  T of_d, of_m;  // the step: of_d d + of_m m
+  T of_gradient;  // direction_factor, negative under maximize
+  T keep, take;   // m = keep m + take d
+  T of_d, of_m;   // the step: of_d d + of_m m
 };
 
-// `first`: the momentum starts as d, whatever the dampening.
+// `first`: the momentum starts as d, whatever the dampening. `factor`: of d.
 template <class T>
 BSAM_INLINE Sgd<T> sgd_rule(double lr, double momentum, double dampening, double weight_decay, bool nesterov,
-                            bool maximize, bool first) {
+                            bool maximize, bool first, double factor) {
   return {T(lr),
           T(weight_decay),
-          T(maximize ? -1 : 1),
+          T(maximize ? -factor : factor),
           T(first ? 0 : momentum),
           T(first ? 1 : 1 - dampening),
           T(nesterov ? 1 : 0),
@@ -115,14 +135,14 @@ BSAM_INLINE Sgd<T> sgd_rule(double lr, double momentum, double dampening, double
 // Without momentum: w − lr (d + weight_decay w).
 template <class T>
 BSAM_INLINE T sgd(const Sgd<T>& o, T w, T d) {
-  d = fmadd(o.weight_decay, w, o.sign * d);
+  d = fmadd(o.weight_decay, w, o.of_gradient * d);
   return fmadd(-o.lr, d, w);
 }
 
 // With momentum: m = μ m + (1 − dampening) d;  w − lr m, or w − lr (d + μ m).
 template <class T>
 BSAM_INLINE T sgd(const Sgd<T>& o, T w, T d, T& m) {
-  d = fmadd(o.weight_decay, w, o.sign * d);
+  d = fmadd(o.weight_decay, w, o.of_gradient * d);
   m = fmadd(o.keep, m, o.take * d);
   return fmadd(-o.lr, fmadd(o.of_m, m, o.of_d * d), w);
 }
@@ -131,7 +151,7 @@ BSAM_INLINE T sgd(const Sgd<T>& o, T w, T d, T& m) {
 template <class T>
 struct Adam {
   T one_minus_beta1, beta2, one_minus_beta2, eps;
-  T sign;                  // −1 under maximize
+  T of_gradient;           // direction_factor, negative under maximize
   T weight_decay;          // Adam's, of the gradient
   T shrink;                // AdamW's, of the weight: 1 − lr weight_decay
   T step_size;             // lr / (1 − β1^t)
@@ -141,15 +161,15 @@ struct Adam {
 // 1 − β^t, exact also where β^t is nearly 1.
 BSAM_INLINE double bias_correction(double beta, double t) { return -std::expm1(t * std::log(beta)); }
 
-// Of step t.
+// Of step t. `factor`: of d.
 template <class T>
 BSAM_INLINE Adam<T> adam_rule(double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-                              bool maximize, double t) {
+                              bool maximize, double t, double factor) {
   return {T(1 - beta1),
           T(beta2),
           T(1 - beta2),
           T(eps),
-          T(maximize ? -1 : 1),
+          T(maximize ? -factor : factor),
           T(decoupled ? 0 : weight_decay),
           T(decoupled ? 1 - lr * weight_decay : 1),
           T(lr / bias_correction(beta1, t)),
@@ -159,7 +179,7 @@ BSAM_INLINE Adam<T> adam_rule(double lr, double beta1, double beta2, double eps,
 // m = β1 m + (1 − β1) d;  v = β2 v + (1 − β2) d²;  w − lr m̂ / (√v̂ + eps), m̂ and v̂ bias-corrected.
 template <class T>
 BSAM_INLINE T adam(const Adam<T>& o, T w, T d, T& m, T& v) {
-  d = fmadd(o.weight_decay, w, o.sign * d);
+  d = fmadd(o.weight_decay, w, o.of_gradient * d);
   m = fmadd(o.one_minus_beta1, d - m, m);
   v = fmadd(o.beta2, v, o.one_minus_beta2 * d * d);
   return fmadd(-o.step_size, m / (std::sqrt(v) / o.sqrt_bias_correction + o.eps), o.shrink * w);

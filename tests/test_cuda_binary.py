@@ -26,6 +26,7 @@ DTYPES = ["float", "double", "BFloat16", "Float16"]
 # (what is not perturbed, or a skipped update) counts beside the others.
 VECTORS = {
     "SquareNorm": (2, 0),  # g, w where adaptive
+    "DirectionSums": (2, 0),  # g + g_max, g_min
     "Ascend": (2, 3),  # w, g -> saved, w, g where copied
     "Descend": (3, 3),  # saved, g, g_max -> w, g; or g
     "Direction": (2, 1),  # g + g_max, g_min -> g

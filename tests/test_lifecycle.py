@@ -187,33 +187,6 @@ def test_a_scheduler_on_the_base_instance(backend):
     assert opt.param_groups[0]["lr"] == pytest.approx(0.01)
 
 
-def test_grad_scaler():
-    """SAM's direction is the last pass's gradient alone, which the scaler unscales; BSAM's is not, and says so."""
-    x = torch.randn(8, 4)
-    results = []
-    for scale in (None, 1024.0):
-        torch.manual_seed(1)
-        net = nn.Linear(4, 2)
-        opt = bsam_fused.SAM(net.parameters(), lr=0.1, rho=0.5)
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-        scaler.scale(net(x).square().mean()).backward()
-        opt.ascend()
-        scaler.scale(net(x).square().mean()).backward()
-        scaler.step(opt)
-        scaler.update()
-        results.append(net.weight.detach().clone())
-    torch.testing.assert_close(*results)
-    net = nn.Linear(4, 2)
-    opt = bsam_fused.BSAM(net.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu")
-    for call in (opt.ascend, opt.descend, lambda: scaler.step(opt)):
-        scaler.scale(net(x).square().mean()).backward()
-        if call in (opt.ascend, opt.descend):
-            call()
-    with pytest.raises(RuntimeError, match=r"GradScaler with BSAM.*bfloat16"):
-        scaler.step(opt)
-
-
 def test_columns_of_one_matrix(backend):
     """Interleaved, but no element is shared."""
     matrix = torch.ones(6, 8)

@@ -1,7 +1,8 @@
 """What every backend offers: the FlatParams protocol, and the words for what it cannot work with.
 
 Symbols as in the papers: w, g, ρ, ρ_min, η, T (1, or |w| + η where adaptive), d the direction. Sums are
-``[Σ (T g)², Σ g_max², Σ g_min²]``; n = √sums[0].
+``[Σ (T g)², Σ g_max², Σ g_min², scale, Σ s², Σ s g_min]``; n = √sums[0]; scale is what the loss was multiplied by, 0 if
+it was not; s = g + g_max.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from typing import NamedTuple, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-ASCENT, MAX, MIN = 0, 1, 2
-"""Slots of the sums: of T g at w, of g_max, of g_min."""
+ASCENT, MAX, MIN, SCALE, SO_FAR, CROSS = range(6)
+"""Slots of the sums: of T g at w, of g_max, of g_min; the loss's scale; of g + g_max, and of that with g_min."""
+
+NORMS, CHECKED, SLOTS = 3, 4, 6
+"""How many there are: of norms; that must be finite, or the step is skipped; in all."""
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -90,7 +94,7 @@ class FlatParams(Protocol):
 
     @property
     def sums(self) -> Tensor:
-        """float64 (3,): this FlatParams' own sums."""
+        """float64 (6,): this FlatParams' own sums, and the loss's scale, which is set from outside."""
 
     @property
     def skipped(self) -> int:
@@ -112,6 +116,12 @@ class FlatParams(Protocol):
     def square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
         """Compute ``sums[slot] = Σ (T g)²`` of the gradients read, in float64. Reads N (adaptive: 2 N)."""
 
+    def direction_sums(self) -> None:
+        """After `descend`, of the gradients read and s = g + g_max: ``sums[MIN]``, ``sums[SO_FAR]``, ``sums[CROSS]``.
+
+        They give ‖d‖² = Σ s² − 2 c Σ s g_min + c² Σ g_min². Reads 2 N.
+        """
+
     def ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float, keep: bool) -> None:
         """Save w, then w = w_max = w + radius T² g / (n + norm_eps); where n is not finite, w stays.
 
@@ -127,21 +137,23 @@ class FlatParams(Protocol):
         Moves 5 N.
         """
 
-    def update_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], from_saved: bool) -> list[int]:
+    def update_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], from_saved: bool, max_norm: float) -> list[int]:
         """torch.optim.SGD's rule with d = g_max, or g + g_max − c g_min after `descend`, c = ‖g_max‖ / ‖g_min‖.
 
-        From the saved w, or (``from_saved=False``) from the weights as they are. Ends the step: saved and g
-        are free again. Returns the parameters whose state begins with this step. Moves 6 N (SAM 5 N).
+        d is divided by the loss's scale, and then scaled down to a norm of ``max_norm``, as
+        torch.nn.utils.clip_grad_norm_ does it; after `descend` a finite one needs `direction_sums`. From the saved
+        w, or (``from_saved=False``) from the weights as they are. Ends the step: saved and g are free again.
+        Returns the parameters whose state begins with this step. Moves 6 N (SAM 5 N).
         """
 
-    def update_adam(self, sums: Tensor, groups: Sequence[AdamScalars], from_saved: bool) -> list[int]:
+    def update_adam(self, sums: Tensor, groups: Sequence[AdamScalars], from_saved: bool, max_norm: float) -> list[int]:
         """torch.optim.Adam's and AdamW's rule; otherwise as `update_sgd`. Moves 8 N (SAM 7 N)."""
 
-    def combine(self, sums: Tensor, from_saved: bool) -> bool:
-        """Put d into ``.grad`` and, with ``from_saved``, the saved w into the weights, for any base optimizer.
+    def combine(self, sums: Tensor, from_saved: bool, max_norm: float) -> bool:
+        """Put d, as `update_sgd` has it, into ``.grad``, and the saved w into the weights (``from_saved``).
 
-        Returns False, with the step given up, where a sum is not finite: reads one flag on the host. The step
-        goes on until `release`, so that `restore` can still undo what the base optimizer does to the weights.
+        For any base optimizer. Returns False, with the step given up, where a sum is not finite: waits for the
+        sums. The step goes on until `release`, so that `restore` can still undo what the base does to the weights.
         """
 
     def restore(self) -> None:

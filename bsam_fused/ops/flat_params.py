@@ -8,14 +8,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bsam_fused.ops import contract
-from bsam_fused.ops.contract import AdamScalars, Radius, SGDScalars
+from bsam_fused.ops.contract import CHECKED, SLOTS, AdamScalars, Radius, SGDScalars
 
 ALIGNMENT = 64  # bytes: every tensor starts on a cache line of the flat buffers
+
+
+class Update(NamedTuple):
+    """What every update needs beside its param groups: see `contract.FlatParams.update_sgd`."""
+
+    sums: Tensor
+    from_saved: bool
+    max_norm: float
 
 
 class PythonFlatParams(ABC):
@@ -26,7 +35,7 @@ class PythonFlatParams(ABC):
         self.params, self.places = list(params), list(places)
         self.device, self.dtype = self.params[0].device, self.params[0].dtype
         wide = torch.float32 if self.device.type == "mps" else torch.float64
-        self.sums = torch.zeros(3, dtype=wide, device=self.device)
+        self.sums = torch.zeros(SLOTS, dtype=wide, device=self.device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._steps = torch.zeros(len(self.params), device=self.device)
         self._layouts = [(p.shape, p.stride()) for p in self.params]
@@ -62,6 +71,10 @@ class PythonFlatParams(ABC):
         """Σ (T g)²."""
 
     @abstractmethod
+    def direction_sums(self) -> None:
+        """Σ g_min², Σ s², Σ s g_min; s = g + g_max."""
+
+    @abstractmethod
     def _take(self) -> None:
         """Take the gradients of this pass into g, where g is not there yet: at the latest as the phase runs."""
 
@@ -74,16 +87,16 @@ class PythonFlatParams(ABC):
         """From the saved w, w = w_min; g = g + g_max; Σ g_max²."""
 
     @abstractmethod
-    def _run_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], members: list[int], from_saved: bool) -> None:
+    def _run_sgd(self, update: Update, groups: Sequence[SGDScalars], members: list[int]) -> None:
         """SGD's rule; counts the members' steps, or the skipped one."""
 
     @abstractmethod
-    def _run_adam(self, sums: Tensor, groups: Sequence[AdamScalars], members: list[int], from_saved: bool) -> None:
+    def _run_adam(self, update: Update, groups: Sequence[AdamScalars], members: list[int]) -> None:
         """Adam's rule, likewise."""
 
     @abstractmethod
-    def _run_direction(self, sums: Tensor) -> None:
-        """g = g + g_max − c g_min, where there is a g_min."""
+    def _run_direction(self, sums: Tensor, max_norm: float) -> dict[int, Tensor]:
+        """Return d of every member, in the flat buffers' strides, in tensors that nothing else needs."""
 
     # ---- parameters and gradients
 
@@ -217,36 +230,29 @@ class PythonFlatParams(ABC):
         return begun
 
     @torch.no_grad()
-    def update_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], from_saved: bool) -> list[int]:
+    def update_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], from_saved: bool, max_norm: float) -> list[int]:
         """torch.optim.SGD's rule."""
-        return self._update(
-            lambda i: groups[i].stateful, lambda members: self._run_sgd(sums, groups, members, from_saved)
-        )
+        update = Update(sums, from_saved, max_norm)
+        return self._update(lambda i: groups[i].stateful, lambda members: self._run_sgd(update, groups, members))
 
     @torch.no_grad()
-    def update_adam(self, sums: Tensor, groups: Sequence[AdamScalars], from_saved: bool) -> list[int]:
+    def update_adam(self, sums: Tensor, groups: Sequence[AdamScalars], from_saved: bool, max_norm: float) -> list[int]:
         """torch.optim.Adam's and AdamW's rule."""
-        return self._update(lambda i: True, lambda members: self._run_adam(sums, groups, members, from_saved))
+        update = Update(sums, from_saved, max_norm)
+        return self._update(lambda i: True, lambda members: self._run_adam(update, groups, members))
 
     @torch.no_grad()
-    def combine(self, sums: Tensor, from_saved: bool) -> bool:
+    def combine(self, sums: Tensor, from_saved: bool, max_norm: float) -> bool:
         """Put d into .grad, w into the weights."""
-        if not sums.isfinite().all():
+        if not sums[:CHECKED].isfinite().all():
             self._skipped += 1
             self.restore()
             return False
-        members = self._members()
-        if self._bilateral:
-            for i in members:
-                if i not in self._g:
-                    self._g[i] = self._empty(i).zero_()
-            self._run_direction(sums)
+        directions = self._run_direction(sums, max_norm)
         if from_saved:
             self._write_saved()
-        for i in members:
-            d = self._g.pop(i, None) if self._bilateral else self.params[i].grad
-            self.params[i].grad = self._empty(i).zero_() if d is None else d
-            self._own.pop(i, None)  # it may be the gradient now
+        for i, d in directions.items():
+            self.params[i].grad = d
         return True
 
     # ---- giving up, and looking at w

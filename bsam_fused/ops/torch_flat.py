@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from bsam_fused.ops.contract import ASCENT, MAX, MIN, AdamScalars, Radius, SGDScalars
-from bsam_fused.ops.flat_params import PythonFlatParams
+from bsam_fused.ops.contract import ASCENT, CHECKED, CROSS, MAX, MIN, SCALE, SO_FAR, AdamScalars, Radius, SGDScalars
+from bsam_fused.ops.flat_params import PythonFlatParams, Update
 
 Rule = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(parameter, w, d, finite) -> the next weights; updates the state where finite."""
@@ -28,6 +28,15 @@ def bilateral_coefficient(sums: Tensor) -> Tensor:
     """Return c = ‖g_max‖ / ‖g_min‖, 0 where ‖g_min‖ = 0. BSAM."""
     norm_max, norm_min = sums[MAX].sqrt(), sums[MIN].sqrt()
     return torch.where(norm_min > 0, norm_max / norm_min, torch.zeros_like(norm_max))
+
+
+def direction_scales(sums: Tensor, bilateral: bool, max_norm: float) -> tuple[Tensor, Tensor]:
+    """Return c, and the factor of d = s − c g_min: 1 / scale, times what clips ‖d‖ / scale to ``max_norm``."""
+    c = bilateral_coefficient(sums)
+    square = (sums[SO_FAR] - 2 * c * sums[CROSS] + c.square() * sums[MIN]).clamp(min=0) if bilateral else sums[MAX]
+    unscaled = torch.where(sums[SCALE] == 0, 1.0, 1 / sums[SCALE])
+    clip = max_norm / (square.sqrt() * unscaled + 1e-6)
+    return c, torch.where(clip < 1, clip * unscaled, unscaled)
 
 
 class TorchFlatParams(PythonFlatParams):
@@ -48,6 +57,14 @@ class TorchFlatParams(PythonFlatParams):
         if scaled:
             norms = torch._foreach_norm(scaled, 2, dtype=self.sums.dtype)
             self.sums[slot] = torch.stack(norms).square().sum()
+
+    @torch.no_grad()
+    def direction_sums(self) -> None:
+        """Σ g_min², Σ s², Σ s g_min."""
+        self.square_norm(MIN, [Radius(0.0)] * (1 + max(group for group, _ in self.places)))
+        so_far = {i: g.to(self.sums.dtype) for i, g in self._g.items()}
+        self.sums[SO_FAR] = sum(g.square().sum() for g in so_far.values())
+        self.sums[CROSS] = sum((so_far[i] * g).sum() for i, g in self._now.items() if i in so_far)
 
     def _take(self) -> None:
         """Copy: who else holds a gradient is not worth finding out here."""
@@ -87,28 +104,29 @@ class TorchFlatParams(PythonFlatParams):
             step = (radius.radius * inverse).to(self._compute)
             self._weights(i).copy_(torch.where(finite, perturbed(w, g.to(self._compute), step, radius), w))
 
-    def _direction(self, i: int, c: Tensor) -> Tensor:
-        """Return d: g_max (SAM), or g + g_max − c g_min (BSAM); a missing gradient is zero."""
+    def _direction(self, i: int, c: Tensor, factor: Tensor) -> Tensor:
+        """Return d: factor times g_max (SAM), or g + g_max − c g_min (BSAM); a missing gradient is zero."""
         zero = torch.zeros((), dtype=self._compute, device=self.device)
         last = self._now[i].to(self._compute) if i in self._now else zero
-        if not self._bilateral:
-            return last
-        so_far = self._g[i].to(self._compute) if i in self._g else zero
-        return so_far - c.to(self._compute) * last
+        if self._bilateral:
+            so_far = self._g[i].to(self._compute) if i in self._g else zero
+            last = so_far - c.to(self._compute) * last
+        return factor.to(self._compute) * last
 
-    def _run(self, sums: Tensor, members: list[int], counted: Iterable[int], from_saved: bool, rule: Rule) -> None:
-        finite, c = sums.isfinite().all(), bilateral_coefficient(sums)
+    def _run(self, update: Update, members: list[int], counted: Iterable[int], rule: Rule) -> None:
+        sums = update.sums
+        finite, scales = sums[:CHECKED].isfinite().all(), direction_scales(sums, self._bilateral, update.max_norm)
         # The weights before the step are in saved only where they were perturbed.
         before = {i: self._weights(i) for i in members} | {i: self._view("saved", i) for i in self._perturbed}
         for i in counted:
             self._steps[i] += finite
         for i, kept in before.items():
-            start = kept if from_saved else self._weights(i)
-            new = rule(i, start.to(self._compute), self._direction(i, c), finite)
+            start = kept if update.from_saved else self._weights(i)
+            new = rule(i, start.to(self._compute), self._direction(i, *scales), finite)
             self._weights(i).copy_(torch.where(finite, new, kept.to(self._compute)))
         self._skipped += ~finite
 
-    def _run_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], members: list[int], from_saved: bool) -> None:
+    def _run_sgd(self, update: Update, groups: Sequence[SGDScalars], members: list[int]) -> None:
         def rule(i: int, w: Tensor, d: Tensor, finite: Tensor) -> Tensor:
             o = groups[self.places[i][0]]
             d = (-d if o.maximize else d) + o.weight_decay * w
@@ -121,9 +139,9 @@ class TorchFlatParams(PythonFlatParams):
                 d = d + o.momentum * new if o.nesterov else new
             return w - o.lr * d
 
-        self._run(sums, members, [i for i in members if groups[self.places[i][0]].stateful], from_saved, rule)
+        self._run(update, members, [i for i in members if groups[self.places[i][0]].stateful], rule)
 
-    def _run_adam(self, sums: Tensor, groups: Sequence[AdamScalars], members: list[int], from_saved: bool) -> None:
+    def _run_adam(self, update: Update, groups: Sequence[AdamScalars], members: list[int]) -> None:
         def rule(i: int, w: Tensor, d: Tensor, finite: Tensor) -> Tensor:
             o = groups[self.places[i][0]]
             d = -d if o.maximize else d
@@ -141,9 +159,8 @@ class TorchFlatParams(PythonFlatParams):
             correction = (1 - o.beta2**t).sqrt().to(self._compute)
             return w - step_size * new_m / (new_v.sqrt() / correction + o.eps)
 
-        self._run(sums, members, members, from_saved, rule)
+        self._run(update, members, members, rule)
 
-    def _run_direction(self, sums: Tensor) -> None:
-        c = bilateral_coefficient(sums)
-        for i in self._now:
-            self._g[i].copy_(self._direction(i, c))
+    def _run_direction(self, sums: Tensor, max_norm: float) -> dict[int, Tensor]:
+        scales = direction_scales(sums, self._bilateral, max_norm)
+        return {i: self._empty(i).copy_(self._direction(i, *scales)) for i in self._members()}

@@ -7,6 +7,7 @@ them to the next w. A phase reads all gradients before it writes anything, so an
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from numbers import Real
@@ -14,11 +15,12 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bsam_fused.batchnorm import frozen_running_stats
 from bsam_fused.ops import contract, dispatch
-from bsam_fused.ops.contract import ASCENT, Radius
-from bsam_fused.optim import fused, groups
+from bsam_fused.ops.contract import ASCENT, NORMS, Radius
+from bsam_fused.optim import fused, groups, scaling
 from bsam_fused.optim.flats import Flats
 from bsam_fused.optim.sharpness import Sharpness
 
@@ -49,6 +51,8 @@ class SharpnessAware(torch.optim.Optimizer):
 
     _phase = Phase.REST
     _from_saved = True
+    _scaler_seen: bool | None = None  # in the last step; None: there was none
+    _watch: RemovableHandle | None = None
     _looking_at_w = False
 
     def __init__(
@@ -59,12 +63,15 @@ class SharpnessAware(torch.optim.Optimizer):
         base_kwargs: dict[str, Any],
         *,
         norm_eps: float,
+        max_grad_norm: float | None,
         model: nn.Module | None,
         backend: str,
     ) -> None:
         self._flats = Flats()
         self._batchnorm = ExitStack()
         self.norm_eps = groups.check_non_negative("norm_eps", norm_eps)
+        groups.check_max_norm(max_grad_norm)
+        self.max_grad_norm = max_grad_norm
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}: pass the nn.Module whose BatchNorm to guard")
         self.model = model
@@ -103,8 +110,13 @@ class SharpnessAware(torch.optim.Optimizer):
 
     @property
     def norms(self) -> Tensor:
-        """‖T g‖, ‖g_max‖, ‖g_min‖ of the latest passes: float64 (3,), on the first parameter's device."""
-        return self._flats.totals()[0].sqrt() if len(self._flats) else torch.zeros(3, dtype=torch.float64)
+        """‖T g‖, ‖g_max‖, ‖g_min‖ of the latest passes: float64 (3,), on the first parameter's device.
+
+        Of the gradients as they came: times the scale of a GradScaler.
+        """
+        if not len(self._flats):
+            return torch.zeros(NORMS, dtype=torch.float64)
+        return self._flats.totals()[0][:NORMS].sqrt()
 
     @property
     def skipped_steps(self) -> int:
@@ -149,6 +161,9 @@ class SharpnessAware(torch.optim.Optimizer):
     def _entered(self, phase: Phase) -> None:
         """Note a new phase; autocast must not go on with weights it cast in the last one."""
         self._phase = phase
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
         torch.clear_autocast_cache()
 
     def _radii(self, option: str, sign: float) -> list[Radius]:
@@ -188,7 +203,11 @@ class SharpnessAware(torch.optim.Optimizer):
             RuntimeError: out of order, ``active`` is False, or a gradient that cannot be used, by name.
             ValueError: a radius is negative or not finite.
         """
+        first = next((p for p in self._parameters() if p.grad is not None), None)
         self._ascend()
+        # Whoever calls GradScaler.unscale_ lets it look at the last gradients before step() is heard of.
+        if first is not None and not self._keeps_g and self._scaler_seen is not False:
+            self._watch = first.register_post_accumulate_grad_hook(lambda p: self._tell_scaler([p]))
 
     def _ascend(self, loss: Any = None) -> None:
         self._expect("ascend")
@@ -210,6 +229,22 @@ class SharpnessAware(torch.optim.Optimizer):
         if self.model is not None:
             self._batchnorm.enter_context(frozen_running_stats(self.model))
 
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves unscaling and skipping to `step`; it asks before it looks at the gradients."""
+        if self._phase is Phase.REST:
+            return not self._is_plain()
+        if self._following == "step":
+            self._tell_scaler(self._parameters())
+        return True
+
+    def _tell_scaler(self, params: Iterable[Tensor]) -> None:
+        """Make a gradient of the last pass NaN where an earlier one was not finite."""
+        scaling.mark(params, self._flats.failed(self._last_slot))
+
     def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
         """Finish a step by hand, or run a whole one with ``closure``.
 
@@ -228,12 +263,18 @@ class SharpnessAware(torch.optim.Optimizer):
         if closure is not None:
             return self._run([closure] * len(self._calls))
         if self._phase is Phase.REST and not self._looking_at_w and self._is_plain():
-            return self._base_step()
+            return self._plain_step()
         return self._step()
 
     def _is_plain(self) -> bool:
         rates = [group.get("lr") for group in self.param_groups]  # some bases have none
         return not self.active or all(lr is not None and float(lr) == 0 for lr in rates)
+
+    def _plain_step(self) -> None:
+        max_norm = groups.check_max_norm(self.max_grad_norm)
+        if max_norm < math.inf:
+            nn.utils.clip_grad_norm_(self._parameters(), max_norm)
+        self._base_step()
 
     def _base_step(self) -> None:
         self._flats.hand_over()
@@ -242,13 +283,15 @@ class SharpnessAware(torch.optim.Optimizer):
 
     def _run(self, closures: Sequence[Closure]) -> Any:
         """Run a whole step, one closure a pass."""
-        if self._phase is not Phase.REST:
-            self._out_of_order("step(closure)")
+        with scaling.told(self) as scaled:
+            scaling.refuse_closure(scaled)
+            if self._phase is not Phase.REST:
+                self._out_of_order("step(closure)")
         self.sharpness = None
         self._clear_gradients()
         if not self.active:
             loss = _evaluate(closures[-1])
-            self._base_step()
+            self._plain_step()
             return loss
         losses = []
         try:
@@ -264,24 +307,37 @@ class SharpnessAware(torch.optim.Optimizer):
 
     def _step(self, loss: Any = None) -> None:
         """Update from w, or skip where a sum is not finite."""
-        self._expect("step")
-        rule = fused.rule_for(self.base_optimizer)
-        scalars = [rule.scalars(group) for group in self.param_groups] if rule else []
-        self._read_gradients()
-        for flat in self._flats:
-            flat.square_norm(self._last_slot, self._plain_radii())
-        self._flats.poison(self._last_slot, loss)
-        totals = self._flats.totals()
-        if rule:
-            self._flats.update(rule, self.state, scalars, totals, self._from_saved)
-        else:
-            self._general_update(totals)
+        with scaling.told(self) as scaled:
+            self._expect("step")
+            if self._keeps_g:
+                scaling.refuse_unscaled(scaled, type(self).__name__)
+            rule = fused.rule_for(self.base_optimizer)
+            scalars = [rule.scalars(group) for group in self.param_groups] if rule else []
+            max_norm = groups.check_max_norm(self.max_grad_norm)
+            self._read_gradients()
+            self._sum_last_gradients(max_norm)
+            self._flats.poison(self._last_slot, loss)
+            self._flats.note(self._last_slot, scaled)
+            totals = self._flats.totals()
+            if rule:
+                self._flats.update(rule, self.state, scalars, totals, self._from_saved, max_norm)
+            else:
+                self._general_update(totals, max_norm)
+        self._scaler_seen = scaled.found_inf is not None
         self._batchnorm.close()
         self._entered(Phase.REST)
 
-    def _general_update(self, totals: Sequence[Tensor]) -> None:
+    def _sum_last_gradients(self, max_norm: float) -> None:
+        for flat in self._flats:
+            if self._keeps_g and max_norm < math.inf:
+                flat.direction_sums()
+            else:
+                flat.square_norm(self._last_slot, self._plain_radii())
+
+    def _general_update(self, totals: Sequence[Tensor], max_norm: float) -> None:
         """Leave the update to the base optimizer: d in .grad, the weights at w, then its own step()."""
-        combined = [flat.combine(sums, self._from_saved) for flat, sums in zip(self._flats, totals, strict=True)]
+        pairs = zip(self._flats, totals, strict=True)
+        combined = [flat.combine(sums, self._from_saved, max_norm) for flat, sums in pairs]
         if all(combined):
             try:
                 self._base_step()
@@ -397,7 +453,10 @@ class SharpnessAware(torch.optim.Optimizer):
         for param, values in self.state.items():
             state[param] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
         base = {**self.base_optimizer.__getstate__(), "state": state, "param_groups": self.param_groups}
-        ours = {name: self.__dict__[name] for name in ("norm_eps", "model", "backend", "active", "sharpness")}
+        ours = {
+            name: self.__dict__[name]
+            for name in ("norm_eps", "max_grad_norm", "model", "backend", "active", "sharpness")
+        }
         return {
             **super().__getstate__(),
             **ours,

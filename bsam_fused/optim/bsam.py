@@ -35,6 +35,7 @@ class BSAM(SharpnessAware):
         adaptive: as `SAM` has it.
         eta: as `SAM` has it.
         norm_eps: as `SAM` has it.
+        max_grad_norm: as `SAM` has it. (Clipping g_min between the phases changes nothing: it is rescaled to ‖g_max‖.)
         model: as `SAM` has it.
         backend: as `SAM` has it.
         **base_kwargs: options of the base optimizer's class.
@@ -43,7 +44,6 @@ class BSAM(SharpnessAware):
         ValueError, TypeError, RuntimeError: as `SAM` has it.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler then comes to step(), which refuses it
     _calls = ("ascend", "descend", "step")
     _last_slot = MIN
     _keeps_g = True
@@ -62,6 +62,7 @@ class BSAM(SharpnessAware):
         adaptive: bool = False,
         eta: float = 0.0,
         norm_eps: float = 1e-12,
+        max_grad_norm: float | None = None,
         model: nn.Module | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
@@ -78,7 +79,16 @@ class BSAM(SharpnessAware):
             "adaptive": adaptive,
             "eta": eta,
         }
-        super().__init__(params, base_optimizer, options, base_kwargs, norm_eps=norm_eps, model=model, backend=backend)
+        super().__init__(
+            params,
+            base_optimizer,
+            options,
+            base_kwargs,
+            norm_eps=norm_eps,
+            max_grad_norm=max_grad_norm,
+            model=model,
+            backend=backend,
+        )
 
     def descend(self) -> None:
         """After backward at w_max: the weights become w_min = w − ρ_min T² g / (‖T g‖ + norm_eps).
@@ -121,11 +131,6 @@ class BSAM(SharpnessAware):
         """
         if ascent_closure is not None:
             raise TypeError("BSAM takes no ascent_closure: its direction needs the gradient of one loss at w; use SAM")
-        if getattr(self, "found_inf", None) is not None:
-            raise RuntimeError(
-                "GradScaler with BSAM: it would unscale g_min alone, but the direction mixes three gradients. "
-                "Not supported in this version: use bfloat16 autocast, which needs no scaler, or SAM"
-            )
         return super().step(closure)
 
     def _check_options(self, group: dict[str, Any], index: int) -> None:

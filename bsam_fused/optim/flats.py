@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, MutableMapping, Sequence
 from numbers import Real
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from bsam_fused.ops import contract, dispatch
-from bsam_fused.ops.contract import AdamScalars, FlatParams, SGDScalars
+from bsam_fused.ops.contract import SCALE, AdamScalars, FlatParams, SGDScalars
 from bsam_fused.optim import fused
 from bsam_fused.optim.fused import FusedRule
+from bsam_fused.optim.scaling import Scaled
 
 State = MutableMapping[Tensor, dict[str, Any]]
 Groups = Sequence[dict[str, Any]]
@@ -32,6 +34,7 @@ class Flats:
         self._left_out: list[Tensor] = []  # frozen, and in no FlatParams
         self._adopted: tuple[FusedRule, State] | None = None  # the base's state, if it is views of the flat buffers
         self._states = 0  # parameters with state, when last seen
+        self._scaled = False  # the sums hold a loss's scale
 
     def __iter__(self) -> Iterator[FlatParams]:
         """Every FlatParams there is."""
@@ -117,6 +120,23 @@ class Flats:
         elif isinstance(loss, Real):
             sums[slot].add_(0 * float(loss))
 
+    def note(self, slot: int, scaled: Scaled) -> None:
+        """Let what a GradScaler says join the sums: the loss's scale, and in ``slot`` that it found an inf."""
+        if not self._built:
+            return
+        sums = self._built[0].sums
+        if scaled.scale is not None:
+            sums[SCALE].copy_(scaled.scale)
+        elif self._scaled:
+            sums[SCALE].zero_()
+        self._scaled = scaled.scale is not None
+        if scaled.found_inf is not None:
+            sums[slot].masked_fill_(torch.as_tensor(scaled.found_inf, device=sums.device) > 0, math.nan)
+
+    def failed(self, passes: int) -> Tensor:
+        """Return whether one of the first ``passes`` sums is not finite: bool (), on the first one's device."""
+        return ~self.totals()[0][:passes].isfinite().all()
+
     # ---- the base optimizer's state
 
     def update(
@@ -126,6 +146,7 @@ class Flats:
         scalars: Sequence[SGDScalars | AdamScalars],
         totals: Sequence[Tensor],
         from_saved: bool,
+        max_norm: float,
     ) -> None:
         """Make the fused update of every FlatParams, its state under torch's keys."""
         cleared = len(state) < self._states
@@ -137,7 +158,7 @@ class Flats:
                         flat.state(key)
             self._adopted = rule, state
         for flat, sums in zip(self, totals, strict=True):
-            begun = getattr(flat, rule.operator)(sums, scalars, from_saved)
+            begun = getattr(flat, rule.operator)(sums, scalars, from_saved, max_norm)
             fused.publish(flat, state, rule, begun)
         self._states = len(state)
 

@@ -117,6 +117,20 @@ def check_parameters(group: Group, index: int, others: Iterable[Tensor]) -> None
         seen.add(id(param))
 
 
+def check_max_norm(value: Any) -> float:
+    """Return ``max_grad_norm`` as a float, None as infinity.
+
+    Raises:
+        ValueError: it is not positive, infinite, NaN, or no number.
+    """
+    if value is None:
+        return math.inf
+    number = check_non_negative("max_grad_norm", value)
+    if number == 0:
+        raise ValueError(f"max_grad_norm={value!r}: must be a finite number > 0, or None for no clipping")
+    return number
+
+
 def check_non_negative(name: str, value: Any, group: int | None = None) -> float:
     """Return ``value`` as a float.
 

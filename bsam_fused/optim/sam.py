@@ -30,6 +30,8 @@ class SAM(SharpnessAware):
         adaptive: scale the neighbourhood by |w| + η, elementwise.
         eta: η ≥ 0.
         norm_eps: added to the norm, ≥ 0.
+        max_grad_norm: > 0: scale the direction down to this norm over all parameters where it is longer, as
+            torch.nn.utils.clip_grad_norm_ would; after a GradScaler's scale is divided out. None: do not.
         model: whose BatchNorm running statistics shall move in the first pass only.
         backend: "auto", "cuda", "triton", "cpp" or "torch".
         **base_kwargs: options of the base optimizer's class.
@@ -52,12 +54,22 @@ class SAM(SharpnessAware):
         adaptive: bool = False,
         eta: float = 0.0,
         norm_eps: float = 1e-12,
+        max_grad_norm: float | None = None,
         model: nn.Module | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
     ) -> None:
         options = {"rho": rho, "adaptive": adaptive, "eta": eta}
-        super().__init__(params, base_optimizer, options, base_kwargs, norm_eps=norm_eps, model=model, backend=backend)
+        super().__init__(
+            params,
+            base_optimizer,
+            options,
+            base_kwargs,
+            norm_eps=norm_eps,
+            max_grad_norm=max_grad_norm,
+            model=model,
+            backend=backend,
+        )
 
     def step(self, closure: Closure | None = None, *, ascent_closure: Closure | None = None) -> Any:  # type: ignore[override]
         """Finish a step by hand, or run a whole one with closures.
@@ -100,6 +112,7 @@ class ASAM(SAM):
         rho: radius ρ ≥ 0, relative to |w| + η.
         eta: η ≥ 0.
         norm_eps: as `SAM` has it.
+        max_grad_norm: as `SAM` has it.
         model: as `SAM` has it.
         backend: as `SAM` has it.
         **base_kwargs: options of the base optimizer's class.
@@ -116,6 +129,7 @@ class ASAM(SAM):
         rho: float = 0.5,
         eta: float = 0.01,
         norm_eps: float = 1e-12,
+        max_grad_norm: float | None = None,
         model: nn.Module | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
@@ -127,6 +141,7 @@ class ASAM(SAM):
             adaptive=True,
             eta=eta,
             norm_eps=norm_eps,
+            max_grad_norm=max_grad_norm,
             model=model,
             backend=backend,
             **base_kwargs,

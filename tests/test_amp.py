@@ -1,0 +1,282 @@
+"""Mixed precision and clipping: a real GradScaler, on every backend, beside the same step without one."""
+
+import math
+
+import pytest
+import torch
+from samples import DTYPES, TOLERANCE, assign, gradients, parameters
+from torch import nn
+
+import bsam_fused
+
+KINDS = [bsam_fused.SAM, bsam_fused.ASAM, bsam_fused.BSAM]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+BASES = {
+    "SGD": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.01}),
+    "AdamW": (torch.optim.AdamW, {"eps": 1e-3}),
+    "general": (torch.optim.RMSprop, {"eps": 1e-3}),
+}
+each_base = pytest.mark.parametrize("base", BASES)
+
+
+def network():
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def prepared(kind, base, backend, **options):
+    torch.manual_seed(1)
+    net = network()
+    base_class, base_options = BASES[base]
+    device = next(net.parameters()).device
+    opt = kind(net.parameters(), base_class, lr=0.05, backend=backend, **{"rho": 0.2, **base_options, **options})
+    return net, opt, torch.amp.GradScaler(device.type, init_scale=1024.0, growth_interval=1000)
+
+
+def weights(net):
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def same(net, before):
+    return all(torch.equal(p, w) for p, w in zip(net.parameters(), before))
+
+
+def walk(net, opt, scaler=None, overflow_at=None, unscale=False, seed=0):
+    """A step by hand; in pass ``overflow_at`` a gradient is inf."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    for k, call in enumerate(opt._calls, 1):
+        x = torch.randn(16, 6, generator=generator, device="cpu").to(next(net.parameters()))
+        loss = net(x).square().mean()
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        if k == overflow_at:
+            net[2].weight.grad[1, 2] = math.inf
+        if k < len(opt._calls):
+            getattr(opt, call)()
+        elif scaler is None:
+            opt.step()
+        else:
+            if unscale:
+                scaler.unscale_(opt)
+            scaler.step(opt)
+            scaler.update()
+    opt.zero_grad()
+
+
+@every_kind
+@each_base
+def test_a_scaled_step_is_the_plain_one(backend, kind, base):
+    """To the bit: powers of two scale gradients, norms and steps exactly."""
+    (scaled, opt, scaler), (plain, other, _) = (prepared(kind, base, backend, max_grad_norm=0.7) for _ in range(2))
+    for t in range(3):
+        walk(scaled, opt, scaler, seed=t)
+        walk(plain, other, seed=t)
+        assert same(scaled, weights(plain))
+    assert scaler.get_scale() == 1024.0
+    walk(scaled, opt, seed=3)  # and without a scaler again
+    walk(plain, other, seed=3)
+    assert same(scaled, weights(plain))
+    assert not hasattr(opt, "grad_scale")
+
+
+PASSES = [(kind, at) for kind in KINDS for at in range(1, len(kind._calls) + 1)]
+
+
+@pytest.mark.parametrize(("kind", "at"), PASSES, ids=[f"{k.__name__}-pass{at}" for k, at in PASSES])
+@each_base
+@pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
+def test_an_overflow_in_any_pass_backs_the_scale_off(backend, kind, at, base, unscale):
+    if unscale and kind is bsam_fused.BSAM:
+        return  # refused: below
+    net, opt, scaler = prepared(kind, base, backend)
+    for t in range(2):  # in the first step ever, and once momentum is there
+        before = weights(net)
+        walk(net, opt, scaler, overflow_at=at, unscale=unscale, seed=t)
+        assert same(net, before)
+        assert opt.skipped_steps == t + 1
+        assert scaler.get_scale() == 1024.0 / 2 ** (t + 1)
+        walk(net, opt, scaler, unscale=unscale, seed=t)
+        assert not same(net, before)
+        assert scaler.get_scale() == 1024.0 / 2 ** (t + 1)
+        assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_sam_is_right_after_unscale(backend):
+    """Its direction is the gradient that was unscaled, and that users clip or change then."""
+    (scaled, opt, scaler), (plain, other, _) = (prepared(bsam_fused.SAM, "SGD", backend) for _ in range(2))
+    for t in range(2):
+        walk(scaled, opt, scaler, unscale=True, seed=t)
+        walk(plain, other, seed=t)
+    assert same(scaled, weights(plain))
+
+
+def test_bsam_refuses_unscale_and_can_be_restored(backend):
+    net, opt, scaler = prepared(bsam_fused.BSAM, "SGD", backend)
+    before = weights(net)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"BSAM after GradScaler.unscale_.*max_grad_norm=; restore\(\)"):
+            walk(net, opt, scaler, unscale=True)
+        opt.restore()
+        scaler.update()
+        assert same(net, before)
+        assert not hasattr(opt, "found_inf")
+    walk(net, opt, scaler)
+    assert not same(net, before)
+    assert opt.skipped_steps == 0
+
+
+@every_kind
+def test_a_closure_with_a_scaler_is_refused(backend, kind):
+    net, opt, scaler = prepared(kind, "SGD", backend)
+    scaler.scale(net(torch.ones(2, 6)).sum()).backward()
+    before = weights(net)
+
+    def closure():
+        raise AssertionError("not called")
+
+    with pytest.raises(RuntimeError, match=r"GradScaler.step\(\) with a closure.*by hand"):
+        scaler.step(opt, closure)
+    assert same(net, before)
+    assert not hasattr(opt, "found_inf")
+    scaler.update()
+    opt.zero_grad()
+    walk(net, opt, scaler)
+    assert scaler.get_scale() == 1024.0
+
+
+@every_kind
+def test_a_found_inf_from_elsewhere_skips(backend, kind):
+    """Sharded scalers reduce it over ranks: the inf may be in nobody's gradients here."""
+    net, opt, _ = prepared(kind, "SGD", backend)
+    before = weights(net)
+    opt.grad_scale, opt.found_inf = torch.tensor(4.0), torch.tensor(1.0)
+    walk(net, opt)
+    assert same(net, before)
+    assert opt.skipped_steps == 1
+
+
+@every_kind
+def test_an_inactive_optimizer_with_a_scaler(backend, kind):
+    """The plain base's step: the scaler unscales, and skips, by itself."""
+    (scaled, opt, scaler), (plain, *_) = (prepared(kind, "SGD", backend, max_grad_norm=0.1) for _ in range(2))
+    reference = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+    opt.active = False
+    for t in range(3):
+        x = torch.randn(8, 6)
+        scaler.scale(scaled(x).square().mean()).backward()
+        if t == 1:
+            scaled[0].bias.grad[0] = math.nan
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        if t != 1:
+            plain(x).square().mean().backward()
+            nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+            reference.step()
+            reference.zero_grad()
+        assert same(scaled, weights(plain))
+    assert scaler.get_scale() == 512.0
+
+
+@every_kind
+def test_no_hook_stays_where_there_is_no_scaler(backend, kind):
+    net, opt, _ = prepared(kind, "SGD", backend)
+    for t in range(2):
+        net(torch.ones(2, 6)).sum().backward()
+        opt.ascend()
+        hooks = [p for p in net.parameters() if p._post_accumulate_grad_hooks]
+        assert len(hooks) == (1 if t == 0 and kind is not bsam_fused.BSAM else 0)
+        opt.restore()
+        walk(net, opt)
+        assert not any(p._post_accumulate_grad_hooks for p in net.parameters())
+
+
+# ---- clipping
+
+
+def direction(passes):
+    """d in float64, from the papers' formulas."""
+    g, *rest = ([x.double() for x in grads] for grads in passes)
+    if len(rest) == 1:
+        return rest[0]
+    norms = [math.sqrt(sum(x.square().sum().item() for x in grads)) for grads in rest]
+    return [x + y - norms[0] / norms[1] * z for x, y, z in zip(g, *rest)]
+
+
+CLIPPED = {  # bases whose first step depends on the length of d, and magnifies no rounding of it
+    "SGD": BASES["SGD"],
+    "AdamW": (torch.optim.AdamW, {"eps": 1.0}),
+    "general": (type("Own", (torch.optim.SGD,), {}), {}),
+}
+
+
+@every_kind
+@pytest.mark.parametrize("base", CLIPPED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_the_direction_is_clipped_as_torch_clips(backend, kind, base, dtype):
+    """Against clip_grad_norm_ of the direction and the plain base's step, over two groups and FlatParams."""
+    base_class, base_options = CLIPPED[base]
+    for fraction in (0.3, 2.0):
+        params = parameters("odd", dtype) + parameters("block_edges", torch.float64)
+        others = [nn.Parameter(p.detach().double()) for p in params]
+        passes = [gradients(params, k) for k in range(len(kind._calls))]
+        for k, grads in enumerate(passes):  # the gradients of a real model point to one side
+            for x, shared in zip(grads, gradients(params, 9)):
+                x.mul_(0.3).add_(shared) if k else x.copy_(shared)
+        d = direction(passes)
+        limit = fraction * math.sqrt(sum(x.square().sum().item() for x in d))
+        halves = [{"params": params[:2]}, {"params": params[2:]}]
+        options = {"lr": 0.05, **base_options}
+        opt = kind(halves, base_class, max_grad_norm=limit, backend=backend, **options)
+        for call, grads in zip(opt._calls, passes):
+            assign(params, grads)
+            getattr(opt, call)()
+        for p, x in zip(others, d):
+            p.grad = x
+        nn.utils.clip_grad_norm_(others, limit)
+        base_class(others, **options).step()
+        tol = 3 * TOLERANCE[dtype]
+        for p, q in zip(params, others):
+            torch.testing.assert_close(p.detach().double(), q.detach(), rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, "x"])
+def test_a_wrong_limit_is_named(value):
+    with pytest.raises(ValueError, match="max_grad_norm"):
+        bsam_fused.SAM(network().parameters(), lr=0.1, max_grad_norm=value)
+    opt = bsam_fused.BSAM(network().parameters(), lr=0.1)
+    opt.max_grad_norm = value
+    with pytest.raises(ValueError, match="max_grad_norm"):
+        opt._plain_step()
+
+
+@every_kind
+def test_a_limit_lifted_after_a_skipped_step(backend, kind):
+    """What a NaN left in the sums that only clipping reads must not last."""
+    net, opt, _ = prepared(kind, "SGD", backend, max_grad_norm=0.1)
+    walk(net, opt, overflow_at=len(opt._calls))
+    opt.max_grad_norm = None
+    before = weights(net)
+    walk(net, opt)
+    assert not same(net, before)
+    assert all(p.isfinite().all() for p in net.parameters())
+    assert opt.skipped_steps == 1
+
+
+@every_kind
+def test_autocast_around_all_passes(backend, kind):
+    """float32 weights, bfloat16 passes: near the float32 run, and on one autocast block as on one a pass."""
+    runs = []
+    for style in ("none", "each", "all"):
+        net, opt, _ = prepared(kind, "SGD", backend)
+        device = next(net.parameters()).device.type
+        x = torch.randn(16, 6, generator=torch.Generator(device).manual_seed(3))
+        with torch.autocast(device, torch.bfloat16, enabled=style == "all"):
+            for call in opt._calls:
+                with torch.autocast(device, torch.bfloat16, enabled=style != "none"):
+                    loss = net(x).float().square().mean()
+                loss.backward()
+                getattr(opt, call)()
+        runs.append(weights(net))
+    assert all(torch.equal(a, b) for a, b in zip(runs[1], runs[2]))
+    for a, b in zip(runs[0], runs[1]):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=2e-3)
+        assert not torch.equal(a, b)
