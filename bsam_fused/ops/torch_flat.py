@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bsam_fused.ops import contract
+from bsam_fused.ops import contract, rounding
 from bsam_fused.ops.contract import (
     ASCENT,
     CHECKED,
@@ -55,14 +55,16 @@ class TorchFlatParams:
     """`contract.FlatParams` in plain torch."""
 
     @torch.no_grad()
-    def __init__(self, params: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None) -> None:
         self.params, self.places = list(params), list(places)
         self.device, self.dtype = self.params[0].device, self.params[0].dtype
         self._compute = torch.promote_types(self.dtype, torch.float32)
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         self.sums = torch.zeros(SLOTS, dtype=wide, device=self.device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.step_count = torch.zeros((), dtype=torch.int64, device=self.device)
         self._steps = torch.zeros(len(self.params), device=self.device)
+        self._keys = [rounding.tensor_key(seed, *place) for place in places] if seed is not None else []
         self._layouts = [(p.shape, p.stride()) for p in self.params]
         # An element's place in the flat buffers: its parameter's strides, or dense ones where they have gaps.
         self._strides = [torch.empty_like(p).stride() for p in self.params]
@@ -106,6 +108,14 @@ class TorchFlatParams:
         for key, views in self._views.items():
             if key not in {"saved", "g"}:
                 views[i].zero_()
+
+    def _write(self, to: Tensor, i: int, operand: int, x: Tensor) -> None:
+        """Round x, of the i-th parameter's shape, into a tensor of its dtype."""
+        if self._keys and self.dtype.itemsize == 2:
+            at = torch.arange(x.numel(), device=self.device).as_strided(x.shape, self._strides[i])
+            bits = rounding.random_bits(self._keys[i], self.step_count, operand, at)
+            x = rounding.rounded(x, self.dtype, bits)
+        to.copy_(x)
 
     def read_gradients(self) -> None:
         """Note the gradients of this pass."""
@@ -159,7 +169,7 @@ class TorchFlatParams:
         if self._now:
             torch._foreach_copy_([saved[i] for i in self._now], [self.params[i] for i in self._now])
         self._perturbed = list(self._now)  # only now: an interrupted copy must not be restored from
-        self._perturb(sums, radii, norm_eps, sums[ASCENT].isfinite(), self._now)
+        self._perturb(rounding.TO_MAX, sums, radii, norm_eps, sums[ASCENT].isfinite(), self._now)
         if keep:
             self._take(self._now)
         self._end_pass()
@@ -169,7 +179,7 @@ class TorchFlatParams:
         """From the saved w, w = w_min; g = g + g_max."""
         self.square_norm(MAX, [Radius(0.0)] * len(radii))
         finite = sums[ASCENT].isfinite() & self.sums[MAX].isfinite()
-        self._perturb(sums, radii, norm_eps, finite, {i: self._g[i] for i in self._perturbed})
+        self._perturb(rounding.TO_MIN, sums, radii, norm_eps, finite, {i: self._g[i] for i in self._perturbed})
         both = [i for i in self._now if i in self._g]
         if both:
             torch._foreach_add_([self._g[i] for i in both], [self._now[i] for i in both])
@@ -180,6 +190,7 @@ class TorchFlatParams:
 
     def _perturb(
         self,
+        operand: int,
         sums: Tensor,
         radii: Sequence[Radius],
         norm_eps: float,
@@ -192,7 +203,8 @@ class TorchFlatParams:
         for i, g in gradients.items():
             radius, w = radii[self.places[i][0]], saved[i].to(self._compute)
             step = (radius.radius * inverse).to(self._compute)
-            self.params[i].copy_(torch.where(finite, perturbed(w, g.to(self._compute), step, radius), w))
+            moved = torch.where(finite, perturbed(w, g.to(self._compute), step, radius), w)
+            self._write(self.params[i], i, operand, moved)
 
     def _take(self, gradients: dict[int, Tensor]) -> None:
         """Copy gradients into the flat buffer of g: who else holds their storage is not known in Python."""
@@ -228,8 +240,9 @@ class TorchFlatParams:
         for i, kept in before.items():
             start = kept if from_saved else self.params[i]
             new = rule(i, start.to(self._compute), self._direction(i, *scales), finite)
-            self.params[i].copy_(torch.where(finite, new, kept.to(self._compute)))
+            self._write(self.params[i], i, rounding.WEIGHT, torch.where(finite, new, kept.to(self._compute)))
         self._skipped += ~finite
+        self.step_count += 1
         self.release()
         # On a GPU asking which ones began would wait for it; naming one again does no harm.
         return [i for i in members if self.device.type != "cpu" or self._steps[i] == 1]
@@ -246,7 +259,7 @@ class TorchFlatParams:
                 m = buffers[i].to(self._compute)
                 averaged = o.momentum * m + (1 - o.dampening) * d
                 new = torch.where(self._steps[i] == 1, d, averaged)
-                buffers[i].copy_(torch.where(finite, new, m))
+                self._write(buffers[i], i, rounding.FIRST_STATE, torch.where(finite, new, m))
                 d = d + o.momentum * new if o.nesterov else new
             return w - o.lr * d
 
@@ -266,8 +279,8 @@ class TorchFlatParams:
                 d = d + o.weight_decay * w
             m, v = exp_avg[i].to(self._compute), exp_avg_sq[i].to(self._compute)
             new_m, new_v = m + (1 - o.beta1) * (d - m), o.beta2 * v + (1 - o.beta2) * d.square()
-            exp_avg[i].copy_(torch.where(finite, new_m, m))
-            exp_avg_sq[i].copy_(torch.where(finite, new_v, v))
+            self._write(exp_avg[i], i, rounding.FIRST_STATE, torch.where(finite, new_m, m))
+            self._write(exp_avg_sq[i], i, rounding.SECOND_STATE, torch.where(finite, new_v, v))
             t = self._steps[i].to(self.sums.dtype)
             step_size = (o.lr / (1 - o.beta1**t)).to(self._compute)
             correction = (1 - o.beta2**t).sqrt().to(self._compute)
@@ -278,6 +291,7 @@ class TorchFlatParams:
     @torch.no_grad()
     def combine(self, sums: Tensor, from_saved: bool, max_norm: float) -> bool:
         """Put d into .grad, w into the weights."""
+        self.step_count += 1
         if not sums[:CHECKED].isfinite().all():
             self._skipped += 1
             self.restore()
