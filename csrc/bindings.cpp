@@ -59,12 +59,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_property_readonly("params", &FlatParams::params)
       .def_property_readonly("places", &FlatParams::places)
       .def_property_readonly("sums", &FlatParams::sums)
+      .def_property_readonly("step_count", &FlatParams::step_count)
       .def_property_readonly("skipped", &FlatParams::skipped)
       .def_property_readonly("device", &FlatParams::device)
       .def_property_readonly("dtype", &FlatParams::dtype)
       .def_property_readonly("extra_bytes", &FlatParams::extra_bytes);
 
-  const auto init = py::init<std::vector<at::Tensor>, std::vector<std::pair<int64_t, int64_t>>>();
+  const auto init =
+      py::init<std::vector<at::Tensor>, std::vector<std::pair<int64_t, int64_t>>, std::optional<uint32_t>>();
   py::class_<bsam::CpuFlatParams, FlatParams>(m, "CpuFlatParams", py::module_local()).def(init);
 #ifdef BSAM_FUSED_CUDA
   py::class_<bsam::CudaFlatParams, FlatParams>(m, "CudaFlatParams", py::module_local()).def(init);

@@ -7,14 +7,14 @@
 namespace bsam {
 
 namespace baseline {
-const Loops& loops(Dtype);
+const Loops& loops(Dtype, bool stochastic);
 }
 #if defined(__x86_64__)
 namespace avx2 {
-const Loops& loops(Dtype);
+const Loops& loops(Dtype, bool stochastic);
 }
 namespace avx512 {
-const Loops& loops(Dtype);
+const Loops& loops(Dtype, bool stochastic);
 }
 #endif
 
@@ -22,7 +22,7 @@ namespace {
 
 struct InstructionSet {
   const char* name;
-  const Loops& (*loops)(Dtype);
+  const Loops& (*loops)(Dtype, bool);
 };
 
 // Torch's own variable that holds its kernels to an instruction set (default, avx2, avx512) holds ours too.
@@ -48,7 +48,7 @@ const InstructionSet chosen = best();
 
 }  // namespace
 
-const Loops& best_loops(Dtype dtype) { return chosen.loops(dtype); }
+const Loops& best_loops(Dtype dtype, bool stochastic) { return chosen.loops(dtype, stochastic); }
 const char* instruction_set() { return chosen.name; }
 
 }  // namespace bsam

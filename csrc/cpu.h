@@ -13,12 +13,19 @@ struct Reach {
   bool adaptive;
 };
 
+// Where a segment's elements are, for stochastic rounding: step_key of their tensor, and the first one's index in it.
+struct Site {
+  uint32_t key;
+  int64_t begin;
+};
+
 // One segment of an update. `from`: where the update starts (saved, or the weights); w: where it is written;
 // the direction is g, or g − c g_min where g_min is not null, times factor. `stream`: write w around the cache.
 struct Update {
   void* w;
   const void *from, *g, *g_min;
   DirectionScales scales;
+  Site site;
   bool stream;
   int64_t count;
 };
@@ -28,17 +35,19 @@ struct Loops {
   double (*square_norm)(const void* w, const void* g, const Reach&, int64_t n);
   // Adds Σ g_min², Σ g² and Σ g g_min; g is g + g_max.
   void (*direction_sums)(const void* g, const void* g_min, double* sums, int64_t n);
-  void (*ascend)(void* w, const void* g, void* saved, const Reach&, bool stream, int64_t n);
+  void (*ascend)(void* w, const void* g, void* saved, const Reach&, const Site&, bool stream, int64_t n);
   // g becomes g + g_max; returns Σ g_max².
-  double (*descend)(void* w, void* g, const void* g_max, const void* saved, const Reach&, bool stream, int64_t n);
+  double (*descend)(void* w, void* g, const void* g_max, const void* saved, const Reach&, const Site&, bool stream,
+                    int64_t n);
   void (*direction)(void* g, const void* g_min, double c, int64_t n);
   void (*copy)(void* to, const void* from, bool stream, int64_t n);
   void (*sgd)(const Update&, const SgdGroup&, void* momentum_buffer, bool first);
   void (*adam)(const Update&, const AdamGroup&, void* exp_avg, void* exp_avg_sq, double t);
 };
 
-// The loops of the best instruction set that this CPU has, and its name.
-const Loops& best_loops(Dtype);
+// The loops of the best instruction set that this CPU has, and its name. `stochastic`: 16-bit weights and state are
+// rounded so.
+const Loops& best_loops(Dtype, bool stochastic);
 const char* instruction_set();
 
 }  // namespace bsam

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "math.h"
+#include "rounding.h"
 
 namespace bsam {
 
@@ -40,9 +41,10 @@ std::vector<Group> groups_of(const FlatParams::Options<Group>& groups) {
 
 }  // namespace
 
-CpuFlatParams::CpuFlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places)
-    : FlatParams(std::move(params), std::move(places)),
-      loops_(best_loops(element_type(dtype_))),
+CpuFlatParams::CpuFlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places,
+                             std::optional<uint32_t> seed)
+    : FlatParams(std::move(params), std::move(places), seed),
+      loops_(best_loops(element_type(dtype_), !keys_.empty())),
       stream_(index_.size() * itemsize_ >= kStreamBytes),
       partial_(index_.blocks()) {
   if (!device_.is_cpu()) throw std::invalid_argument("CpuFlatParams: the parameters must be on the CPU");
@@ -82,6 +84,10 @@ void CpuFlatParams::sum_segments(std::initializer_list<int64_t> slots, AddTerms 
 
 const double* CpuFlatParams::on_host(const at::Tensor& sums) const { return sums.const_data_ptr<double>(); }
 
+Site CpuFlatParams::site(const Segment& s) const {
+  return {keys_.empty() ? 0 : step_key(keys_[s.tensor], *step_count_.const_data_ptr<int64_t>()), s.begin};
+}
+
 // Copies g where it is taken so; before the segment's gradient or g is worked on.
 void CpuFlatParams::copy_taken(const Entry& e, const Segment& s) const {
   const int64_t at = s.begin * itemsize_;
@@ -120,7 +126,7 @@ void CpuFlatParams::run_ascend(const at::Tensor& sums, const Options<RadiusGroup
     if (!e.now) return;
     copy_taken(e, s);
     const int64_t at = s.begin * itemsize_;
-    loops_.ascend(e.w + at, e.now + at, saved + s.flat * itemsize_, groups[e.group], stream_, s.count);
+    loops_.ascend(e.w + at, e.now + at, saved + s.flat * itemsize_, groups[e.group], site(s), stream_, s.count);
   });
 }
 
@@ -134,7 +140,7 @@ void CpuFlatParams::run_descend(const at::Tensor& sums, const Options<RadiusGrou
     const char* g_max = e.now ? e.now + at : kZeros;
     copy_taken(e, s);
     *sum += e.perturbed ? loops_.descend(e.w + at, data(e.g, at), g_max, saved + s.flat * itemsize_, groups[e.group],
-                                         stream_, s.count)
+                                         site(s), stream_, s.count)
                         : loops_.square_norm(nullptr, g_max, Reach{}, s.count);
   });
 }
@@ -154,9 +160,10 @@ void CpuFlatParams::update(const at::Tensor& sums, bool from_saved, double max_n
     const char* now = e.now ? e.now + at : nullptr;
     const char* g = bilateral_ ? static_cast<const char*>(data(e.g, at)) : now;
     rule(Update{e.w + at, e.perturbed && saved ? saved + s.flat * itemsize_ : e.w + at, g ? g : kZeros,
-                bilateral_ ? now : nullptr, scales, stream_, s.count},
+                bilateral_ ? now : nullptr, scales, site(s), stream_, s.count},
          e, s, steps[s.tensor]);
   });
+  ++*step_count_.mutable_data_ptr<int64_t>();
 }
 
 void CpuFlatParams::run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved, double max_norm) {

@@ -8,7 +8,8 @@ namespace bsam {
 
 class CpuFlatParams final : public FlatParams {
  public:
-  CpuFlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places);
+  CpuFlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places,
+                std::optional<uint32_t> seed);
 
   void square_norm(int64_t slot, const Options<RadiusGroup>& radii) override;
   void direction_sums() override;
@@ -24,6 +25,7 @@ class CpuFlatParams final : public FlatParams {
 
   using Terms = std::array<double, 3>;  // of as many sums at once
 
+  Site site(const Segment& s) const;
   void copy_taken(const Entry& e, const Segment& s) const;
   template <class Rule>
   void update(const at::Tensor& sums, bool from_saved, double max_norm, Rule rule);

@@ -8,6 +8,7 @@
 
 #include "cpu.h"
 #include "math.h"
+#include "rounding.h"
 #include "scalar.h"
 
 // Elements of one index only meet each other, so a loop may be vectorised even where it works in place.
@@ -56,6 +57,19 @@ BSAM_INLINE void copy_elements(S* to_, const S* from_, bool stream, int64_t n) {
 // Streaming stores want whole, aligned cache lines.
 BSAM_INLINE bool can_stream(const void* to, bool wanted) { return wanted && reinterpret_cast<uintptr_t>(to) % 64 == 0; }
 
+// How weights and state are stored: a policy of the loops, made for an operand of a site; i is an element's index.
+template <class S>
+struct Nearest {
+  BSAM_INLINE Nearest(uint32_t, Operand) {}
+  BSAM_INLINE void operator()(S& to, arithmetic_t<S> x, uint32_t) const { store(to, x); }
+};
+template <class S>
+struct Stochastic {
+  Draw draw_;
+  BSAM_INLINE Stochastic(uint32_t key, Operand operand) : draw_(draw(key, operand)) {}
+  BSAM_INLINE void operator()(S& to, float x, uint32_t i) const { store_stochastic(to, x, random_bits(draw_, i)); }
+};
+
 // Σ (T g)²; w is read where adaptive.
 template <bool adaptive, class S>
 BSAM_INLINE double square_sum(const S* w, const S* g, double eta, int64_t n) {
@@ -87,24 +101,26 @@ BSAM_INLINE double product_sum(const S* a, const S* b, int64_t n) {
   return sum;
 }
 
-// to = from + step T² g.
-template <bool adaptive, class S>
-BSAM_INLINE void perturb(S* to, const S* from, const S* g, const Reach& reach, int64_t n) {
+// to = from + step T² g; `first`: the index of the first element.
+template <bool adaptive, class S, class Round>
+BSAM_INLINE void perturb(S* to, const S* from, const S* g, const Reach& reach, const Round& round, uint32_t first,
+                         int64_t n) {
   using T = arithmetic_t<S>;
   const T step = T(reach.step), eta = T(reach.eta);
   BSAM_ELEMENTWISE
   for (int64_t i = 0; i < n; ++i) {
     const T w = value(from[i]);
-    store(to[i], perturbed<T>(w, value(g[i]), adaptivity<adaptive, T>(w, eta), step));
+    round(to[i], perturbed<T>(w, value(g[i]), adaptivity<adaptive, T>(w, eta), step), first + uint32_t(i));
   }
 }
 
-template <class S>
-BSAM_INLINE void perturb(S* to, const S* from, const S* g, const Reach& reach, int64_t n) {
+template <class S, class Round>
+BSAM_INLINE void perturb(S* to, const S* from, const S* g, const Reach& reach, const Round& round, uint32_t first,
+                         int64_t n) {
   if (reach.adaptive)
-    perturb<true>(to, from, g, reach, n);
+    perturb<true>(to, from, g, reach, round, first, n);
   else
-    perturb<false>(to, from, g, reach, n);
+    perturb<false>(to, from, g, reach, round, first, n);
 }
 
 template <bool bilateral, class S>
@@ -113,53 +129,61 @@ BSAM_INLINE arithmetic_t<S> direction_at(const S* g, const S* g_min, arithmetic_
   return bilateral_direction<arithmetic_t<S>>(value(g[i]), value(g_min[i]), c);
 }
 
-// The base updates of a tile, whose first element is the segment's i-th. Structs and not lambdas: GCC's
-// target pragma does not reach into lambdas.
-template <class S>
+// The base updates of a tile, whose first element is the segment's i-th, and its tensor's `first`-th. Structs and
+// not lambdas: GCC's target pragma does not reach into lambdas.
+template <class S, class Round>
 struct SgdRule {
   using T = arithmetic_t<S>;
   Sgd<T> sgd_;
   S* momentum_buffer;  // null without momentum
+  Round of_w, of_m;
 
   template <bool bilateral>
-  BSAM_INLINE void tile(S* to, const S* from, const S* g, const S* g_min, T c, int64_t i, int64_t n) const {
+  BSAM_INLINE void tile(S* to, const S* from, const S* g, const S* g_min, T c, int64_t i, uint32_t first,
+                        int64_t n) const {
     const Sgd<T> o = sgd_;
+    const Round round_w = of_w, round_m = of_m;
     if (momentum_buffer == nullptr) {
       BSAM_ELEMENTWISE
-      for (int64_t j = 0; j < n; ++j) store(to[j], sgd<T>(o, value(from[j]), direction_at<bilateral>(g, g_min, c, j)));
+      for (int64_t j = 0; j < n; ++j)
+        round_w(to[j], sgd<T>(o, value(from[j]), direction_at<bilateral>(g, g_min, c, j)), first + uint32_t(j));
       return;
     }
     S* m = momentum_buffer + i;
     BSAM_ELEMENTWISE
     for (int64_t j = 0; j < n; ++j) {
       T momentum = value(m[j]);
-      store(to[j], sgd<T>(o, value(from[j]), direction_at<bilateral>(g, g_min, c, j), momentum));
-      store(m[j], momentum);
+      round_w(to[j], sgd<T>(o, value(from[j]), direction_at<bilateral>(g, g_min, c, j), momentum), first + uint32_t(j));
+      round_m(m[j], momentum, first + uint32_t(j));
     }
   }
 };
 
-template <class S>
+template <class S, class Round>
 struct AdamRule {
   using T = arithmetic_t<S>;
   Adam<T> adam_;
   S *exp_avg, *exp_avg_sq;
+  Round of_w, of_m, of_v;
 
   template <bool bilateral>
-  BSAM_INLINE void tile(S* to, const S* from, const S* g, const S* g_min, T c, int64_t i, int64_t n) const {
+  BSAM_INLINE void tile(S* to, const S* from, const S* g, const S* g_min, T c, int64_t i, uint32_t first,
+                        int64_t n) const {
     const Adam<T> o = adam_;
+    const Round round_w = of_w, round_m = of_m, round_v = of_v;
     S *m = exp_avg + i, *v = exp_avg_sq + i;
     BSAM_ELEMENTWISE
     for (int64_t j = 0; j < n; ++j) {
-      T first = value(m[j]), second = value(v[j]);
-      store(to[j], adam<T>(o, value(from[j]), direction_at<bilateral>(g, g_min, c, j), first, second));
-      store(m[j], first);
-      store(v[j], second);
+      const uint32_t at = first + uint32_t(j);
+      T mean = value(m[j]), square = value(v[j]);
+      round_w(to[j], adam<T>(o, value(from[j]), direction_at<bilateral>(g, g_min, c, j), mean, square), at);
+      round_m(m[j], mean, at);
+      round_v(v[j], square, at);
     }
   }
 };
 
-template <class S>
+template <class S, class Round>
 struct SegmentLoops {
   using T = arithmetic_t<S>;
 
@@ -178,27 +202,30 @@ struct SegmentLoops {
     }
   }
 
-  static void ascend(void* w_, const void* g_, void* saved_, const Reach& reach, bool stream, int64_t n) {
+  static void ascend(void* w_, const void* g_, void* saved_, const Reach& reach, const Site& site, bool stream,
+                     int64_t n) {
     S *w = static_cast<S*>(w_), *saved = static_cast<S*>(saved_);
     const S* g = static_cast<const S*>(g_);
+    const Round round(site.key, kToMax);
     stream = can_stream(saved, stream);
     for (int64_t i = 0; i < n; i += kTile) {
       const int64_t count = tile_at(i, n);
       copy_elements(saved + i, w + i, stream, count);
-      perturb(w + i, w + i, g + i, reach, count);
+      perturb(w + i, w + i, g + i, reach, round, uint32_t(site.begin + i), count);
     }
   }
 
-  static double descend(void* w_, void* g_, const void* g_max_, const void* saved_, const Reach& reach, bool stream,
-                        int64_t n) {
+  static double descend(void* w_, void* g_, const void* g_max_, const void* saved_, const Reach& reach,
+                        const Site& site, bool stream, int64_t n) {
     S *w = static_cast<S*>(w_), *g = static_cast<S*>(g_);
     const S *g_max = static_cast<const S*>(g_max_), *saved = static_cast<const S*>(saved_);
+    const Round round(site.key, kToMin);
     stream = can_stream(w, stream);
     double sum = 0;
     alignas(64) S tile[kTile];
     for (int64_t i = 0; i < n; i += kTile) {
       const int64_t count = tile_at(i, n);
-      perturb(stream ? tile : w + i, saved + i, g + i, reach, count);
+      perturb(stream ? tile : w + i, saved + i, g + i, reach, round, uint32_t(site.begin + i), count);
       if (stream) copy_elements(w + i, tile, true, count);
       sum += square_sum<false>(w, g_max + i, 0, count);
       BSAM_ELEMENTWISE
@@ -223,13 +250,18 @@ struct SegmentLoops {
   static void sgd(const Update& u, const SgdGroup& group, void* momentum_buffer, bool first) {
     const Sgd<T> o = sgd_rule<T>(group.lr, group.momentum, group.dampening, group.weight_decay, group.nesterov,
                                  group.maximize, first, u.scales.factor);
-    update(u, SgdRule<S>{o, static_cast<S*>(momentum_buffer)});
+    update(u, SgdRule<S, Round>{o, static_cast<S*>(momentum_buffer), {u.site.key, kWeight}, {u.site.key, kFirstState}});
   }
 
   static void adam(const Update& u, const AdamGroup& group, void* exp_avg, void* exp_avg_sq, double t) {
     const Adam<T> o = adam_rule<T>(group.lr, group.beta1, group.beta2, group.eps, group.weight_decay, group.decoupled,
                                    group.maximize, t, u.scales.factor);
-    update(u, AdamRule<S>{o, static_cast<S*>(exp_avg), static_cast<S*>(exp_avg_sq)});
+    update(u, AdamRule<S, Round>{o,
+                                 static_cast<S*>(exp_avg),
+                                 static_cast<S*>(exp_avg_sq),
+                                 {u.site.key, kWeight},
+                                 {u.site.key, kFirstState},
+                                 {u.site.key, kSecondState}});
   }
 
  private:
@@ -244,24 +276,28 @@ struct SegmentLoops {
     for (int64_t i = 0; i < u.count; i += kTile) {
       const int64_t n = tile_at(i, u.count);
       S* to = stream ? out : w + i;
+      const uint32_t first = uint32_t(u.site.begin + i);
       if (g_min)
-        rule.template tile<true>(to, from + i, g + i, g_min + i, T(u.scales.c), i, n);
+        rule.template tile<true>(to, from + i, g + i, g_min + i, T(u.scales.c), i, first, n);
       else
-        rule.template tile<false>(to, from + i, g + i, nullptr, T(0), i, n);
+        rule.template tile<false>(to, from + i, g + i, nullptr, T(0), i, first, n);
       if (stream) copy_elements(w + i, out, true, n);
     }
   }
 };
 
-template <class S>
+template <class S, template <class> class Round>
 constexpr Loops loops_of() {
-  using L = SegmentLoops<S>;
+  using L = SegmentLoops<S, Round<S>>;
   return {L::square_norm, L::direction_sums, L::ascend, L::descend, L::direction, L::copy, L::sgd, L::adam};
 }
 
-const Loops& loops(Dtype dtype) {
-  static constexpr Loops table[] = {loops_of<float>(), loops_of<double>(), loops_of<BFloat16>(), loops_of<Float16>()};
-  return table[int(dtype)];
+const Loops& loops(Dtype dtype, bool stochastic) {
+  static constexpr Loops nearest[] = {loops_of<float, Nearest>(), loops_of<double, Nearest>(),
+                                      loops_of<BFloat16, Nearest>(), loops_of<Float16, Nearest>()};
+  static constexpr Loops random[] = {nearest[0], nearest[1], loops_of<BFloat16, Stochastic>(),
+                                     loops_of<Float16, Stochastic>()};
+  return (stochastic ? random : nearest)[int(dtype)];
 }
 
 }  // namespace BSAM_ISA

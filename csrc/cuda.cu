@@ -12,6 +12,7 @@
 #include "cuda_launch.cuh"
 #include "cuda_pieces.cuh"
 #include "math.h"
+#include "rounding.h"
 #include "scalar.h"
 
 namespace bsam {
@@ -31,6 +32,41 @@ __device__ Reach<T> reach(const double* groups, uint32_t group, double sum, doub
   const RadiusGroup o = RadiusGroup::from(groups + RadiusGroup::kOptions * group);
   return {T(step_length(o.radius, sum, norm_eps)), T(o.eta), o.adaptive};
 }
+
+// How an operand of a piece is stored, element by element of its tensor.
+template <class S>
+struct Rounder {
+  bool stochastic;
+  uint32_t begin;
+  Draw bits;
+
+  __device__ Rounder(const Rounding& rounding, const Piece<S>& p, Operand operand)
+      : stochastic(rounding.keys != nullptr),
+        begin(p.begin),
+        bits(stochastic ? draw(step_key(rounding.keys[p.tensor], *rounding.step_count), operand) : Draw{}) {}
+
+  __device__ void operator()(S& to, float x, int i) const {
+    if (stochastic)
+      store_stochastic(to, x, random_bits(bits, begin + uint32_t(i)));
+    else
+      bsam::store(to, x);
+  }
+};
+
+// What is computed with as it is stored has nothing to round.
+template <class S>
+struct Exact {
+  __device__ Exact(const Rounding&, const Piece<S>&, Operand) {}
+  __device__ void operator()(S& to, S x, int) const { to = x; }
+};
+template <>
+struct Rounder<float> : Exact<float> {
+  using Exact<float>::Exact;
+};
+template <>
+struct Rounder<double> : Exact<double> {
+  using Exact<double>::Exact;
+};
 
 struct SquareNorm {
   const double* groups;
@@ -89,6 +125,7 @@ struct Ascend {
   const double *groups, *sums;
   double norm_eps;
   void* saved;
+  Rounding rounding;
 
   template <class S, int capacity>
   __device__ void run(const Rows<capacity>& rows) const {
@@ -98,6 +135,7 @@ struct Ascend {
     Shared<Reach<T>> shared;
     for_pieces<S>(rows, [&](const Piece<S>& p) {
       const Reach<T> o = shared(p.group, [&] { return reach<T>(groups, p.group, sum, norm_eps); });
+      const Rounder<S> round(rounding, p, kToMax);
       Vector<S> w[kVectors<S>], g[kVectors<S>];
       for_vectors<S>(p.count, [&](int k, int i, int valid) {
         w[k] = load(p.w, i, valid);
@@ -109,7 +147,7 @@ struct Ascend {
         if (!finite) return;
         for_lanes<S>([&](int j) {
           const T x = value(w[k].lane[j]);
-          bsam::store(w[k].lane[j], perturbed<T>(x, value(g[k].lane[j]), o.adaptivity(x), o.step));
+          round(w[k].lane[j], perturbed<T>(x, value(g[k].lane[j]), o.adaptivity(x), o.step), i + j);
         });
         store(p.w, i, w[k], valid);
       });
@@ -121,6 +159,7 @@ struct Descend {
   const double *groups, *sums;
   double norm_eps;
   const void* saved;
+  Rounding rounding;
   Totals<1> total;
 
   template <class S, int capacity>
@@ -132,6 +171,7 @@ struct Descend {
     double sum = 0;
     for_pieces<S>(rows, [&](const Piece<S>& p) {
       const Reach<T> o = shared(p.group, [&] { return reach<T>(groups, p.group, sum_ascent, norm_eps); });
+      const Rounder<S> round(rounding, p, kToMin);
       Vector<S> w[kVectors<S>], g[kVectors<S>], g_max[kVectors<S>];
       for_vectors<S>(p.count, [&](int k, int i, int valid) {
         g_max[k] = load(p.now, i, valid);
@@ -147,7 +187,7 @@ struct Descend {
         }
         for_lanes<S>([&](int j) {
           const T x = value(w[k].lane[j]), slope = value(g[k].lane[j]);
-          if (finite) bsam::store(w[k].lane[j], perturbed<T>(x, slope, o.adaptivity(x), o.step));
+          if (finite) round(w[k].lane[j], perturbed<T>(x, slope, o.adaptivity(x), o.step), i + j);
           bsam::store(g[k].lane[j], direction_so_far<T>(slope, value(g_max[k].lane[j])));
           // float16 overflows at 65504: a g + g_max that did must not reach the weights.
           if (std::is_same<S, Float16>::value) sum += 0 * double(value(g[k].lane[j]));
@@ -246,6 +286,7 @@ struct Step {
   Update u;
   void* state[Base::kStates];
   unsigned* ticket;
+  uint32_t tensors;
 
   template <class T>
   struct Scalars {
@@ -266,7 +307,9 @@ struct Step {
     if (!is_last_block(ticket)) return;  // all others have read the steps
     for (uint32_t i = threadIdx.x; i < rows.count; i += kThreads)
       if (rows.row[i].flags & kCounted) u.steps[rows.begin + i] += finite;
-    if (threadIdx.x == 0 && rows.begin == 0) *u.skipped += !finite;
+    if (threadIdx.x != 0) return;
+    if (rows.begin == 0) *u.skipped += !finite;
+    if (rows.begin + rows.count == tensors) ++*u.step_count;  // all parts of the launch have read it
   }
 
   template <class S, class T = arithmetic_t<S>>
@@ -294,9 +337,10 @@ struct Step {
         T kept[Base::kStates];
 #pragma unroll
         for (int s = 0; s < Base::kStates; ++s) kept[s] = value(held[s][k].lane[j]);
-        bsam::store(w[k].lane[j], o.base(value(w[k].lane[j]), d, kept));
+        Rounder<S>(u.rounding, p, kWeight)(w[k].lane[j], o.base(value(w[k].lane[j]), d, kept), i + j);
 #pragma unroll
-        for (int s = 0; s < Base::kStates; ++s) bsam::store(held[s][k].lane[j], kept[s]);
+        for (int s = 0; s < Base::kStates; ++s)
+          Rounder<S>(u.rounding, p, Operand(kFirstState + s))(held[s][k].lane[j], kept[s], i + j);
       });
       store(p.w, i, w[k], valid);
       if (!o.base.stateful()) return;
@@ -333,13 +377,13 @@ void direction_sums(const Context& context, const Items& items, double* const (&
 }
 
 void ascend(const Context& context, const Items& items, const double* groups, const double* sums, double norm_eps,
-            void* saved) {
-  launch(context, items, Ascend{groups, sums, norm_eps, saved});
+            void* saved, const Rounding& rounding) {
+  launch(context, items, Ascend{groups, sums, norm_eps, saved, rounding});
 }
 
 void descend(const Context& context, const Items& items, const double* groups, const double* sums, double norm_eps,
-             const void* saved, double* to) {
-  launch(context, items, Descend{groups, sums, norm_eps, saved, {context.partials, context.ticket, {to}}});
+             const void* saved, const Rounding& rounding, double* to) {
+  launch(context, items, Descend{groups, sums, norm_eps, saved, rounding, {context.partials, context.ticket, {to}}});
 }
 
 void direction(const Context& context, const Items& items, const double* sums) {
@@ -349,11 +393,11 @@ void direction(const Context& context, const Items& items, const double* sums) {
 void restore(const Context& context, const Items& items, const void* saved) { launch(context, items, Restore{saved}); }
 
 void sgd(const Context& context, const Items& items, const Update& update, void* momentum_buffer) {
-  launch(context, items, Step<SgdBase>{update, {momentum_buffer}, context.ticket});
+  launch(context, items, Step<SgdBase>{update, {momentum_buffer}, context.ticket, uint32_t(items.size())});
 }
 
 void adam(const Context& context, const Items& items, const Update& update, void* exp_avg, void* exp_avg_sq) {
-  launch(context, items, Step<AdamBase>{update, {exp_avg, exp_avg_sq}, context.ticket});
+  launch(context, items, Step<AdamBase>{update, {exp_avg, exp_avg_sq}, context.ticket, uint32_t(items.size())});
 }
 
 void write(double* to, const double* values, size_t count, void* stream) {

@@ -39,15 +39,22 @@ constexpr int kTerms = 3;
 // over all FlatParams, kSlots of them.
 using Items = std::vector<Item>;
 
+// How 16-bit weights and state are rounded: with the tensors' keys (tensor_key) stochastically, without to nearest.
+struct Rounding {
+  const uint32_t* keys;
+  const int64_t* step_count;
+};
+
 // *to = Σ (T g)², g in `now`; without `groups`, T = 1.
 void square_norm(const Context&, const Items&, const double* groups, double* to);
 // to[0], [1], [2] = Σ g_min², Σ s², Σ s g_min; s = g + g_max in g, g_min in `now`.
 void direction_sums(const Context&, const Items&, double* const (&to)[kTerms]);
 // saved = w, w = w_max; `now`, g at w, is copied into g where that is not null.
-void ascend(const Context&, const Items&, const double* groups, const double* sums, double norm_eps, void* saved);
+void ascend(const Context&, const Items&, const double* groups, const double* sums, double norm_eps, void* saved,
+            const Rounding&);
 // w = w_min from saved, g += g_max in `now`, *to = Σ g_max². What is not perturbed has no w, and only copies g_max.
 void descend(const Context&, const Items&, const double* groups, const double* sums, double norm_eps, const void* saved,
-             double* to);
+             const Rounding&, double* to);
 // g = g + g_max − c g_min, g_min in `now`.
 void direction(const Context&, const Items&, const double* sums);
 // w = saved.
@@ -59,9 +66,11 @@ struct Update {
   const void* saved;  // null if nothing was perturbed
   bool from_saved;    // start from saved where perturbed, else from w
   bool bilateral;
-  double max_norm;   // of d
-  float* steps;      // a tensor: updates made so far; advanced
-  int64_t* skipped;  // advanced where a sum is not finite: nothing else changes then, but w goes back to saved
+  double max_norm;  // of d
+  Rounding rounding;
+  int64_t* step_count;  // advanced
+  float* steps;         // a tensor: updates made so far; advanced
+  int64_t* skipped;     // advanced where a sum is not finite: nothing else changes then, but w goes back to saved
 };
 void sgd(const Context&, const Items&, const Update&, void* momentum_buffer);
 void adam(const Context&, const Items&, const Update&, void* exp_avg, void* exp_avg_sq);

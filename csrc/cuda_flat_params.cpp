@@ -9,12 +9,15 @@
 
 namespace bsam {
 
-CudaFlatParams::CudaFlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places)
-    : FlatParams(std::move(params), std::move(places)),
+CudaFlatParams::CudaFlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places,
+                               std::optional<uint32_t> seed)
+    : FlatParams(std::move(params), std::move(places), seed),
       workspace_(
           at::zeros({1 + cuda::kTerms * cuda::most_blocks(device_.index())}, at::dtype(at::kDouble).device(device_))),
       items_(entries_.size()) {
   refuse_capture();
+  if (!keys_.empty())
+    keys_on_device_ = at::from_blob(keys_.data(), {int64_t(keys_.size())}, at::kInt).to(device_, at::kInt, false, true);
   for (size_t i : c10::irange(entries_.size())) {
     items_[i].flat = index_.offset(int64_t(i));
     items_[i].group = uint32_t(entries_[i].group);
@@ -71,6 +74,10 @@ const double* CudaFlatParams::table(Use use, const std::vector<std::array<double
   return t.on_device.const_data_ptr<double>();
 }
 
+cuda::Rounding CudaFlatParams::rounding() const {
+  return {reinterpret_cast<const uint32_t*>(data(keys_on_device_, 0)), step_count_.const_data_ptr<int64_t>()};
+}
+
 double* CudaFlatParams::sum(int64_t slot) { return sums_.mutable_data_ptr<double>() + slot; }
 
 void CudaFlatParams::square_norm(int64_t slot, const Options<RadiusGroup>& radii) {
@@ -97,7 +104,7 @@ void CudaFlatParams::run_ascend(const at::Tensor& sums, const Options<RadiusGrou
     if (!e.copying) item.g = nullptr;
     return e.perturbed;
   });
-  cuda::ascend(context(), all, groups, sums.const_data_ptr<double>(), norm_eps, saved);
+  cuda::ascend(context(), all, groups, sums.const_data_ptr<double>(), norm_eps, saved, rounding());
 }
 
 void CudaFlatParams::run_descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) {
@@ -107,7 +114,8 @@ void CudaFlatParams::run_descend(const at::Tensor& sums, const Options<RadiusGro
     if (!e.perturbed && !e.copying) item.g = nullptr;
     return e.perturbed || e.now != nullptr;
   });
-  cuda::descend(context(), all, groups, sums.const_data_ptr<double>(), norm_eps, buffer("saved"), sum(kMax));
+  cuda::descend(context(), all, groups, sums.const_data_ptr<double>(), norm_eps, buffer("saved"), rounding(),
+                sum(kMax));
 }
 
 const cuda::Items& CudaFlatParams::members() {
@@ -121,6 +129,8 @@ cuda::Update CudaFlatParams::update(const at::Tensor& sums, const double* groups
           from_saved,
           bilateral_,
           max_norm,
+          rounding(),
+          step_count_.mutable_data_ptr<int64_t>(),
           steps_.mutable_data_ptr<float>(),
           skipped_.mutable_data_ptr<int64_t>()};
 }

@@ -10,7 +10,8 @@ namespace bsam {
 
 class CudaFlatParams final : public FlatParams {
  public:
-  CudaFlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places);
+  CudaFlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places,
+                 std::optional<uint32_t> seed);
 
   void square_norm(int64_t slot, const Options<RadiusGroup>& radii) override;
   void direction_sums() override;
@@ -41,10 +42,12 @@ class CudaFlatParams final : public FlatParams {
   template <size_t options>
   const double* table(Use use, const std::vector<std::array<double, options>>& groups);
   cuda::Update update(const at::Tensor& sums, const double* groups, bool from_saved, double max_norm);
+  cuda::Rounding rounding() const;
   const cuda::Items& members();
   double* sum(int64_t slot);
 
-  at::Tensor workspace_;  // the ticket, then the partial sums
+  at::Tensor workspace_;       // the ticket, then the partial sums
+  at::Tensor keys_on_device_;  // of stochastic rounding
   std::array<Table, 3> tables_;
   cuda::Items items_;
 };

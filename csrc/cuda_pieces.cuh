@@ -110,6 +110,7 @@ __device__ void store(S* to, int64_t i, const Vector<S>& v, int valid) {
 template <class S>
 struct Piece {
   uint32_t tensor, group;
+  uint32_t begin;  // its first element's index in the tensor, modulo 2^32
   bool perturbed;
   int count;
   int64_t flat;
@@ -126,6 +127,7 @@ __device__ Piece<S> piece(const Rows<capacity>& rows, uint32_t chunk) {
   const auto advance = [at](auto* p) { return p == nullptr ? nullptr : p + at; };
   return {rows.begin + i,
           row.group,
+          uint32_t(at),
           (row.flags & kPerturbed) != 0,
           chunk + 1 == end ? int(row.last) : kChunk<S>,
           int64_t(row.line) * (kAlignment / int64_t(sizeof(S))) + at,

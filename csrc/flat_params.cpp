@@ -4,6 +4,7 @@
 #include <c10/util/irange.h>
 
 #include "holders.h"
+#include "rounding.h"
 
 namespace bsam {
 
@@ -37,7 +38,8 @@ Dtype element_type(at::ScalarType dtype) {
   }
 }
 
-FlatParams::FlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places)
+FlatParams::FlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places,
+                       std::optional<uint32_t> seed)
     : params_(std::move(params)),
       places_(std::move(places)),
       device_(params_.at(0).device()),
@@ -46,7 +48,8 @@ FlatParams::FlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int
       index_(numels(params_), itemsize_),
       sums_(at::zeros({kSlots}, at::dtype(at::kDouble).device(device_))),
       steps_(at::zeros({int64_t(params_.size())}, at::dtype(at::kFloat).device(device_))),
-      skipped_(at::zeros({}, at::dtype(at::kLong).device(device_))) {
+      skipped_(at::zeros({}, at::dtype(at::kLong).device(device_))),
+      step_count_(at::zeros({}, at::dtype(at::kLong).device(device_))) {
   entries_.reserve(params_.size());
   for (size_t i : c10::irange(params_.size())) {
     const auto& p = params_[i];
@@ -60,8 +63,10 @@ FlatParams::FlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int
     shapes_.insert(shapes_.end(), p.sizes().begin(), p.sizes().end());
     shapes_.insert(shapes_.end(), p.strides().begin(), p.strides().end());
     entry.dense = p.is_non_overlapping_and_dense() && !p.is_neg();
-    if (!entry.dense) entry.packed = at::empty(p.sizes(), p.options().requires_grad(false));
+    if (!entry.dense) entry.packed = at::empty_like(p.detach());
     entries_.push_back(std::move(entry));
+    if (seed && itemsize_ == 2)
+      keys_.push_back(tensor_key(*seed, uint32_t(places_[i].first), uint32_t(places_[i].second)));
   }
 }
 
@@ -202,6 +207,7 @@ bool FlatParams::skips(const at::Tensor& sums) {
 
 void FlatParams::skip() {
   skipped_.add_(1);
+  step_count_.add_(1);
   restore();
 }
 
@@ -278,6 +284,7 @@ bool FlatParams::combine(const at::Tensor& sums, bool from_saved, double max_nor
     if (e.g.defined()) params_[i].mutable_grad() = std::move(e.g);
     e.own.reset();  // it may be the gradient now
   }
+  step_count_.add_(1);
   scale_gradients(DirectionScales::from(known, bilateral_, max_norm).factor);
   return true;
 }

@@ -10,6 +10,7 @@
 
 #include <array>
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -29,7 +30,9 @@ class FlatParams {
   template <class Group>
   using Options = std::vector<std::array<double, Group::kOptions>>;  // an entry a param group
 
-  FlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places);
+  // `seed`: of stochastic rounding, for 16-bit parameters; none: to nearest.
+  FlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places,
+             std::optional<uint32_t> seed);
   virtual ~FlatParams() = default;
 
   void read_gradients();
@@ -54,6 +57,7 @@ class FlatParams {
   const std::vector<at::Tensor>& params() const { return params_; }
   const std::vector<std::pair<int64_t, int64_t>>& places() const { return places_; }
   at::Tensor sums() const { return sums_; }
+  at::Tensor step_count() const { return step_count_; }
   int64_t skipped() const;
   at::Device device() const { return device_; }
   at::ScalarType dtype() const { return dtype_; }
@@ -106,7 +110,8 @@ class FlatParams {
   int64_t itemsize_;
   FlatIndex index_;
   std::vector<Entry> entries_;
-  at::Tensor sums_, steps_, skipped_;
+  std::vector<uint32_t> keys_;  // tensor_key of each parameter; none without stochastic rounding
+  at::Tensor sums_, steps_, skipped_, step_count_;
   bool bilateral_ = false;  // this step's ascend kept g
 
  private:

@@ -31,5 +31,5 @@ def module():
     )
 
 
-def flat_params(params, places):
-    return module().CudaFlatParams(list(params), list(places))
+def flat_params(params, places, seed):
+    return module().CudaFlatParams(list(params), list(places), seed)

@@ -21,7 +21,7 @@ SHAPES = {
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
-# Of a value, one rounding and a few more of float32 arithmetic before it.
+# Of a value, one rounding (of 16 bits stochastic: to either neighbour) and a few more of float32 arithmetic before it.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8.5e-3, torch.float16: 1.1e-3}
 
 

@@ -18,8 +18,9 @@ MAY_IMPORT = {
     "losses": set(),
     "schedules": set(),
     "ops.contract": set(),
-    "ops.flat_params": {"ops.contract"},
-    "ops.torch_flat": {"ops.contract", "ops.flat_params"},
+    "ops.flat_params": {"ops.contract", "ops.rounding"},
+    "ops.rounding": set(),
+    "ops.torch_flat": {"ops.contract", "ops.flat_params", "ops.rounding"},
     "ops.native_flat": {"ops.contract", "_version"},
     "ops.dispatch": {"ops.contract", "ops.torch_flat", "ops.native_flat"},
     "ops": set(),
@@ -29,12 +30,14 @@ MAY_IMPORT = {
     "optim.sharpness": set(),
     "optim.scaling": set(),
     "optim.flats": {"ops.contract", "ops.dispatch", "optim.fused", "optim.scaling"},
+    "optim.persistence": {"optim.flats", "optim.fused"},
     "optim.base": {
         "ops.contract",
         "ops.dispatch",
         "optim.flats",
         "optim.fused",
         "optim.groups",
+        "optim.persistence",
         "optim.scaling",
         "optim.sharpness",
         "batchnorm",
@@ -109,6 +112,7 @@ def test_nothing_imports_report_but_the_command_line():
             assert not any(imported.split(".")[0] == "report" for imported in imports(path)), name
 
 
+FORMULAS = ["math.h", "scalar.h", "rounding.h"]
 CUDA = ["cuda.h", "cuda_pieces.cuh", "cuda_launch.cuh", "cuda.cu"]
 
 
@@ -116,7 +120,9 @@ def includes(name):
     return set(re.findall(r'#include ["<]([^">]+)', (ROOT / "csrc" / name).read_text()))
 
 
-@pytest.mark.parametrize("name", ["math.h", "scalar.h", "flat.h", "groups.h", "cpu.h", "cpu_loops.h", "cpu.cpp", *CUDA])
+@pytest.mark.parametrize(
+    "name", ["math.h", "scalar.h", "rounding.h", "flat.h", "groups.h", "cpu.h", "cpu_loops.h", "cpu.cpp", *CUDA]
+)
 def test_formulas_and_indexing_know_no_torch(name):
     assert not any(header.startswith(("ATen", "torch", "c10", "pybind11")) for header in includes(name))
 

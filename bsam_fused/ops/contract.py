@@ -67,8 +67,10 @@ class AdamScalars(NamedTuple):
 class FlatParams(Protocol):
     """The parameters of one device and dtype, and the flat buffers that belong to them.
 
-    Constructed from ``params`` (float32, float64, bfloat16 or float16 tensors of any strides) and ``places``
-    (of each, its param group and its index there). Arithmetic is in float32 (float64 for float64). Methods that
+    Constructed from ``params`` (float32, float64, bfloat16 or float16 tensors of any strides), ``places`` (of each,
+    its param group and its index there) and ``seed`` (int or None). Arithmetic is in float32 (float64 for float64).
+    With a seed w_max, w_min, updated weights and state of 16 bits are rounded stochastically (csrc/rounding.h; the
+    bits depend on the seed, the place, the element and `step_count`), without to nearest. Methods that
     write weights bump their version counters. A parameter without a gradient in some pass has the gradient
     zero there; one without any in a whole step is left alone. Options come as one entry a param group.
     ``sums`` arguments are the sums over *all* FlatParams of the optimizer, on this one's device.
@@ -95,6 +97,10 @@ class FlatParams(Protocol):
     @property
     def sums(self) -> Tensor:
         """float64 (6,): this FlatParams' own sums, and the loss's scale, which is set from outside."""
+
+    @property
+    def step_count(self) -> Tensor:
+        """int64 (): updates, made or skipped, and calls of `combine` so far."""
 
     @property
     def skipped(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bsam_fused.ops import contract, native_flat, torch_flat
 
-Factory = Callable[[Sequence[Tensor], Sequence[tuple[int, int]]], contract.FlatParams]
+Factory = Callable[[Sequence[Tensor], Sequence[tuple[int, int]], int | None], contract.FlatParams]
 
 BACKENDS = ("cuda", "triton", "cpp", "torch")
 VARIABLE = "BSAM_FUSED_BACKEND"

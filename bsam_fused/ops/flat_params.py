@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from bsam_fused.ops import contract
+from bsam_fused.ops import contract, rounding
 from bsam_fused.ops.contract import CHECKED, SLOTS, AdamScalars, Radius, SGDScalars
 
 ALIGNMENT = 64  # bytes: every tensor starts on a cache line of the flat buffers
@@ -31,12 +31,15 @@ class PythonFlatParams(ABC):
     """`contract.FlatParams`, but for what runs over the elements."""
 
     @torch.no_grad()
-    def __init__(self, params: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None) -> None:
         self.params, self.places = list(params), list(places)
         self.device, self.dtype = self.params[0].device, self.params[0].dtype
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         self.sums = torch.zeros(SLOTS, dtype=wide, device=self.device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.step_count = torch.zeros((), dtype=torch.int64, device=self.device)
+        # Of parameters that are rounded stochastically.
+        self._keys = [rounding.tensor_key(seed, *place) for place in places] if self._rounds(seed) else []
         self._steps = torch.zeros(len(self.params), device=self.device)
         self._layouts = [(p.shape, p.stride()) for p in self.params]
         self._numels = [p.numel() for p in self.params]
@@ -57,6 +60,9 @@ class PythonFlatParams(ABC):
         self._own: dict[int, Tensor] = {}  # where g is kept if it had to be copied
         self._bilateral = False  # this step's ascend kept g
         self._forget()
+
+    def _rounds(self, seed: int | None) -> TypeGuard[int]:
+        return seed is not None and self.dtype.itemsize == 2
 
     def _forget(self) -> None:
         self._now: dict[int, Tensor] = {}  # this pass's gradients, in the flat buffers' strides
@@ -244,6 +250,7 @@ class PythonFlatParams(ABC):
     @torch.no_grad()
     def combine(self, sums: Tensor, from_saved: bool, max_norm: float) -> bool:
         """Put d into .grad, w into the weights."""
+        self.step_count += 1
         if not sums[:CHECKED].isfinite().all():
             self._skipped += 1
             self.restore()

@@ -81,7 +81,9 @@ def why_no_cuda() -> str:
     return ""
 
 
-def cpu_flat_params(params: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> contract.FlatParams:
+def cpu_flat_params(
+    params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None
+) -> contract.FlatParams:
     """Return the compiled FlatParams over ``params`` on the CPU.
 
     Raises:
@@ -90,10 +92,12 @@ def cpu_flat_params(params: Sequence[Tensor], places: Sequence[tuple[int, int]])
     module, reason = load()
     if module is None:
         raise RuntimeError(reason)
-    return module.CpuFlatParams(list(params), list(places))
+    return module.CpuFlatParams(list(params), list(places), seed)
 
 
-def cuda_flat_params(params: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> contract.FlatParams:
+def cuda_flat_params(
+    params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None
+) -> contract.FlatParams:
     """Return the compiled FlatParams over ``params`` on a CUDA device.
 
     Raises:
@@ -102,4 +106,4 @@ def cuda_flat_params(params: Sequence[Tensor], places: Sequence[tuple[int, int]]
     module, reason = load()[0], why_no_cuda()
     if module is None or reason:
         raise RuntimeError(reason)
-    return module.CudaFlatParams(list(params), list(places))
+    return module.CudaFlatParams(list(params), list(places), seed)

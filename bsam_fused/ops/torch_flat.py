@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from bsam_fused.ops import rounding
 from bsam_fused.ops.contract import ASCENT, CHECKED, CROSS, MAX, MIN, SCALE, SO_FAR, AdamScalars, Radius, SGDScalars
 from bsam_fused.ops.flat_params import PythonFlatParams, Update
 
@@ -42,9 +43,17 @@ def direction_scales(sums: Tensor, bilateral: bool, max_norm: float) -> tuple[Te
 class TorchFlatParams(PythonFlatParams):
     """`contract.FlatParams` in plain torch."""
 
-    def __init__(self, params: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> None:
-        super().__init__(params, places)
+    def __init__(self, params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None) -> None:
+        super().__init__(params, places, seed)
         self._compute = torch.promote_types(self.dtype, torch.float32)
+
+    def _write(self, to: Tensor, i: int, operand: int, x: Tensor) -> None:
+        """Round x, of the i-th parameter's shape, into a tensor of its dtype."""
+        if self._keys:
+            at = torch.arange(x.numel(), device=self.device).as_strided(x.shape, self._strides[i])
+            bits = rounding.random_bits(self._keys[i], self.step_count, operand, at)
+            x = rounding.rounded(x, self.dtype, bits)
+        to.copy_(x)
 
     @torch.no_grad()
     def square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
@@ -77,12 +86,12 @@ class TorchFlatParams(PythonFlatParams):
         if self._now:
             torch._foreach_copy_([self._view("saved", i) for i in self._now], [self._weights(i) for i in self._now])
         self._perturbed = list(self._now)  # only now: an interrupted copy must not be restored from
-        self._perturb(sums, radii, norm_eps, sums[ASCENT].isfinite(), self._now)
+        self._perturb(rounding.TO_MAX, sums, radii, norm_eps, sums[ASCENT].isfinite(), self._now)
 
     def _run_descend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
         self.square_norm(MAX, [Radius(0.0)] * len(radii))
         finite = sums[ASCENT].isfinite() & self.sums[MAX].isfinite()
-        self._perturb(sums, radii, norm_eps, finite, {i: self._g[i] for i in self._perturbed})
+        self._perturb(rounding.TO_MIN, sums, radii, norm_eps, finite, {i: self._g[i] for i in self._perturbed})
         both = [i for i in self._perturbed if i in self._now]
         if both:
             torch._foreach_add_([self._g[i] for i in both], [self._now[i] for i in both])
@@ -91,6 +100,7 @@ class TorchFlatParams(PythonFlatParams):
 
     def _perturb(
         self,
+        operand: int,
         sums: Tensor,
         radii: Sequence[Radius],
         norm_eps: float,
@@ -102,7 +112,8 @@ class TorchFlatParams(PythonFlatParams):
         for i, g in gradients.items():
             radius, w = radii[self.places[i][0]], self._view("saved", i).to(self._compute)
             step = (radius.radius * inverse).to(self._compute)
-            self._weights(i).copy_(torch.where(finite, perturbed(w, g.to(self._compute), step, radius), w))
+            moved = torch.where(finite, perturbed(w, g.to(self._compute), step, radius), w)
+            self._write(self._weights(i), i, operand, moved)
 
     def _direction(self, i: int, c: Tensor, factor: Tensor) -> Tensor:
         """Return d: factor times g_max (SAM), or g + g_max − c g_min (BSAM); a missing gradient is zero."""
@@ -123,8 +134,9 @@ class TorchFlatParams(PythonFlatParams):
         for i, kept in before.items():
             start = kept if update.from_saved else self._weights(i)
             new = rule(i, start.to(self._compute), self._direction(i, *scales), finite)
-            self._weights(i).copy_(torch.where(finite, new, kept.to(self._compute)))
+            self._write(self._weights(i), i, rounding.WEIGHT, torch.where(finite, new, kept.to(self._compute)))
         self._skipped += ~finite
+        self.step_count += 1
 
     def _run_sgd(self, update: Update, groups: Sequence[SGDScalars], members: list[int]) -> None:
         def rule(i: int, w: Tensor, d: Tensor, finite: Tensor) -> Tensor:
@@ -135,7 +147,7 @@ class TorchFlatParams(PythonFlatParams):
                 m = buffer.to(self._compute)
                 averaged = o.momentum * m + (1 - o.dampening) * d
                 new = torch.where(self._steps[i] == 1, d, averaged)
-                buffer.copy_(torch.where(finite, new, m))
+                self._write(buffer, i, rounding.FIRST_STATE, torch.where(finite, new, m))
                 d = d + o.momentum * new if o.nesterov else new
             return w - o.lr * d
 
@@ -152,8 +164,8 @@ class TorchFlatParams(PythonFlatParams):
             exp_avg, exp_avg_sq = self._view("exp_avg", i), self._view("exp_avg_sq", i)
             m, v = exp_avg.to(self._compute), exp_avg_sq.to(self._compute)
             new_m, new_v = m + (1 - o.beta1) * (d - m), o.beta2 * v + (1 - o.beta2) * d.square()
-            exp_avg.copy_(torch.where(finite, new_m, m))
-            exp_avg_sq.copy_(torch.where(finite, new_v, v))
+            self._write(exp_avg, i, rounding.FIRST_STATE, torch.where(finite, new_m, m))
+            self._write(exp_avg_sq, i, rounding.SECOND_STATE, torch.where(finite, new_v, v))
             t = self._steps[i].to(self.sums.dtype)
             step_size = (o.lr / (1 - o.beta1**t)).to(self._compute)
             correction = (1 - o.beta2**t).sqrt().to(self._compute)

@@ -22,6 +22,7 @@ from bsam_fused.ops import contract, dispatch
 from bsam_fused.ops.contract import ASCENT, NORMS, Radius
 from bsam_fused.optim import fused, groups, scaling
 from bsam_fused.optim.flats import Flats
+from bsam_fused.optim.persistence import Persistent
 from bsam_fused.optim.sharpness import Sharpness
 
 Closure = Callable[[], Any]
@@ -35,7 +36,7 @@ class Phase(enum.Enum):
     DESCENDED = "descended"
 
 
-class SharpnessAware(torch.optim.Optimizer):
+class SharpnessAware(Persistent):
     """A base optimizer that steps from w with a direction found at perturbed weights.
 
     Subclasses name their calls, and add the ones of their own.
@@ -64,10 +65,12 @@ class SharpnessAware(torch.optim.Optimizer):
         *,
         norm_eps: float,
         max_grad_norm: float | None,
+        rounding: str,
+        seed: int,
         model: nn.Module | None,
         backend: str,
     ) -> None:
-        self._flats = Flats()
+        self._flats = Flats(groups.check_rounding(rounding, seed))
         self._batchnorm = ExitStack()
         self.norm_eps = groups.check_non_negative("norm_eps", norm_eps)
         groups.check_max_norm(max_grad_norm)
@@ -413,70 +416,6 @@ class SharpnessAware(torch.optim.Optimizer):
     def _check_options(self, group: dict[str, Any], index: int) -> None:
         for option in ("rho", "eta"):
             self._non_negative(group, option, index)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state, and param groups with the sharpness-aware options.
-
-        Raises:
-            RuntimeError: while the weights are perturbed: a checkpoint of the model would hold w_max.
-        """
-        self._require_w("state_dict()")
-        self._flats.retract()
-        packed = super().state_dict()
-        return {**packed, "state": fused.with_steps_on_host(packed["state"])}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this optimizer or of the plain base optimizer.
-
-        Options that a saved group lacks stay as they are here.
-
-        Raises:
-            RuntimeError: within a step.
-            ValueError: the groups do not match.
-        """
-        self._require_rest("load_state_dict()")
-        saved, here = state_dict["param_groups"], self.param_groups
-        if len(saved) == len(here):
-            kept = [{k: v for k, v in group.items() if k in self._kept_options} for group in here]
-            saved = [{**options, **group} for options, group in zip(kept, saved, strict=True)]
-        super().load_state_dict({**state_dict, "param_groups": saved})
-
-    @property
-    def _kept_options(self) -> set[str]:
-        return set(self.defaults)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle and deepcopy take: no flat buffers, and state that is no view of one."""
-        self._require_rest("copying or pickling the optimizer")
-        self._flats.retract()
-        state: Any = type(self.state)(dict)
-        for param, values in self.state.items():
-            state[param] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
-        base = {**self.base_optimizer.__getstate__(), "state": state, "param_groups": self.param_groups}
-        ours = {
-            name: self.__dict__[name]
-            for name in ("norm_eps", "max_grad_norm", "model", "backend", "active", "sharpness")
-        }
-        return {
-            **super().__getstate__(),
-            **ours,
-            "state": state,
-            "base": (type(self.base_optimizer), base),
-            "_from_saved": self._from_saved,
-            "_flats": Flats(self.skipped_steps),
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a pickled state, or, from load_state_dict, state and param groups."""
-        if "base" in state:
-            kind, base = state.pop("base")
-            self.base_optimizer = kind.__new__(kind)
-            self._batchnorm = ExitStack()
-        else:
-            base = {"state": state["state"], "param_groups": state["param_groups"]}
-            self._flats.forget()
-        super().__setstate__(state)
-        self.base_optimizer.__setstate__(base)
 
 
 def _evaluate(closure: Closure) -> Any:

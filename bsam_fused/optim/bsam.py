@@ -36,6 +36,8 @@ class BSAM(SharpnessAware):
         eta: as `SAM` has it.
         norm_eps: as `SAM` has it.
         max_grad_norm: as `SAM` has it. (Clipping g_min between the phases changes nothing: it is rescaled to ‖g_max‖.)
+        rounding: as `SAM` has it.
+        seed: as `SAM` has it.
         model: as `SAM` has it.
         backend: as `SAM` has it.
         **base_kwargs: options of the base optimizer's class.
@@ -63,6 +65,8 @@ class BSAM(SharpnessAware):
         eta: float = 0.0,
         norm_eps: float = 1e-12,
         max_grad_norm: float | None = None,
+        rounding: str = "stochastic",
+        seed: int = 0,
         model: nn.Module | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
@@ -86,6 +90,8 @@ class BSAM(SharpnessAware):
             base_kwargs,
             norm_eps=norm_eps,
             max_grad_norm=max_grad_norm,
+            rounding=rounding,
+            seed=seed,
             model=model,
             backend=backend,
         )

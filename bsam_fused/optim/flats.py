@@ -24,11 +24,13 @@ class Flats:
     """A FlatParams a device and dtype of what takes part; frozen parameters are in none until they are thawed.
 
     Args:
+        seed: of stochastic rounding, for 16-bit parameters; None: to nearest.
         skipped: updates skipped so far.
+        rounded_steps: steps so far, where stochastic rounding has counted them.
     """
 
-    def __init__(self, skipped: int = 0) -> None:
-        self._skipped_before = skipped
+    def __init__(self, seed: int | None, skipped: int = 0, rounded_steps: int | None = None) -> None:
+        self._seed, self._skipped_before, self._rounded_before = seed, skipped, rounded_steps
         self._built: list[FlatParams] | None = None
         self._sizes: list[int] = []  # of the param groups, when built
         self._left_out: list[Tensor] = []  # frozen, and in no FlatParams
@@ -48,10 +50,24 @@ class Flats:
         """Updates skipped, also by FlatParams that are gone; reading it waits for a GPU."""
         return self._skipped_before + (self._built[0].skipped if self._built else 0)
 
-    def forget(self) -> None:
-        """Build anew next time."""
+    @property
+    def rounded_steps(self) -> int | None:
+        """Steps so far, None where nothing was rounded stochastically; reading it waits for a GPU."""
+        if self._seed is not None:
+            for flat in self:
+                if flat.dtype.itemsize == 2:
+                    return int(flat.step_count)
+        return self._rounded_before
+
+    def unbuilt(self) -> Flats:
+        """Return what a copy of the optimizer begins with."""
+        return Flats(self._seed, self.skipped, self.rounded_steps)
+
+    def forget(self, rounded_steps: int | None = None) -> None:
+        """Build anew next time, with the random bits of the step after ``rounded_steps`` (None: the next one)."""
         self.retract()
-        self.__init__(self.skipped)  # type: ignore[misc]
+        rounded_steps = self.rounded_steps if rounded_steps is None else rounded_steps
+        self.__init__(self._seed, self.skipped, rounded_steps)  # type: ignore[misc]
 
     def gather(self, groups: Groups, backend: str, *, at_rest: bool) -> list[FlatParams]:
         """Bring in parameters that are new: at rest by building all anew, within a step by adding FlatParams.
@@ -87,9 +103,14 @@ class Flats:
                 places.append((i, j))
         for params, places in kinds.values():
             contract.check_memory(params, places)
-        return [
-            dispatch.choose(backend, device).build(params, places) for (device, _), (params, places) in kinds.items()
+        built = [
+            dispatch.choose(backend, device).build(params, places, self._seed)
+            for (device, _), (params, places) in kinds.items()
         ]
+        count = self._built[0].step_count if self._built else torch.tensor(self._rounded_before or 0)
+        for flat in built:
+            flat.step_count.copy_(count)
+        return built
 
     def clear_gradients(self) -> None:
         """Set every .grad to None."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def _merge(params: list[Any], base: torch.optim.Optimizer, options: set[str]) ->
         group["params"] = _tensors(group["params"])
     carried = [group.keys() & options for group in given]
     for group in theirs:  # what an earlier wrapper left there is not asked for now
-        for name in options - base.defaults.keys() | {"lr_max"}:
+        for name in options - base.defaults.keys() | {"lr_max", "rounded_steps"}:
             group.pop(name, None)
     if len(given) == len(theirs) and all(
         [id(p) for p in mine["params"]] == [id(p) for p in other["params"]]
@@ -129,6 +130,19 @@ def check_max_norm(value: Any) -> float:
     if number == 0:
         raise ValueError(f"max_grad_norm={value!r}: must be a finite number > 0, or None for no clipping")
     return number
+
+
+def check_rounding(rounding: str, seed: int) -> int | None:
+    """Return the seed of stochastic rounding, None for rounding to nearest.
+
+    Raises:
+        ValueError: ``rounding`` is no way to round, or ``seed`` no 32-bit integer ≥ 0.
+    """
+    if rounding not in {"stochastic", "nearest"}:
+        raise ValueError(f'rounding={rounding!r}: must be "stochastic" or "nearest"')
+    if not (isinstance(seed, Integral) and 0 <= seed < 2**32):
+        raise ValueError(f"seed={seed!r}: must be an integer in [0, 2**32)")
+    return int(seed) if rounding == "stochastic" else None
 
 
 def check_non_negative(name: str, value: Any, group: int | None = None) -> float:

@@ -32,6 +32,10 @@ class SAM(SharpnessAware):
         norm_eps: added to the norm, ≥ 0.
         max_grad_norm: > 0: scale the direction down to this norm over all parameters where it is longer, as
             torch.nn.utils.clip_grad_norm_ would; after a GradScaler's scale is divided out. None: do not.
+        rounding: of bfloat16 and float16 parameters when they are perturbed and updated, and of their base state:
+            "stochastic", up or down at random so that the mean is right, or "nearest", which loses most of a small
+            perturbation. Wider parameters need none.
+        seed: of stochastic rounding, in [0, 2³²): the same gradients then give the same bits on every backend.
         model: whose BatchNorm running statistics shall move in the first pass only.
         backend: "auto", "cuda", "triton", "cpp" or "torch".
         **base_kwargs: options of the base optimizer's class.
@@ -55,6 +59,8 @@ class SAM(SharpnessAware):
         eta: float = 0.0,
         norm_eps: float = 1e-12,
         max_grad_norm: float | None = None,
+        rounding: str = "stochastic",
+        seed: int = 0,
         model: nn.Module | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
@@ -67,6 +73,8 @@ class SAM(SharpnessAware):
             base_kwargs,
             norm_eps=norm_eps,
             max_grad_norm=max_grad_norm,
+            rounding=rounding,
+            seed=seed,
             model=model,
             backend=backend,
         )
@@ -113,6 +121,8 @@ class ASAM(SAM):
         eta: η ≥ 0.
         norm_eps: as `SAM` has it.
         max_grad_norm: as `SAM` has it.
+        rounding: as `SAM` has it.
+        seed: as `SAM` has it.
         model: as `SAM` has it.
         backend: as `SAM` has it.
         **base_kwargs: options of the base optimizer's class.
@@ -130,6 +140,8 @@ class ASAM(SAM):
         eta: float = 0.01,
         norm_eps: float = 1e-12,
         max_grad_norm: float | None = None,
+        rounding: str = "stochastic",
+        seed: int = 0,
         model: nn.Module | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
@@ -142,6 +154,8 @@ class ASAM(SAM):
             eta=eta,
             norm_eps=norm_eps,
             max_grad_norm=max_grad_norm,
+            rounding=rounding,
+            seed=seed,
             model=model,
             backend=backend,
             **base_kwargs,
