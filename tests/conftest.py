@@ -4,9 +4,13 @@ import host_cuda
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    import interpreted  # noqa: F401  before anything imports triton
+
 from bsam_fused.ops import dispatch
 
-BACKENDS = ["torch", "cpp", "cuda-on-host", pytest.param("cuda", marks=pytest.mark.cuda)]
+ON_GPU = [pytest.param(name, marks=pytest.mark.cuda) for name in ("cuda", "triton")]
+BACKENDS = ["torch", "cpp", "cuda-on-host", "triton-interpreted", *ON_GPU]
 
 
 def pytest_runtest_setup(item):
@@ -23,9 +27,14 @@ def _seeded(request):
 def backend(request, monkeypatch):
     """Every backend. A missing one fails: the suite must not pass without it.
 
-    "cuda-on-host" is the CUDA backend's own source on CPU tensors (tests/shim); "cuda" makes the GPU the device of
-    all tensors that the test makes.
+    "cuda-on-host" is the CUDA backend's own source on CPU tensors (tests/shim), "triton-interpreted" the Triton backend
+    on CPU tensors; "cuda" and "triton" make the GPU the device of all tensors that the test makes.
     """
+    if request.param == "triton-interpreted":
+        if torch.cuda.is_available():
+            pytest.skip("with a GPU the Triton kernels run there: a process has either them or the interpreter")
+        yield "triton"
+        return
     if request.param == "cuda-on-host":
         monkeypatch.setitem(dispatch._FACTORIES, "cuda", host_cuda.flat_params)
         unavailable = dispatch.unavailable
@@ -34,7 +43,7 @@ def backend(request, monkeypatch):
         )
         yield "cuda"
         return
-    device = "cuda" if request.param == "cuda" else "cpu"
+    device = "cuda" if request.param in {"cuda", "triton"} else "cpu"
     assert dispatch.unavailable(request.param, device) is None
     if device == "cpu":
         yield request.param

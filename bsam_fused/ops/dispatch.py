@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bsam_fused.ops import contract, native_flat, torch_flat
+from bsam_fused.ops import contract, native_flat, torch_flat, triton_flat
 
 Factory = Callable[[Sequence[Tensor], Sequence[tuple[int, int]], int | None], contract.FlatParams]
 
@@ -19,6 +19,7 @@ VARIABLE = "BSAM_FUSED_BACKEND"
 _PREFERENCE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch")}
 _FACTORIES: dict[str, Factory] = {
     "cuda": native_flat.cuda_flat_params,
+    "triton": triton_flat.TritonFlatParams,
     "cpp": native_flat.cpu_flat_params,
     "torch": torch_flat.TorchFlatParams,
 }
@@ -35,7 +36,7 @@ class Choice(NamedTuple):
 def unavailable(backend: str, device_type: str) -> str | None:
     """Return why ``backend`` cannot work on tensors of ``device_type`` here, None if it can."""
     if backend == "triton":
-        return "this version of bsam_fused has no triton kernels yet"
+        return triton_flat.why_not(device_type) or None
     if backend == "cuda":
         if device_type != "cuda":
             return f"cuda works on CUDA tensors, not on {device_type}"

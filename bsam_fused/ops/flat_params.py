@@ -59,6 +59,7 @@ class PythonFlatParams(ABC):
         self._begun: set[int] = set()  # whose state Python has been told of
         self._own: dict[int, Tensor] = {}  # where g is kept if it had to be copied
         self._bilateral = False  # this step's ascend kept g
+        self._refuse_capture()
         self._forget()
 
     def _rounds(self, seed: int | None) -> TypeGuard[int]:
@@ -179,8 +180,14 @@ class PythonFlatParams(ABC):
 
     # ---- flat buffers
 
+    def _refuse_capture(self) -> None:
+        """What a graph's capture makes is made anew by every replay."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("the first step cannot be captured in a CUDA graph: take one before, then capture")
+
     def _buffer(self, key: str) -> Tensor:
         if key not in self._buffers:
+            self._refuse_capture()
             self._buffers[key] = torch.zeros(self._offsets[-1], dtype=self.dtype, device=self.device)
         return self._buffers[key]
 

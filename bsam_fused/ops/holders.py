@@ -1,0 +1,35 @@
+"""Who else holds a gradient, in C++ or in Python: csrc/holders.cpp's twin, for backends without the extension."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+Counts = tuple[int, int, int]
+
+
+def held_elsewhere(grads: Mapping[int, Tensor], i: int) -> bool:
+    """Return whether somebody holds ``grads[i]``, or its storage, beside its parameter's ``.grad`` and ``grads``.
+
+    The caller must have no name for the tensor, which would count.
+    """
+    return _counts(grads[i]) != _idle_counts()
+
+
+def _counts(grad: Tensor) -> Counts:
+    """Return the holders of the Python object, of the tensor and of its storage, our own included."""
+    storage = torch._C._storage_Use_Count(grad.untyped_storage()._cdata)
+    return sys.getrefcount(grad), grad._use_count(), storage
+
+
+@functools.cache
+def _idle_counts() -> Counts:
+    """Return what `_counts` says where nobody else holds anything: torch's and Python's versions count differently."""
+    param = torch.zeros(1, requires_grad=True)
+    param.grad = torch.zeros(1)
+    grads = {0: param.grad}
+    return _counts(grads[0])

@@ -1,0 +1,286 @@
+"""The Triton backend: FlatParams whose operators are a launch each, on NVIDIA and AMD GPUs, without nvcc.
+
+Nothing of Triton is imported before this backend is asked for. Kernels find the tensors in tables on the device, which
+are written only where they changed: of pointers one a launch (gradients return to the same addresses), of options one
+a kind of launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bsam_fused.ops import holders
+from bsam_fused.ops.contract import AdamScalars, Radius, SGDScalars
+from bsam_fused.ops.flat_params import PythonFlatParams, Update
+
+OLDEST = "3.4"
+SMALL_BYTES = 4096  # up to here a gradient is copied rather than taken
+CHUNK_BYTES = 8192  # 16-bit types: half
+WARPS = 8  # of a program
+PROGRAMS = 8  # of a launch, a multiprocessor
+TERMS = 3  # sums that a launch makes, at most
+WANTED, PERTURBED, COUNTED = 1, 2, 4  # as triton_pieces.py has them
+
+Pointers = tuple[int, int, int, int]
+"""Of a tensor: w, g, this pass's gradient, flags; 0 for what is not there."""
+
+
+def interpreted() -> bool:
+    """Return whether Triton's interpreter runs the kernels, on CPU tensors: TRITON_INTERPRET=1."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def why_not(device_type: str) -> str:
+    """Return why the Triton kernels cannot work on tensors of a device type here, "" if they can."""
+    if device_type != "cuda" and not (device_type == "cpu" and interpreted()):
+        return f"triton works on CUDA tensors, not on {device_type}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'bsam_fused[triton]'"
+    import triton
+
+    if [*map(int, triton.__version__.split(".")[:2])] < [*map(int, OLDEST.split("."))]:
+        return f"triton {triton.__version__} is older than {OLDEST}: pip install 'triton>={OLDEST}'"
+    if device_type == "cpu":
+        return ""
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # no C compiler for its launchers, a driver too old, ...: all have other types
+        return f"triton finds no way to launch kernels here ({error})"
+    return ""
+
+
+class _Table:
+    """Numbers on the device, written without waiting, and only where they changed.
+
+    A graph's capture always writes them, from host memory that then stays as it is: its replays use the numbers of the
+    capture. Afterwards nobody here knows what is on the device, and every step writes.
+    """
+
+    def __init__(self, values: list[Any], dtype: torch.dtype, device: torch.device) -> None:
+        self._values: list[Any] | None = None
+        self._captured: list[Tensor] = []
+        self._on_device = torch.empty(len(values), dtype=dtype, device=device)
+        self._spare: Tensor | None = self._on_host(values)  # for a capture, within which no pinned memory can be had
+
+    def _on_host(self, values: list[Any]) -> Tensor:
+        return torch.tensor(values, dtype=self._on_device.dtype, pin_memory=self._on_device.is_cuda)
+
+    def write(self, values: list[Any]) -> Tensor:
+        """Return the tensor on the device, with these values."""
+        capturing = self._on_device.is_cuda and torch.cuda.is_current_stream_capturing()
+        if values == self._values and not capturing and not self._captured:
+            return self._on_device
+        if capturing and self._spare is not None:
+            host, self._spare = self._spare, None
+            host.copy_(torch.tensor(values, dtype=host.dtype))
+        else:
+            host = self._on_host(values)
+        if capturing:
+            self._captured.append(host)
+        self._values = values
+        return self._on_device.copy_(host, non_blocking=True)
+
+
+class TritonFlatParams(PythonFlatParams):
+    """`contract.FlatParams` with Triton kernels."""
+
+    @torch.no_grad()
+    def __init__(self, params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None) -> None:
+        super().__init__(params, places, seed)
+        import triton.language as tl
+
+        from bsam_fused.ops import triton_kernels
+
+        self._kernels = triton_kernels
+        chunk = CHUNK_BYTES // max(self.dtype.itemsize, torch.float32.itemsize)
+        self._map = _chunks(self._numels, chunk).to(self.device)
+        groups, keys = [group for group, _ in places], self._keys or [0] * len(self.params)
+        columns = [self._offsets[:-1], self._numels, groups, keys]
+        self._tensors = torch.tensor(columns, dtype=torch.int64).t().contiguous().to(self.device)
+        programs = min(len(self._map), PROGRAMS * _processors(self.device))
+        self._grid = (max(1, programs),)
+        partials = torch.zeros(TERMS * self._grid[0], dtype=torch.float64, device=self.device)
+        ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self._reduction = {"partials": partials, "ticket": ticket}
+        self._rounding = {"step_count": self.step_count, "STOCHASTIC": bool(self._keys)}
+        self._tables: dict[str, _Table] = {}
+        names = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
+        self._how = {
+            "S": names.get(self.dtype, tl.float32),
+            "T": tl.float64 if self.dtype == torch.float64 else tl.float32,
+            "CHUNK": chunk,
+            "num_warps": WARPS,
+            "enable_fp_fusion": False,
+        }
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._copying: set[int] = set()  # whose gradient of this pass is taken by copying it into g
+
+    # ---- launches
+
+    def _table(self, name: str, rows: Iterable[Sequence[float]], dtype: torch.dtype = torch.float64) -> Tensor:
+        values = [value for row in rows for value in row]
+        if name not in self._tables:
+            self._refuse_capture()
+            self._tables[name] = _Table(values, dtype, self.device)
+        return self._tables[name].write(values)
+
+    def _launch(self, name: str, wanted: Iterable[int], pointers: Callable[[int], Pointers], **arguments: Any) -> None:
+        """Launch a kernel over the ``wanted`` parameters."""
+        rows: list[Pointers] = [(0, 0, 0, 0)] * len(self.params)
+        for i in wanted:
+            rows[i] = pointers(i)
+        table = self._table(f"pointers of {name} {arguments.get('slot', '')}", rows, torch.int64)
+        kernel = getattr(self._kernels, name)[self._grid]
+        with torch.cuda.device_of(self._tensors):
+            kernel(self._tensors, table, self._map, len(self._map), **arguments, **self._how)
+
+    def _at(self, key: str) -> int:
+        return self._buffer(key).data_ptr()
+
+    def _reach(self, name: str, radii: Sequence[Radius], norm_eps: float) -> Tensor:
+        return self._table(name, [(*radius, norm_eps) for radius in radii])
+
+    @torch.no_grad()
+    def square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
+        """Σ (T g)²."""
+        adaptive = any(radius.adaptive for radius in radii)
+        options = self._reach(f"square_norm {slot}", [radius._replace(radius=0.0) for radius in radii], 0.0)
+
+        def pointers(i: int) -> Pointers:
+            return self._weights(i).data_ptr() if adaptive else 0, 0, self._now[i].data_ptr(), WANTED
+
+        self._launch("square_norm", self._now, pointers, options=options, sums=self.sums, slot=slot, **self._reduction)
+
+    @torch.no_grad()
+    def direction_sums(self) -> None:
+        """Σ g_min², Σ s², Σ s g_min."""
+
+        def pointers(i: int) -> Pointers:
+            return 0, _address(self._g.get(i)), _address(self._now.get(i)), WANTED
+
+        self._launch("direction_sums", self._members(), pointers, sums=self.sums, **self._reduction)
+
+    def _take(self) -> None:
+        """Take gradients that nobody else holds; copy the others, and small ones, where the phase's kernel runs."""
+        for i in self._now:
+            if i in self._g:
+                continue
+            small = self._numels[i] * self.dtype.itemsize <= SMALL_BYTES
+            grad = self.params[i].grad
+            staged = grad is not self._now[i] or grad.requires_grad
+            del grad  # it would count as a holder
+            if small or staged or holders.held_elsewhere(self._now, i):
+                self._copying.add(i)
+                self._g[i] = self._kept(i)
+            else:
+                self._g[i] = self._now[i]
+
+    def _run_ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
+        def pointers(i: int) -> Pointers:
+            copy = self._g[i].data_ptr() if i in self._copying else 0
+            return self._weights(i).data_ptr(), copy, self._now[i].data_ptr(), WANTED
+
+        options = self._reach("ascend", radii, norm_eps)
+        self._launch(
+            "ascend", self._now, pointers, options=options, sums=sums, saved=self._at("saved"), **self._rounding
+        )
+        self._perturbed = list(self._now)
+        self._copying = set()
+
+    def _run_descend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
+        perturbed = set(self._perturbed)
+
+        def pointers(i: int) -> Pointers:
+            now = _address(self._now.get(i))
+            if i in perturbed:
+                return self._weights(i).data_ptr(), self._g[i].data_ptr(), now, WANTED | PERTURBED
+            return 0, self._g[i].data_ptr() if i in self._copying else 0, now, WANTED
+
+        options = self._reach("descend", radii, norm_eps)
+        self._launch(
+            "descend",
+            perturbed.union(self._now),
+            pointers,
+            options=options,
+            sums=sums,
+            own_sums=self.sums,
+            saved=self._at("saved"),
+            **self._rounding,
+            **self._reduction,
+        )
+        self._copying = set()
+
+    def _run_update(
+        self, name: str, update: Update, options: Tensor, members: list[int], counted: set[int], **state: int
+    ) -> None:
+        perturbed = set(self._perturbed)
+
+        def pointers(i: int) -> Pointers:
+            flags = WANTED | (PERTURBED if i in perturbed else 0) | (COUNTED if i in counted else 0)
+            return self._weights(i).data_ptr(), _address(self._g.get(i)), _address(self._now.get(i)), flags
+
+        self._launch(
+            name,
+            members,
+            pointers,
+            options=options,
+            sums=update.sums,
+            saved=self._at("saved"),
+            steps=self._steps,
+            skipped=self._skipped,
+            ticket=self._reduction["ticket"],
+            count=len(self.params),
+            BILATERAL=self._bilateral,
+            FROM_SAVED=update.from_saved,
+            **self._rounding,
+            **state,
+        )
+
+    def _run_sgd(self, update: Update, groups: Sequence[SGDScalars], members: list[int]) -> None:
+        options = self._table("sgd", [(*o, update.max_norm) for o in groups])
+        counted = {i for i in members if groups[self.places[i][0]].stateful}
+        momentum_buffer = self._at("momentum_buffer") if counted else 0
+        self._run_update("update_sgd", update, options, members, counted, momentum_buffer=momentum_buffer)
+
+    def _run_adam(self, update: Update, groups: Sequence[AdamScalars], members: list[int]) -> None:
+        options = self._table("adam", [(*o, update.max_norm) for o in groups])
+        state = {key: self._at(key) for key in ("exp_avg", "exp_avg_sq")}
+        self._run_update("update_adam", update, options, members, set(members), **state)
+
+    def _run_direction(self, sums: Tensor, max_norm: float) -> dict[int, Tensor]:
+        directions = {i: self._empty(i) for i in self._members()}
+
+        def pointers(i: int) -> Pointers:
+            return directions[i].data_ptr(), _address(self._g.get(i)), _address(self._now.get(i)), WANTED
+
+        options = self._table("direction", [(max_norm,)])
+        self._launch("direction", directions, pointers, options=options, sums=sums, BILATERAL=self._bilateral)
+        return directions
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _chunks(numels: Sequence[int], chunk: int) -> Tensor:
+    """Return int32 (chunks, 2): of each chunk, the tensor and which of its chunks it is."""
+    counts = torch.tensor([-(-numel // chunk) for numel in numels])
+    tensor = torch.repeat_interleave(torch.arange(len(numels)), counts)
+    first = (counts.cumsum(0) - counts)[tensor]
+    return torch.stack([tensor, torch.arange(len(tensor)) - first], 1).to(torch.int32)
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

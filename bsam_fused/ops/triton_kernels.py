@@ -1,0 +1,460 @@
+"""The Triton kernels: triton_math.py's formulas over all tensors of a launch.
+
+S is the type as stored, T the one computed with; triton_pieces.py has what chunks, addresses and WHOLE are. Elements
+are loaded before scalars are worked out, so that the one does not wait for the other.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bsam_fused.ops.triton_math import (
+    adam,
+    adam_rule,
+    adaptivity,
+    bilateral_coefficient,
+    bilateral_direction,
+    bilateral_square,
+    direction_factor,
+    direction_so_far,
+    is_finite,
+    perturbed,
+    plus_product,
+    plus_square,
+    sgd,
+    sgd_rule,
+    step_length,
+)
+from bsam_fused.ops.triton_pieces import (
+    COUNTED,
+    PARTIALS,
+    PERTURBED,
+    ROW,
+    added_up,
+    is_last,
+    is_variant,
+    load,
+    only_if,
+    partial,
+    piece,
+    store,
+)
+from bsam_fused.ops.triton_rounding import (
+    FIRST_STATE,
+    SECOND_STATE,
+    TO_MAX,
+    TO_MIN,
+    WEIGHT,
+    random_bits,
+    step_key,
+    stochastic,
+    word,
+)
+
+# Options come in float64 rows, a param group each.
+RADIUS_OPTIONS = tl.constexpr(4)  # radius, adaptive, eta, norm_eps
+SGD_OPTIONS = tl.constexpr(7)  # lr, momentum, dampening, weight_decay, nesterov, maximize, max_norm
+ADAM_OPTIONS = tl.constexpr(8)  # lr, beta1, beta2, eps, weight_decay, decoupled, maximize, max_norm
+
+ASCENT = tl.constexpr(0)  # contract.py's slots
+MAX = tl.constexpr(1)
+MIN = tl.constexpr(2)
+SCALE = tl.constexpr(3)
+SO_FAR = tl.constexpr(4)
+CROSS = tl.constexpr(5)
+
+NOT_SPECIALIZED = ["chunks", "count", "slot"]
+
+# ---- the scalars of a step
+
+
+@triton.jit
+def _reach(options: tl.tensor, group: tl.tensor, sum_ascent: tl.tensor, T: tl.constexpr) -> tl.tuple:
+    """Return step, η and whether T is adaptive, of a param group."""
+    o = options + RADIUS_OPTIONS * group
+    step = step_length(tl.load(o), sum_ascent, tl.load(o + 3))
+    return step.to(T), tl.load(o + 2).to(T), tl.load(o + 1) != 0
+
+
+@triton.jit
+def _all_finite(sums: tl.tensor) -> tl.tensor:
+    """Whether the step's sums are numbers: else it is skipped."""
+    both = is_finite(tl.load(sums + ASCENT)) & is_finite(tl.load(sums + MAX))
+    return both & is_finite(tl.load(sums + MIN)) & is_finite(tl.load(sums + SCALE))
+
+
+@triton.jit
+def _direction_scales(sums: tl.tensor, max_norm: tl.tensor, BILATERAL: tl.constexpr) -> tl.tuple:
+    """Return what the update multiplies by: g_min by c (BSAM), and all of d by a factor."""
+    if BILATERAL:
+        c = bilateral_coefficient(tl.load(sums + MAX), tl.load(sums + MIN))
+        square = bilateral_square(tl.load(sums + SO_FAR), tl.load(sums + CROSS), tl.load(sums + MIN), c)
+    else:
+        c = tl.full((), 0.0, tl.float64)
+        square = tl.load(sums + MAX)
+    return c, direction_factor(square, tl.load(sums + SCALE), max_norm)
+
+
+@triton.jit
+def _rounded(
+    x: tl.tensor,
+    operand: tl.constexpr,
+    key: tl.tensor,
+    step_count: tl.tensor,
+    begin: tl.tensor,
+    S: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+) -> tl.tensor:
+    """x, whose first element is the tensor's `begin`-th, as S."""
+    if STOCHASTIC:
+        i = word(begin) + word(tl.arange(0, CHUNK))
+        return stochastic(x, random_bits(step_key(key, tl.load(step_count)), operand, i), S)
+    else:
+        return x.to(S)
+
+
+# ---- the operators
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def square_norm(
+    tensors: tl.tensor,
+    pointers: tl.tensor,
+    map: tl.tensor,
+    chunks: tl.tensor,
+    options: tl.tensor,
+    sums: tl.tensor,
+    slot: tl.tensor,
+    partials: tl.tensor,
+    ticket: tl.tensor,
+    S: tl.constexpr,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:
+    """sums[slot] = Σ (T g)², g in `now`."""
+    total = tl.zeros((CHUNK,), tl.float64)
+    for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+        _, group, _, _, _, count, _, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
+        _, eta, adaptive = _reach(options, group, 0.0, T)  # w is not read where it is not needed
+        for WHOLE in tl.static_range(2):
+            if is_variant(WHOLE, count, w, g, now, CHUNK):
+                slope = load(now, count, S, CHUNK, WHOLE).to(T)
+                x = load(only_if(adaptive, w), count, S, CHUNK, WHOLE).to(T)
+                total = plus_square(total, slope, adaptivity(x, eta, adaptive))
+    partial(total, partials, 0)
+    if is_last(ticket):
+        tl.store(sums + slot, added_up(partials, 0))
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def direction_sums(
+    tensors: tl.tensor,
+    pointers: tl.tensor,
+    map: tl.tensor,
+    chunks: tl.tensor,
+    sums: tl.tensor,
+    partials: tl.tensor,
+    ticket: tl.tensor,
+    S: tl.constexpr,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:
+    """Σ g_min², Σ s², Σ s g_min; s = g + g_max in g, g_min in `now`."""
+    of_min = tl.zeros((CHUNK,), tl.float64)
+    so_far = tl.zeros((CHUNK,), tl.float64)
+    cross = tl.zeros((CHUNK,), tl.float64)
+    for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+        _, _, _, _, _, count, _, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
+        for WHOLE in tl.static_range(2):
+            if is_variant(WHOLE, count, w, g, now, CHUNK):
+                s = load(g, count, S, CHUNK, WHOLE).to(T)
+                g_min = load(now, count, S, CHUNK, WHOLE).to(T)
+                of_min = plus_product(of_min, g_min, g_min)
+                so_far = plus_product(so_far, s, s)
+                cross = plus_product(cross, s, g_min)
+    partial(of_min, partials, 0)
+    partial(so_far, partials, 1)
+    partial(cross, partials, 2)
+    if is_last(ticket):
+        tl.store(sums + MIN, added_up(partials, 0))
+        tl.store(sums + SO_FAR, added_up(partials, 1))
+        tl.store(sums + CROSS, added_up(partials, 2))
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def ascend(
+    tensors: tl.tensor,
+    pointers: tl.tensor,
+    map: tl.tensor,
+    chunks: tl.tensor,
+    options: tl.tensor,
+    sums: tl.tensor,
+    saved: tl.tensor,
+    step_count: tl.tensor,
+    S: tl.constexpr,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+) -> None:
+    """saved = w, w = w_max; `now`, g at w, is copied into g where that is there."""
+    sum_ascent = tl.load(sums + ASCENT)
+    finite = is_finite(sum_ascent)
+    for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+        _, group, key, _, begin, count, flat, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
+        for WHOLE in tl.static_range(2):
+            if is_variant(WHOLE, count, w, g, now, CHUNK):
+                before = load(w, count, S, CHUNK, WHOLE)
+                slope = load(now, count, S, CHUNK, WHOLE)
+                step, eta, adaptive = _reach(options, group, sum_ascent, T)
+                store(saved + flat, before, count, S, CHUNK, WHOLE)
+                store(g, slope, count, S, CHUNK, WHOLE)
+                x = before.to(T)
+                x = perturbed(x, slope.to(T), adaptivity(x, eta, adaptive), step)
+                x = _rounded(x, TO_MAX, key, step_count, begin, S, CHUNK, STOCHASTIC)
+                store(only_if(finite, w), x, count, S, CHUNK, WHOLE)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def descend(
+    tensors: tl.tensor,
+    pointers: tl.tensor,
+    map: tl.tensor,
+    chunks: tl.tensor,
+    options: tl.tensor,
+    sums: tl.tensor,
+    own_sums: tl.tensor,
+    saved: tl.tensor,
+    step_count: tl.tensor,
+    partials: tl.tensor,
+    ticket: tl.tensor,
+    S: tl.constexpr,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+) -> None:
+    """w = w_min from saved, g += g_max in `now`, Σ g_max². Of what is not perturbed g_max is copied into g."""
+    sum_ascent = tl.load(sums + ASCENT)
+    finite = is_finite(sum_ascent)
+    sum_max = tl.zeros((CHUNK,), tl.float64)
+    for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+        _, group, key, flags, begin, count, flat, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
+        moved = (flags & PERTURBED) != 0
+        for WHOLE in tl.static_range(2):
+            if is_variant(WHOLE, count, w, g, now, CHUNK):
+                x = load(only_if(moved, saved + flat), count, S, CHUNK, WHOLE).to(T)
+                slope = load(only_if(moved, g), count, S, CHUNK, WHOLE).to(T)
+                g_max = load(now, count, S, CHUNK, WHOLE).to(T)
+                step, eta, adaptive = _reach(options, group, sum_ascent, T)
+                x = tl.where(finite, perturbed(x, slope, adaptivity(x, eta, adaptive), step), x)
+                x = _rounded(x, TO_MIN, key, step_count, begin, S, CHUNK, STOCHASTIC)
+                store(only_if(moved, w), x, count, S, CHUNK, WHOLE)
+                s = direction_so_far(slope, g_max).to(S)
+                store(g, s, count, S, CHUNK, WHOLE)
+                sum_max = plus_product(sum_max, g_max, g_max)
+                if tl.float16 == S:  # overflows at 65504: a g + g_max that did must not reach the weights
+                    sum_max += 0 * s.to(tl.float64)
+    partial(sum_max, partials, 0)
+    if is_last(ticket):
+        tl.store(own_sums + MAX, added_up(partials, 0))
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def direction(
+    tensors: tl.tensor,
+    pointers: tl.tensor,
+    map: tl.tensor,
+    chunks: tl.tensor,
+    options: tl.tensor,
+    sums: tl.tensor,
+    S: tl.constexpr,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BILATERAL: tl.constexpr,
+) -> None:
+    """d, into what stands for w: g + g_max − c g_min, or g_max (SAM), times its factor; options: max_norm alone."""
+    c, factor = _direction_scales(sums, tl.load(options), BILATERAL)
+    for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+        _, _, _, _, _, count, _, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
+        for WHOLE in tl.static_range(2):
+            if is_variant(WHOLE, count, w, g, now, CHUNK):
+                d = _direction(g, now, c.to(T), count, S, T, CHUNK, WHOLE, BILATERAL)
+                store(w, factor.to(T) * d, count, S, CHUNK, WHOLE)
+
+
+@triton.jit
+def _direction(
+    g: tl.tensor,
+    now: tl.tensor,
+    c: tl.tensor,
+    count: tl.tensor,
+    S: tl.constexpr,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BILATERAL: tl.constexpr,
+) -> tl.tensor:
+    last = load(now, count, S, CHUNK, WHOLE).to(T)
+    if BILATERAL:
+        return bilateral_direction(load(g, count, S, CHUNK, WHOLE).to(T), last, c)
+    else:
+        return last
+
+
+@triton.jit
+def _count(
+    pointers: tl.tensor,
+    count: tl.tensor,
+    finite: tl.tensor,
+    step_count: tl.tensor,
+    steps: tl.tensor,
+    skipped: tl.tensor,
+) -> None:
+    """Count a step: of each tensor with state and in all, or as skipped."""
+    for first in range(0, count, PARTIALS):
+        i = first + tl.arange(0, PARTIALS)
+        flags = tl.load(pointers + ROW * i + 3, mask=i < count, other=0)
+        counted = (flags & COUNTED) != 0
+        made = tl.load(steps + i, mask=counted, other=0.0)
+        tl.store(steps + i, made + tl.where(finite, 1.0, 0.0), mask=counted)
+    tl.store(step_count, tl.load(step_count) + 1)
+    tl.store(skipped, tl.load(skipped) + tl.where(finite, 0, 1))
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def update_sgd(
+    tensors: tl.tensor,
+    pointers: tl.tensor,
+    map: tl.tensor,
+    chunks: tl.tensor,
+    options: tl.tensor,
+    sums: tl.tensor,
+    saved: tl.tensor,
+    step_count: tl.tensor,
+    steps: tl.tensor,
+    skipped: tl.tensor,
+    ticket: tl.tensor,
+    momentum_buffer: tl.tensor,
+    count: tl.tensor,
+    S: tl.constexpr,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BILATERAL: tl.constexpr,
+    FROM_SAVED: tl.constexpr,
+) -> None:
+    """torch.optim.SGD's rule, from saved where perturbed and FROM_SAVED, else from w; where skipped, w = saved."""
+    finite = _all_finite(sums)
+    c, factor = _direction_scales(sums, tl.load(options + 6), BILATERAL)
+    for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+        tensor, group, key, flags, begin, n, flat, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
+        moved = (flags & PERTURBED) != 0
+        back = moved if FROM_SAVED else moved & (finite == 0)  # where the step starts from
+        m_at = only_if((flags & COUNTED) != 0, momentum_buffer + flat)
+        for WHOLE in tl.static_range(2):
+            if is_variant(WHOLE, n, w, g, now, CHUNK):
+                x = load(tl.where(back, saved + flat, w), n, S, CHUNK, WHOLE).to(T)
+                d = _direction(g, now, c.to(T), n, S, T, CHUNK, WHOLE, BILATERAL)
+                m = load(m_at, n, S, CHUNK, WHOLE).to(T)
+                o = options + SGD_OPTIONS * group
+                of_gradient, keep, take, of_d, of_m = sgd_rule(
+                    tl.load(o + 1),
+                    tl.load(o + 2),
+                    tl.load(o + 4) != 0,
+                    tl.load(o + 5) != 0,
+                    tl.load(steps + tensor) == 0,
+                    factor,
+                )
+                new, m = sgd(
+                    x,
+                    d,
+                    m,
+                    tl.load(o).to(T),
+                    tl.load(o + 3).to(T),
+                    of_gradient.to(T),
+                    keep.to(T),
+                    take.to(T),
+                    of_d.to(T),
+                    of_m.to(T),
+                )
+                new = _rounded(tl.where(finite, new, x), WEIGHT, key, step_count, begin, S, CHUNK, STOCHASTIC)
+                m = _rounded(m, FIRST_STATE, key, step_count, begin, S, CHUNK, STOCHASTIC)
+                store(only_if(finite | moved, w), new, n, S, CHUNK, WHOLE)
+                store(only_if(finite, m_at), m, n, S, CHUNK, WHOLE)
+    if is_last(ticket):
+        _count(pointers, count, finite, step_count, steps, skipped)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def update_adam(
+    tensors: tl.tensor,
+    pointers: tl.tensor,
+    map: tl.tensor,
+    chunks: tl.tensor,
+    options: tl.tensor,
+    sums: tl.tensor,
+    saved: tl.tensor,
+    step_count: tl.tensor,
+    steps: tl.tensor,
+    skipped: tl.tensor,
+    ticket: tl.tensor,
+    exp_avg: tl.tensor,
+    exp_avg_sq: tl.tensor,
+    count: tl.tensor,
+    S: tl.constexpr,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BILATERAL: tl.constexpr,
+    FROM_SAVED: tl.constexpr,
+) -> None:
+    """torch.optim.Adam's and AdamW's rule, otherwise as `update_sgd`."""
+    finite = _all_finite(sums)
+    c, factor = _direction_scales(sums, tl.load(options + 7), BILATERAL)
+    for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+        tensor, group, key, flags, begin, n, flat, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
+        moved = (flags & PERTURBED) != 0
+        back = moved if FROM_SAVED else moved & (finite == 0)
+        m_at, v_at = exp_avg + flat, exp_avg_sq + flat
+        for WHOLE in tl.static_range(2):
+            if is_variant(WHOLE, n, w, g, now, CHUNK):
+                x = load(tl.where(back, saved + flat, w), n, S, CHUNK, WHOLE).to(T)
+                d = _direction(g, now, c.to(T), n, S, T, CHUNK, WHOLE, BILATERAL)
+                m = load(m_at, n, S, CHUNK, WHOLE).to(T)
+                v = load(v_at, n, S, CHUNK, WHOLE).to(T)
+                o = options + ADAM_OPTIONS * group
+                beta1, beta2 = tl.load(o + 1), tl.load(o + 2)
+                of_gradient, weight_decay, shrink, step_size, sqrt_bias_correction = adam_rule(
+                    tl.load(o),
+                    beta1,
+                    beta2,
+                    tl.load(o + 4),
+                    tl.load(o + 5) != 0,
+                    tl.load(o + 6) != 0,
+                    tl.load(steps + tensor).to(tl.float64) + 1,
+                    factor,
+                )
+                new, m, v = adam(
+                    x,
+                    d,
+                    m,
+                    v,
+                    (1 - beta1).to(T),
+                    beta2.to(T),
+                    (1 - beta2).to(T),
+                    tl.load(o + 3).to(T),
+                    of_gradient.to(T),
+                    weight_decay.to(T),
+                    shrink.to(T),
+                    step_size.to(T),
+                    sqrt_bias_correction.to(T),
+                )
+                new = _rounded(tl.where(finite, new, x), WEIGHT, key, step_count, begin, S, CHUNK, STOCHASTIC)
+                m = _rounded(m, FIRST_STATE, key, step_count, begin, S, CHUNK, STOCHASTIC)
+                v = _rounded(v, SECOND_STATE, key, step_count, begin, S, CHUNK, STOCHASTIC)
+                store(only_if(finite | moved, w), new, n, S, CHUNK, WHOLE)
+                store(only_if(finite, m_at), m, n, S, CHUNK, WHOLE)
+                store(only_if(finite, v_at), v, n, S, CHUNK, WHOLE)
+    if is_last(ticket):
+        _count(pointers, count, finite, step_count, steps, skipped)

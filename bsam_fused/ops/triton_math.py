@@ -1,0 +1,216 @@
+"""Every formula of bsam_fused for Triton: csrc/math.h's twin, function by function, under the same names.
+
+Scalars of a step are float64, elements float32 (float64 of float64 parameters). The symbols are the papers': SAM arXiv
+2010.01412, ASAM 2102.11600, BSAM 2409.13173; the base updates are torch.optim's. Kernels are compiled with
+``enable_fp_fusion=False``: what is fused is written ``tl.fma``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# ---- numbers
+
+
+@triton.jit
+def is_finite(x: tl.tensor) -> tl.tensor:
+    """Whether x is a number: inf − inf and NaN − NaN are not 0."""
+    return x - x == 0
+
+
+@triton.jit
+def divided(x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    """x / y, correctly rounded: Triton's own division of float32 is not."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def square_root(x: tl.tensor) -> tl.tensor:
+    """√x, correctly rounded."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+# ---- scalars of a step: in float64
+
+
+@triton.jit
+def step_length(radius: tl.tensor, sum_ascent: tl.tensor, norm_eps: tl.tensor) -> tl.tensor:
+    """radius / (‖T g‖ + norm_eps), the factor of T² g; 0 where that divides by 0."""
+    length = tl.sqrt(sum_ascent) + norm_eps
+    return tl.where(length == 0, 0.0, radius / tl.where(length == 0, 1.0, length))
+
+
+@triton.jit
+def bilateral_coefficient(sum_max: tl.tensor, sum_min: tl.tensor) -> tl.tensor:
+    """c = ‖g_max‖ / ‖g_min‖, and 0 where ‖g_min‖ = 0. From the sums of squares. BSAM."""
+    return tl.where(sum_min > 0, tl.sqrt(sum_max) / tl.sqrt(tl.where(sum_min > 0, sum_min, 1.0)), 0.0)
+
+
+@triton.jit
+def bilateral_square(sum_so_far: tl.tensor, sum_cross: tl.tensor, sum_min: tl.tensor, c: tl.tensor) -> tl.tensor:
+    """‖d‖² of BSAM's d = s − c g_min, s = g + g_max, from Σ s², Σ s g_min and Σ g_min²; nowhere below 0."""
+    square = tl.fma(c, tl.fma(c, sum_min, -2 * sum_cross), sum_so_far)
+    return tl.where(square > 0, square, 0.0)
+
+
+@triton.jit
+def direction_factor(square: tl.tensor, scale: tl.tensor, max_norm: tl.tensor) -> tl.tensor:
+    """The factor of d, whose square sum is `square`: 1 / scale, and what clips ‖d‖ / scale to max_norm.
+
+    The loss was multiplied by scale, if that is not 0. As torch.nn.utils.clip_grad_norm_ has it.
+    """
+    unscaled = tl.where(scale == 0, 1.0, 1 / tl.where(scale == 0, 1.0, scale))
+    clip = max_norm / (tl.sqrt(square) * unscaled + 1e-6)
+    return tl.where(clip < 1, clip * unscaled, unscaled)
+
+
+# ---- perturbations
+
+
+@triton.jit
+def adaptivity(w: tl.tensor, eta: tl.tensor, adaptive: tl.tensor) -> tl.tensor:
+    """T: 1 (SAM, BSAM), or |w| + η (adaptive: ASAM)."""
+    return tl.where(adaptive, tl.abs(w) + eta, 1.0)
+
+
+@triton.jit
+def plus_product(total: tl.tensor, a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """total + a b, in float64."""
+    return tl.fma(a.to(tl.float64), b.to(tl.float64), total)
+
+
+@triton.jit
+def plus_square(total: tl.tensor, g: tl.tensor, t: tl.tensor) -> tl.tensor:
+    """total + (T g)², in float64: no float32 gradient overflows it or underflows to nothing."""
+    x = t.to(tl.float64) * g.to(tl.float64)
+    return plus_product(total, x, x)
+
+
+@triton.jit
+def perturbed(w: tl.tensor, g: tl.tensor, t: tl.tensor, step: tl.tensor) -> tl.tensor:
+    """w + step T² g: w_max with step = ρ / (n + norm_eps), w_min with step = −ρ_min / (n + norm_eps)."""
+    return tl.fma(step * t * t, g, w)
+
+
+# ---- directions (SAM's is g_max itself)
+
+
+@triton.jit
+def direction_so_far(g: tl.tensor, g_max: tl.tensor) -> tl.tensor:
+    """The part of BSAM's d that is known before the last pass: g + g_max."""
+    return g + g_max
+
+
+@triton.jit
+def bilateral_direction(g_plus_g_max: tl.tensor, g_min: tl.tensor, c: tl.tensor) -> tl.tensor:
+    """d = g + g_max − c g_min. BSAM."""
+    return tl.fma(-c, g_min, g_plus_g_max)
+
+
+# ---- base updates: torch.optim's rules from w with gradient d, their cases as coefficients
+
+
+@triton.jit
+def sgd_rule(
+    momentum: tl.tensor,
+    dampening: tl.tensor,
+    nesterov: tl.tensor,
+    maximize: tl.tensor,
+    first: tl.tensor,
+    factor: tl.tensor,
+) -> tl.tuple:
+    """Return the coefficients of `sgd`: of the gradient, keep, take, of d, of m.
+
+    The step is d + μ m with nesterov, d without momentum, else m. `first`: the momentum starts as d, whatever the
+    dampening. `factor`: of d.
+    """
+    plain = momentum == 0
+    of_gradient = tl.where(maximize, -factor, factor)
+    keep = tl.where(first, 0.0, momentum)
+    take = tl.where(plain, 0.0, tl.where(first, 1.0, 1 - dampening))
+    of_d = tl.where(plain | nesterov, 1.0, 0.0)
+    of_m = tl.where(plain, 0.0, tl.where(nesterov, momentum, 1.0))
+    return of_gradient, keep, take, of_d, of_m
+
+
+@triton.jit
+def sgd(
+    w: tl.tensor,
+    d: tl.tensor,
+    m: tl.tensor,
+    lr: tl.tensor,
+    weight_decay: tl.tensor,
+    of_gradient: tl.tensor,
+    keep: tl.tensor,
+    take: tl.tensor,
+    of_d: tl.tensor,
+    of_m: tl.tensor,
+) -> tl.tuple:
+    """m = μ m + (1 − dampening) d;  (w − lr m, or w − lr (d + μ m), or w − lr d; m)."""
+    d = tl.fma(weight_decay, w, of_gradient * d)
+    m = tl.fma(keep, m, take * d)
+    return tl.fma(-lr, tl.fma(of_m, m, of_d * d), w), m
+
+
+@triton.jit
+def bias_correction(beta: tl.tensor, t: tl.tensor) -> tl.tensor:
+    """1 − β^t = −expm1(t log β), exact also where β^t is nearly 1.
+
+    Triton's language has no expm1: this is Kahan's (u − 1) x / log u, u = exp x, in which the errors of u cancel.
+    """
+    x = t * tl.log(beta)
+    u = tl.exp(x)
+    between = (u > 0) & (u < 1)
+    return tl.where(between, (1 - u) * x / tl.log(tl.where(between, u, 0.5)), tl.where(u > 0, -x, 1.0))
+
+
+@triton.jit
+def adam_rule(
+    lr: tl.tensor,
+    beta1: tl.tensor,
+    beta2: tl.tensor,
+    weight_decay: tl.tensor,
+    decoupled: tl.tensor,
+    maximize: tl.tensor,
+    t: tl.tensor,
+    factor: tl.tensor,
+) -> tl.tuple:
+    """Return the coefficients of `adam` in step t: of the gradient, weight decay of it, shrink, step size, √(1 − β2^t).
+
+    The weight is shrunk by 1 − lr weight_decay in AdamW (`decoupled`). `factor`: of d.
+    """
+    of_gradient = tl.where(maximize, -factor, factor)
+    decay = tl.where(decoupled, 0.0, weight_decay)
+    shrink = tl.where(decoupled, 1 - lr * weight_decay, 1.0)
+    return of_gradient, decay, shrink, lr / bias_correction(beta1, t), tl.sqrt(bias_correction(beta2, t))
+
+
+@triton.jit
+def adam(
+    w: tl.tensor,
+    d: tl.tensor,
+    m: tl.tensor,
+    v: tl.tensor,
+    one_minus_beta1: tl.tensor,
+    beta2: tl.tensor,
+    one_minus_beta2: tl.tensor,
+    eps: tl.tensor,
+    of_gradient: tl.tensor,
+    weight_decay: tl.tensor,
+    shrink: tl.tensor,
+    step_size: tl.tensor,
+    sqrt_bias_correction: tl.tensor,
+) -> tl.tuple:
+    """m = β1 m + (1 − β1) d;  v = β2 v + (1 − β2) d²;  (w − lr m̂ / (√v̂ + eps); m; v), m̂ and v̂ bias-corrected."""
+    d = tl.fma(weight_decay, w, of_gradient * d)
+    m = tl.fma(one_minus_beta1, d - m, m)
+    v = tl.fma(beta2, v, one_minus_beta2 * d * d)
+    denominator = divided(square_root(v), sqrt_bias_correction) + eps
+    return tl.fma(-step_size, divided(m, denominator), shrink * w), m, v

@@ -1,0 +1,72 @@
+"""Stochastic rounding of bfloat16 and float16 for Triton: csrc/rounding.h's twin, bit for bit, under the same names."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+TO_MAX = tl.constexpr(0)
+TO_MIN = tl.constexpr(1)
+WEIGHT = tl.constexpr(2)
+FIRST_STATE = tl.constexpr(3)
+SECOND_STATE = tl.constexpr(4)
+
+
+@triton.jit
+def word(x: tl.tensor) -> tl.tensor:
+    """x modulo 2^32."""
+    return x.to(tl.uint32)
+
+
+@triton.jit
+def mixed(x: tl.tensor) -> tl.tensor:
+    """A bijection that looks random: lowbias32, of https://nullprogram.com/blog/2018/07/31/."""
+    x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
+    x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def step_key(tensor_key: tl.tensor, step: tl.tensor) -> tl.tensor:
+    """Of a parameter in a step, the count of steps before it."""
+    return mixed(word(tensor_key) + word(step))
+
+
+@triton.jit
+def draw(step_key: tl.tensor, operand: tl.tensor) -> tl.tuple:
+    """Of an operand: two keys, so that no two streams are the same numbers in another order."""
+    first = mixed(step_key + tl.full((), operand, tl.uint32))
+    return first, mixed(first + tl.full((), 0x9E3779B9, tl.uint32))
+
+
+@triton.jit
+def random_bits(step_key: tl.tensor, operand: tl.tensor, i: tl.tensor) -> tl.tensor:
+    """32 bits, of which the upper ones are used, for the i-th element in memory order (modulo 2^32)."""
+    first, second = draw(step_key, operand)
+    x = word(i) ^ first
+    x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
+    x = (x ^ (x >> 15) ^ second) * tl.full((), 0x846CA68B, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def stochastic(x: tl.tensor, random: tl.tensor, S: tl.constexpr) -> tl.tensor:
+    """float32 x as S, up with probability (x − a) / (b − a) between neighbours a, b.
+
+    From the largest finite number on, rounding is to nearest; NaN stays NaN.
+    """
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    if tl.bfloat16 == S:
+        up = ((magnitude + (random >> 16)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        largest = 0x7F7F0000
+    else:
+        up = ((magnitude + (random >> 19)) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        # Subnormal results are multiples of 2^-24.
+        small = tl.where(magnitude < 0x38800000, tl.abs(x), 0.0)
+        share = (random >> 19).to(tl.int32).to(tl.float32) * (1.0 / 8192)
+        subnormal = (small * 16777216.0 + share).to(tl.int32).to(tl.float32) * (1.0 / 16777216)
+        up = tl.where(magnitude < 0x38800000, subnormal, up)
+        largest = 0x477FE000
+    chosen = (up.to(tl.uint32, bitcast=True) | (bits & 0x80000000)).to(tl.float32, bitcast=True)
+    return tl.where(magnitude < largest, chosen, x).to(S)

@@ -1,0 +1,83 @@
+"""Compile the Triton kernels ahead of time for GPUs that need not be there; in a process without the interpreter.
+
+    python tests/compile_triton.py cuda:80 cuda:90 hip:gfx942
+
+prints, as JSON, what came out of every kernel and dtype, in the variant that does most.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+
+from bsam_fused.ops import triton_flat, triton_kernels
+
+DTYPES = {"float32": tl.float32, "float64": tl.float64, "bfloat16": tl.bfloat16, "float16": tl.float16}
+KERNELS = ("square_norm", "direction_sums", "ascend", "descend", "direction", "update_sgd", "update_adam")
+ARGUMENTS = {
+    "*i64": ("tensors", "pointers", "step_count", "skipped"),
+    "*i32": ("map", "ticket"),
+    "*fp64": ("options", "sums", "own_sums", "partials"),
+    "*fp32": ("steps",),
+    "i32": ("chunks", "count", "slot"),
+    "i64": ("saved", "master", "momentum_buffer", "exp_avg", "exp_avg_sq"),
+}
+TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names}
+ACCESSES = {
+    "ptx": (r"ld\.global\S*\.(v4\.b32|v2\.b64)", r"st\.global\S*\.(v4\.b32|v2\.b64)"),
+    "amdgcn": (r"(global|buffer)_load_dwordx4", r"(global|buffer)_store_dwordx4"),
+}
+
+
+def compiled(target, name, dtype):
+    kernel, size = getattr(triton_kernels, name), DTYPES[dtype].primitive_bitwidth // 8
+    wide = {"S": DTYPES[dtype], "T": tl.float64 if dtype == "float64" else tl.float32}
+    flags = {"STOCHASTIC": size == 2, "MASTER": size == 2, "BILATERAL": True, "FROM_SAVED": True}
+    constants = {**wide, "CHUNK": triton_flat.CHUNK_BYTES // max(size, 4), **flags}
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    signature = {a: "constexpr" if a in constants else TYPES[a] for a in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if signature[a].startswith("*")
+    }
+    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=target, options={"num_warps": triton_flat.WARPS, "enable_fp_fusion": False})
+
+
+def spilled_by_ptxas(ptx):
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    arch = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [ptxas, "-v", f"-arch={arch}", file.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return [int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", report)]
+
+
+def summary(kernel):
+    form = "ptx" if "ptx" in kernel.asm else "amdgcn"
+    code = kernel.asm[form]
+    loads, stores = (sum(1 for _ in re.finditer(pattern, code)) for pattern in ACCESSES[form])
+    spills = spilled_by_ptxas(code) if form == "ptx" else [*map(int, re.findall(r"gpr_spill_count:\s*(\d+)", code))]
+    return {"loads": loads, "stores": stores, "spills": spills, "approximate": len(re.findall(r"\.(approx|full)\.f32", code))}
+
+
+def main(targets):
+    found = {}
+    for text in targets:
+        backend, arch = text.split(":")
+        target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, 64 if backend == "hip" else 32)
+        for name, dtype in itertools.product(KERNELS, DTYPES):
+            found[f"{text} {name} {dtype}"] = summary(compiled(target, name, dtype))
+    json.dump(found, sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

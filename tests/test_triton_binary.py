@@ -1,0 +1,52 @@
+"""What Triton's compiler makes of the kernels, for GPUs that need not be there: spills, and how they move their data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TARGETS = ["cuda:80", "cuda:90", "hip:gfx942"]
+DTYPES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+# How many tensors of the parameters' size a kernel reads and writes.
+OPERANDS = {
+    "square_norm": (2, 0),  # g, w where adaptive
+    "direction_sums": (2, 0),  # g + g_max, g_min
+    "ascend": (2, 3),  # w, g -> saved, w, g where copied
+    "descend": (3, 2),  # saved, g, g_max -> w, g
+    "direction": (2, 1),  # g + g_max, g_min -> d
+    "update_sgd": (4, 2),  # saved, g + g_max, g_min, m -> w, m
+    "update_adam": (5, 3),  # saved, g + g_max, g_min, m, v -> w, m, v
+}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests" / "compile_triton.py"), *TARGETS]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", OPERANDS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_operand_moves_in_128_bits_and_nothing_spills(compiled, target, kernel, dtype):
+    """Of a whole chunk, each thread's part of each operand; master weights are twice as wide as their parameters."""
+    found = compiled[f"{target} {kernel} {dtype}"]
+    from bsam_fused.ops.triton_flat import CHUNK_BYTES, WARPS
+
+    threads = WARPS * (64 if target.startswith("hip") else 32)
+    size = DTYPES[dtype]
+    vectors = CHUNK_BYTES // max(size, 4) * size / (16 * threads)
+    extra = 2 * vectors if kernel.startswith("update") and size == 2 else 0
+    reads, writes = OPERANDS[kernel]
+    assert found["loads"] == reads * vectors + extra
+    assert found["stores"] == writes * vectors + extra
+    assert found["spills"]
+    assert not any(found["spills"])
+    assert found["approximate"] == 0
