@@ -20,9 +20,11 @@ struct Site {
 };
 
 // One segment of an update. `from`: where the update starts (saved, or the weights); w: where it is written;
-// the direction is g, or g − c g_min where g_min is not null, times factor. `stream`: write w around the cache.
+// the direction is g, or g − c g_min where g_min is not null, times factor. `master`: where 16-bit weights have it, the
+// update goes from and to it, and w is its rounding; else null. `stream`: write w around the cache.
 struct Update {
   void* w;
+  float* master;
   const void *from, *g, *g_min;
   DirectionScales scales;
   Site site;

@@ -181,7 +181,8 @@ class PythonFlatParams(ABC):
 
     def _buffer(self, key: str) -> Tensor:
         if key not in self._buffers:
-            self._buffers[key] = torch.zeros(self._offsets[-1], dtype=self.dtype, device=self.device)
+            dtype = torch.float32 if key == contract.MASTER_WEIGHT else self.dtype
+            self._buffers[key] = torch.zeros(self._offsets[-1], dtype=dtype, device=self.device)
         return self._buffers[key]
 
     def _view(self, key: str, i: int) -> Tensor:
