@@ -208,7 +208,7 @@ class SharpnessAware(Persistent):
             RuntimeError: out of order, ``active`` is False, or a gradient that cannot be used, by name.
             ValueError: a radius is negative or not finite.
         """
-        first = next((p for p in self._parameters() if p.grad is not None), None)
+        first = next((p for p in self._parameters() if p.grad is not None and p.requires_grad), None)
         self._ascend()
         # Whoever calls GradScaler.unscale_ lets it look at the last gradients before step() is heard of.
         if first is not None and not self._keeps_g and self._scaler_seen is not False:
