@@ -94,18 +94,25 @@ BSAM_INLINE double square_sum(const S* w, const S* g, double eta, int64_t n) {
   return sum;
 }
 
-// Σ a b.
+// Adds Σ g_min², Σ s² and Σ s g_min.
 template <class S>
-BSAM_INLINE double product_sum(const S* a, const S* b, int64_t n) {
+BSAM_INLINE void add_direction_sums(const S* s, const S* g_min, double* sums, int64_t n) {
   using T = arithmetic_t<S>;
-  double lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int64_t j = 0; j < kLanes; ++j) lanes[j] = plus_product<T>(lanes[j], value(a[i + j]), value(b[i + j]));
-  for (int64_t j = 0; i < n; ++i, ++j) lanes[j] = plus_product<T>(lanes[j], value(a[i]), value(b[i]));
-  double sum = 0;
-  for (double lane : lanes) sum += lane;
-  return sum;
+  double min[kLanes] = {}, so_far[kLanes] = {}, cross[kLanes] = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t count = n - i < kLanes ? n - i : kLanes;
+    for (int64_t j = 0; j < count; ++j) {
+      const T a = value(s[i + j]), b = value(g_min[i + j]);
+      min[j] = plus_product<T>(min[j], b, b);
+      so_far[j] = plus_product<T>(so_far[j], a, a);
+      cross[j] = plus_product<T>(cross[j], a, b);
+    }
+  }
+  for (int64_t j = 0; j < kLanes; ++j) {
+    sums[0] += min[j];
+    sums[1] += so_far[j];
+    sums[2] += cross[j];
+  }
 }
 
 // to = from + step T² g; `first`: the index of the first element.
@@ -199,14 +206,8 @@ struct SegmentLoops {
     return reach.adaptive ? square_sum<true>(w, g, reach.eta, n) : square_sum<false>(w, g, 0, n);
   }
 
-  static void direction_sums(const void* g_, const void* g_min_, double* sums, int64_t n) {
-    const S *g = static_cast<const S*>(g_), *g_min = static_cast<const S*>(g_min_);
-    for (int64_t i = 0; i < n; i += kTile) {
-      const int64_t count = tile_at(i, n);
-      sums[0] += product_sum(g_min + i, g_min + i, count);
-      sums[1] += product_sum(g + i, g + i, count);
-      sums[2] += product_sum(g + i, g_min + i, count);
-    }
+  static void direction_sums(const void* s, const void* g_min, double* sums, int64_t n) {
+    add_direction_sums(static_cast<const S*>(s), static_cast<const S*>(g_min), sums, n);
   }
 
   static void ascend(void* w_, const void* g_, void* saved_, const Reach& reach, const Site& site, bool stream,
