@@ -1,5 +1,6 @@
 # make report   train on the digits and show what sharpness-aware steps cost
-# make test     the whole test suite
+# make test     the tests
+# make test-triton  those of the Triton kernels, in Triton's interpreter, which takes as long again
 # make bench    optimizer time of a step, side by side with other implementations
 # make lint     ruff and clang-format
 # make cuda-build-check   the CUDA build against a CUDA build of torch (5 GB, in .venv-cuda); needs nvcc and no GPU
@@ -18,13 +19,17 @@ CUDA_TORCH := torch==2.12.1 setuptools==81.0.0
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py
 
-.PHONY: report test bench lint format cuda-build-check gpu clean
+.PHONY: report test test-triton bench lint format cuda-build-check gpu clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
 
 test: $(BUILT)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not interpreter"
+
+# Resuming and schedules are the same code for all backends written in Python.
+test-triton: $(BUILT)
+	$(BIN)/python -m pytest -q -m interpreter --ignore=tests/test_checkpoints.py --ignore=tests/test_schedules.py
 
 bench: $(BUILT)
 	$(BIN)/python -m bench.step_time

@@ -53,7 +53,7 @@ class OperatorRun:
     def __init__(self, backend: str, shapes: Shapes, device: torch.device) -> None:
         build = dispatch.choose(backend, device).build
         self.params = [torch.rand(shape, device=device).requires_grad_() for shape in shapes]
-        self.flat: FlatParams = build(self.params, [(0, i) for i in range(len(self.params))])
+        self.flat: FlatParams = build(self.params, [(0, i) for i in range(len(self.params))], None)
 
     def run(self, name: str) -> None:
         """Run an operator, or make and read the gradients of a pass."""

@@ -20,9 +20,11 @@ struct Site {
 };
 
 // One segment of an update. `from`: where the update starts (saved, or the weights); w: where it is written;
-// the direction is g, or g − c g_min where g_min is not null, times factor. `stream`: write w around the cache.
+// the direction is g, or g − c g_min where g_min is not null, times factor. `master`: where 16-bit weights have it, the
+// update goes from and to it, and w is its rounding; else null. `stream`: write w around the cache.
 struct Update {
   void* w;
+  float* master;
   const void *from, *g, *g_min;
   DirectionScales scales;
   Site site;
@@ -33,8 +35,8 @@ struct Update {
 // Each works on one segment; formulas in math.h. Pointers are to the segment's first element, n its length.
 struct Loops {
   double (*square_norm)(const void* w, const void* g, const Reach&, int64_t n);
-  // Adds Σ g_min², Σ g² and Σ g g_min; g is g + g_max.
-  void (*direction_sums)(const void* g, const void* g_min, double* sums, int64_t n);
+  // Adds Σ g_min², Σ s² and Σ s g_min; s is g + g_max.
+  void (*direction_sums)(const void* s, const void* g_min, double* sums, int64_t n);
   void (*ascend)(void* w, const void* g, void* saved, const Reach&, const Site&, bool stream, int64_t n);
   // g becomes g + g_max; returns Σ g_max².
   double (*descend)(void* w, void* g, const void* g_max, const void* saved, const Reach&, const Site&, bool stream,

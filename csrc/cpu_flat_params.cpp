@@ -152,6 +152,7 @@ void CpuFlatParams::update(const at::Tensor& sums, bool from_saved, double max_n
   for (size_t i : c10::irange(entries_.size()))
     if (entries_[i].counted) ++steps[i];
   const char* saved = from_saved ? buffer_if_any("saved") : nullptr;
+  float* master = master_weights();
   const auto scales = DirectionScales::from(sums.const_data_ptr<double>(), bilateral_, max_norm);
   for_segments([&](const Segment& s) {
     const Entry& e = entries_[s.tensor];
@@ -159,7 +160,8 @@ void CpuFlatParams::update(const at::Tensor& sums, bool from_saved, double max_n
     const int64_t at = s.begin * itemsize_;
     const char* now = e.now ? e.now + at : nullptr;
     const char* g = bilateral_ ? static_cast<const char*>(data(e.g, at)) : now;
-    rule(Update{e.w + at, e.perturbed && saved ? saved + s.flat * itemsize_ : e.w + at, g ? g : kZeros,
+    rule(Update{e.w + at, master ? master + s.flat : nullptr,
+                e.perturbed && saved ? saved + s.flat * itemsize_ : e.w + at, g ? g : kZeros,
                 bilateral_ ? now : nullptr, scales, site(s), stream_, s.count},
          e, s, steps[s.tensor]);
   });

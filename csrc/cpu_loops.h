@@ -70,6 +70,13 @@ struct Stochastic {
   BSAM_INLINE void operator()(S& to, float x, uint32_t i) const { store_stochastic(to, x, random_bits(draw_, i)); }
 };
 
+struct Exact {
+  template <class T>
+  BSAM_INLINE void operator()(T& to, T x, uint32_t) const {
+    to = x;
+  }
+};
+
 // Σ (T g)²; w is read where adaptive.
 template <bool adaptive, class S>
 BSAM_INLINE double square_sum(const S* w, const S* g, double eta, int64_t n) {
@@ -87,18 +94,25 @@ BSAM_INLINE double square_sum(const S* w, const S* g, double eta, int64_t n) {
   return sum;
 }
 
-// Σ a b.
+// Adds Σ g_min², Σ s² and Σ s g_min.
 template <class S>
-BSAM_INLINE double product_sum(const S* a, const S* b, int64_t n) {
+BSAM_INLINE void add_direction_sums(const S* s, const S* g_min, double* sums, int64_t n) {
   using T = arithmetic_t<S>;
-  double lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int64_t j = 0; j < kLanes; ++j) lanes[j] = plus_product<T>(lanes[j], value(a[i + j]), value(b[i + j]));
-  for (int64_t j = 0; i < n; ++i, ++j) lanes[j] = plus_product<T>(lanes[j], value(a[i]), value(b[i]));
-  double sum = 0;
-  for (double lane : lanes) sum += lane;
-  return sum;
+  double min[kLanes] = {}, so_far[kLanes] = {}, cross[kLanes] = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t count = n - i < kLanes ? n - i : kLanes;
+    for (int64_t j = 0; j < count; ++j) {
+      const T a = value(s[i + j]), b = value(g_min[i + j]);
+      min[j] = plus_product<T>(min[j], b, b);
+      so_far[j] = plus_product<T>(so_far[j], a, a);
+      cross[j] = plus_product<T>(cross[j], a, b);
+    }
+  }
+  for (int64_t j = 0; j < kLanes; ++j) {
+    sums[0] += min[j];
+    sums[1] += so_far[j];
+    sums[2] += cross[j];
+  }
 }
 
 // to = from + step T² g; `first`: the index of the first element.
@@ -136,13 +150,13 @@ struct SgdRule {
   using T = arithmetic_t<S>;
   Sgd<T> sgd_;
   S* momentum_buffer;  // null without momentum
-  Round of_w, of_m;
+  Round of_m;
 
-  template <bool bilateral>
-  BSAM_INLINE void tile(S* to, const S* from, const S* g, const S* g_min, T c, int64_t i, uint32_t first,
-                        int64_t n) const {
+  template <bool bilateral, class W, class RoundW>
+  BSAM_INLINE void tile(W* to, const W* from, const RoundW& round_w, const S* g, const S* g_min, T c, int64_t i,
+                        uint32_t first, int64_t n) const {
     const Sgd<T> o = sgd_;
-    const Round round_w = of_w, round_m = of_m;
+    const Round round_m = of_m;
     if (momentum_buffer == nullptr) {
       BSAM_ELEMENTWISE
       for (int64_t j = 0; j < n; ++j)
@@ -164,13 +178,13 @@ struct AdamRule {
   using T = arithmetic_t<S>;
   Adam<T> adam_;
   S *exp_avg, *exp_avg_sq;
-  Round of_w, of_m, of_v;
+  Round of_m, of_v;
 
-  template <bool bilateral>
-  BSAM_INLINE void tile(S* to, const S* from, const S* g, const S* g_min, T c, int64_t i, uint32_t first,
-                        int64_t n) const {
+  template <bool bilateral, class W, class RoundW>
+  BSAM_INLINE void tile(W* to, const W* from, const RoundW& round_w, const S* g, const S* g_min, T c, int64_t i,
+                        uint32_t first, int64_t n) const {
     const Adam<T> o = adam_;
-    const Round round_w = of_w, round_m = of_m, round_v = of_v;
+    const Round round_m = of_m, round_v = of_v;
     S *m = exp_avg + i, *v = exp_avg_sq + i;
     BSAM_ELEMENTWISE
     for (int64_t j = 0; j < n; ++j) {
@@ -192,14 +206,8 @@ struct SegmentLoops {
     return reach.adaptive ? square_sum<true>(w, g, reach.eta, n) : square_sum<false>(w, g, 0, n);
   }
 
-  static void direction_sums(const void* g_, const void* g_min_, double* sums, int64_t n) {
-    const S *g = static_cast<const S*>(g_), *g_min = static_cast<const S*>(g_min_);
-    for (int64_t i = 0; i < n; i += kTile) {
-      const int64_t count = tile_at(i, n);
-      sums[0] += product_sum(g_min + i, g_min + i, count);
-      sums[1] += product_sum(g + i, g + i, count);
-      sums[2] += product_sum(g + i, g_min + i, count);
-    }
+  static void direction_sums(const void* s, const void* g_min, double* sums, int64_t n) {
+    add_direction_sums(static_cast<const S*>(s), static_cast<const S*>(g_min), sums, n);
   }
 
   static void ascend(void* w_, const void* g_, void* saved_, const Reach& reach, const Site& site, bool stream,
@@ -250,7 +258,7 @@ struct SegmentLoops {
   static void sgd(const Update& u, const SgdGroup& group, void* momentum_buffer, bool first) {
     const Sgd<T> o = sgd_rule<T>(group.lr, group.momentum, group.dampening, group.weight_decay, group.nesterov,
                                  group.maximize, first, u.scales.factor);
-    update(u, SgdRule<S, Round>{o, static_cast<S*>(momentum_buffer), {u.site.key, kWeight}, {u.site.key, kFirstState}});
+    update(u, SgdRule<S, Round>{o, static_cast<S*>(momentum_buffer), {u.site.key, kFirstState}});
   }
 
   static void adam(const Update& u, const AdamGroup& group, void* exp_avg, void* exp_avg_sq, double t) {
@@ -259,7 +267,6 @@ struct SegmentLoops {
     update(u, AdamRule<S, Round>{o,
                                  static_cast<S*>(exp_avg),
                                  static_cast<S*>(exp_avg_sq),
-                                 {u.site.key, kWeight},
                                  {u.site.key, kFirstState},
                                  {u.site.key, kSecondState}});
   }
@@ -269,20 +276,43 @@ struct SegmentLoops {
   template <class Rule>
   static BSAM_INLINE void update(const Update& u, const Rule& rule) {
     S* w = static_cast<S*>(u.w);
-    const S *from = static_cast<const S*>(u.from), *g = static_cast<const S*>(u.g);
-    const S* g_min = static_cast<const S*>(u.g_min);
+    const S* from = static_cast<const S*>(u.from);
+    const Round round(u.site.key, kWeight);
     const bool stream = can_stream(w, u.stream);
     alignas(64) S out[kTile];
     for (int64_t i = 0; i < u.count; i += kTile) {
       const int64_t n = tile_at(i, u.count);
       S* to = stream ? out : w + i;
-      const uint32_t first = uint32_t(u.site.begin + i);
-      if (g_min)
-        rule.template tile<true>(to, from + i, g + i, g_min + i, T(u.scales.c), i, first, n);
+      if (sizeof(S) == 2 && u.master)
+        update_master(u, rule, to, i, n);
       else
-        rule.template tile<false>(to, from + i, g + i, nullptr, T(0), i, first, n);
+        tile(u, rule, to, from + i, round, i, n);
       if (stream) copy_elements(w + i, out, true, n);
     }
+  }
+
+  template <class Rule>
+  static BSAM_INLINE void update_master(const Update& u, const Rule& rule, S* to, int64_t i, int64_t n) {
+    if constexpr (sizeof(S) == 2) {
+      const S* from = static_cast<const S*>(u.from) + i;
+      float* master = u.master + i;
+      BSAM_ELEMENTWISE
+      for (int64_t j = 0; j < n; ++j) master[j] = update_start(from[j], master[j]);
+      tile(u, rule, master, static_cast<const float*>(master), Exact{}, i, n);
+      BSAM_ELEMENTWISE
+      for (int64_t j = 0; j < n; ++j) store(to[j], master[j]);
+    }
+  }
+
+  template <class Rule, class W, class RoundW>
+  static BSAM_INLINE void tile(const Update& u, const Rule& rule, W* to, const W* from, const RoundW& round, int64_t i,
+                               int64_t n) {
+    const S *g = static_cast<const S*>(u.g) + i, *g_min = static_cast<const S*>(u.g_min);
+    const uint32_t first = uint32_t(u.site.begin + i);
+    if (g_min)
+      rule.template tile<true>(to, from, round, g, g_min + i, T(u.scales.c), i, first, n);
+    else
+      rule.template tile<false>(to, from, round, g, nullptr, T(0), i, first, n);
   }
 };
 

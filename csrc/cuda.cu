@@ -281,6 +281,23 @@ struct AdamBase {
   }
 };
 
+// As many master weights as a vector of 16-bit elements has.
+template <class S>
+struct Masters {
+  static constexpr int kParts = kLanes<S> / kLanes<float>;
+  Vector<float> part[kParts];
+
+  __device__ void load(const float* from, int64_t i, int valid) {
+#pragma unroll
+    for (int h = 0; h < kParts; ++h) part[h] = cuda::load(from, i + h * kLanes<float>, valid - h * kLanes<float>);
+  }
+  __device__ void store(float* to, int64_t i, int valid) const {
+#pragma unroll
+    for (int h = 0; h < kParts; ++h) cuda::store(to, i + h * kLanes<float>, part[h], valid - h * kLanes<float>);
+  }
+  __device__ float& operator[](int j) { return part[j / kLanes<float>].lane[j % kLanes<float>]; }
+};
+
 template <class Base>
 struct Step {
   Update u;
@@ -322,8 +339,11 @@ struct Step {
     });
     const S* from = u.from_saved && p.perturbed ? static_cast<const S*>(u.saved) + p.flat : p.w;
     Vector<S> w[kVectors<S>], g[kVectors<S>], last[kVectors<S>], held[Base::kStates][kVectors<S>];
+    constexpr bool narrow = sizeof(S) == 2;
+    Masters<std::conditional_t<narrow, S, float>> master[kVectors<S>];
     for_vectors<S>(p.count, [&](int k, int i, int valid) {
       w[k] = load(from, i, valid);
+      if (narrow && u.master) master[k].load(u.master + p.flat, i, valid);
       if (u.bilateral) g[k] = load(p.g, i, valid);
       last[k] = load(p.now, i, valid);
       if (!o.base.stateful()) return;
@@ -337,12 +357,20 @@ struct Step {
         T kept[Base::kStates];
 #pragma unroll
         for (int s = 0; s < Base::kStates; ++s) kept[s] = value(held[s][k].lane[j]);
-        Rounder<S>(u.rounding, p, kWeight)(w[k].lane[j], o.base(value(w[k].lane[j]), d, kept), i + j);
+        if constexpr (narrow) {
+          if (u.master) {
+            master[k][j] = o.base(update_start(w[k].lane[j], master[k][j]), d, kept);
+            bsam::store(w[k].lane[j], master[k][j]);
+          }
+        }
+        if (!narrow || !u.master)
+          Rounder<S>(u.rounding, p, kWeight)(w[k].lane[j], o.base(value(w[k].lane[j]), d, kept), i + j);
 #pragma unroll
         for (int s = 0; s < Base::kStates; ++s)
           Rounder<S>(u.rounding, p, Operand(kFirstState + s))(held[s][k].lane[j], kept[s], i + j);
       });
       store(p.w, i, w[k], valid);
+      if (narrow && u.master) master[k].store(u.master + p.flat, i, valid);
       if (!o.base.stateful()) return;
 #pragma unroll
       for (int s = 0; s < Base::kStates; ++s) store(static_cast<S*>(state[s]) + p.flat, i, held[s][k], valid);

@@ -64,6 +64,7 @@ void restore(const Context&, const Items&, const void* saved);
 struct Update {
   const double *groups, *sums;
   const void* saved;  // null if nothing was perturbed
+  float* master;      // of 16-bit weights: where there is one, the update goes from and to it, and w is its rounding
   bool from_saved;    // start from saved where perturbed, else from w
   bool bilateral;
   double max_norm;  // of d

@@ -30,9 +30,9 @@ void CudaFlatParams::refuse_capture() const {
     throw std::runtime_error("the first step cannot be captured in a CUDA graph: take one before, then capture");
 }
 
-at::Tensor CudaFlatParams::new_buffer(int64_t numel) const {
+at::Tensor CudaFlatParams::new_buffer(int64_t numel, at::ScalarType dtype) const {
   refuse_capture();
-  return FlatParams::new_buffer(numel);
+  return FlatParams::new_buffer(numel, dtype);
 }
 
 cuda::Context CudaFlatParams::context() const {
@@ -126,6 +126,7 @@ cuda::Update CudaFlatParams::update(const at::Tensor& sums, const double* groups
   return {groups,
           sums.const_data_ptr<double>(),
           buffer_if_any("saved"),
+          master_weights(),
           from_saved,
           bilateral_,
           max_norm,

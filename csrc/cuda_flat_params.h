@@ -34,7 +34,7 @@ class CudaFlatParams final : public FlatParams {
   void run_restore() override;
   const double* on_host(const at::Tensor&) const override { return nullptr; }
 
-  at::Tensor new_buffer(int64_t numel) const override;
+  at::Tensor new_buffer(int64_t numel, at::ScalarType dtype) const override;
   cuda::Context context() const;
   void refuse_capture() const;
   template <class Wanted>

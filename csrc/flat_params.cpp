@@ -164,11 +164,14 @@ void FlatParams::end_pass() {
 
 char* FlatParams::buffer(const std::string& key) {
   auto found = buffers_.find(key);
-  if (found == buffers_.end()) found = buffers_.emplace(key, new_buffer(index_.size())).first;
+  if (found == buffers_.end())
+    found = buffers_.emplace(key, new_buffer(index_.size(), key == kMasterWeight ? at::kFloat : dtype_)).first;
   return data(found->second, 0);
 }
 
-at::Tensor FlatParams::new_buffer(int64_t numel) const { return at::zeros({numel}, at::dtype(dtype_).device(device_)); }
+at::Tensor FlatParams::new_buffer(int64_t numel, at::ScalarType dtype) const {
+  return at::zeros({numel}, at::dtype(dtype).device(device_));
+}
 
 void FlatParams::check_groups(size_t groups) const {
   if (int64_t(groups) < groups_)

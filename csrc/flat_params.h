@@ -20,6 +20,8 @@
 
 namespace bsam {
 
+constexpr char kMasterWeight[] = "master_weight";
+
 // Thrown where a parameter or its gradient cannot be worked with; contract.py's `reject` finds the words.
 struct BadParameter {
   size_t index;
@@ -97,8 +99,10 @@ class FlatParams {
   static char* data(const at::Tensor& t, int64_t at) {
     return t.defined() ? static_cast<char*>(t.unsafeGetTensorImpl()->mutable_data()) + at : nullptr;
   }
-  virtual at::Tensor new_buffer(int64_t numel) const;
+  virtual at::Tensor new_buffer(int64_t numel, at::ScalarType dtype) const;
   char* buffer(const std::string& key);
+  // Float32, where 16-bit parameters have them: from when somebody first asks for their state.
+  float* master_weights() { return reinterpret_cast<float*>(buffer_if_any(kMasterWeight)); }
   char* buffer_if_any(const std::string& key) { return buffers_.count(key) ? buffer(key) : nullptr; }
 
   void check_groups(size_t groups) const;

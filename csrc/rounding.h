@@ -72,5 +72,14 @@ BSAM_INLINE void store_stochastic(Float16& to, float x, uint32_t random) {
   to.bits = uint16_t((bits >> 16 & 0x8000u) | (magnitude >= 0x477ff000u ? special : finite));
 }
 
+// Where an update starts that keeps master weights: from the master, whose rounding to nearest the weight is; where it
+// is not, as in the first step, somebody has set the weight since, and it counts.
+template <class S>
+BSAM_INLINE float update_start(S weight, float master) {
+  S rounded;
+  store(rounded, master);
+  return rounded.bits == weight.bits ? master : value(weight);
+}
+
 }  // namespace BSAM_ISA
 }  // namespace bsam

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from bsam_fused.ops import triton_flat, triton_kernels
 
 DTYPES = {"float32": tl.float32, "float64": tl.float64, "bfloat16": tl.bfloat16, "float16": tl.float16}
+CHUNK = {name: triton_flat.CHUNK[dtype.primitive_bitwidth // 8] for name, dtype in DTYPES.items()}
 KERNELS = ("square_norm", "direction_sums", "ascend", "descend", "direction", "update_sgd", "update_adam")
 ARGUMENTS = {
     "*i64": ("tensors", "pointers", "step_count", "skipped"),
@@ -40,14 +41,14 @@ def compiled(target, name, dtype):
     kernel, size = getattr(triton_kernels, name), DTYPES[dtype].primitive_bitwidth // 8
     wide = {"S": DTYPES[dtype], "T": tl.float64 if dtype == "float64" else tl.float32}
     flags = {"STOCHASTIC": size == 2, "MASTER": size == 2, "BILATERAL": True, "FROM_SAVED": True}
-    constants = {**wide, "CHUNK": triton_flat.CHUNK_BYTES // max(size, 4), **flags}
+    constants = {**wide, "CHUNK": CHUNK[dtype], **flags}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {a: "constexpr" if a in constants else TYPES[a] for a in kernel.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if signature[a].startswith("*")
-    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if signature[a].startswith("*")}
     source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=target, options={"num_warps": triton_flat.WARPS, "enable_fp_fusion": False})
+    return triton.compile(
+        source, target=target, options={"num_warps": triton_flat.THREADS // target.warp_size, "enable_fp_fusion": False}
+    )
 
 
 def spilled_by_ptxas(ptx):
@@ -65,8 +66,13 @@ def summary(kernel):
     form = "ptx" if "ptx" in kernel.asm else "amdgcn"
     code = kernel.asm[form]
     loads, stores = (sum(1 for _ in re.finditer(pattern, code)) for pattern in ACCESSES[form])
-    spills = spilled_by_ptxas(code) if form == "ptx" else [*map(int, re.findall(r"gpr_spill_count:\s*(\d+)", code))]
-    return {"loads": loads, "stores": stores, "spills": spills, "approximate": len(re.findall(r"\.(approx|full)\.f32", code))}
+    spills = spilled_by_ptxas(code) if form == "ptx" else [*map(int, re.findall(r"vgpr_spill_count:\s*(\d+)", code))]
+    return {
+        "loads": loads,
+        "stores": stores,
+        "spills": spills,
+        "approximate": len(re.findall(r"\.(approx|full)\.f32", code)),
+    }
 
 
 def main(targets):
@@ -75,7 +81,8 @@ def main(targets):
         backend, arch = text.split(":")
         target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, 64 if backend == "hip" else 32)
         for name, dtype in itertools.product(KERNELS, DTYPES):
-            found[f"{text} {name} {dtype}"] = summary(compiled(target, name, dtype))
+            shape = {"chunk": CHUNK[dtype], "threads": triton_flat.THREADS}
+            found[f"{text} {name} {dtype}"] = {**shape, **summary(compiled(target, name, dtype))}
     json.dump(found, sys.stdout, indent=1)
 
 

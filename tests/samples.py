@@ -1,5 +1,7 @@
 """The sample inputs that feed every correctness test of every backend, and why each would expose a bug."""
 
+import os
+
 import torch
 
 BLOCK = 16384  # csrc/flat.h's kBlock
@@ -57,3 +59,8 @@ def assign(params, grads):
     """Leave each gradient to its parameter alone, as autograd does."""
     for p, g in zip(params, grads, strict=True):
         p.grad = None if g is None else g.clone(memory_format=torch.preserve_format)
+
+
+def interpreted(backend):
+    """Whether Triton's interpreter runs the backend, at some milliseconds a tensor and launch."""
+    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"

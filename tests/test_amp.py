@@ -189,6 +189,40 @@ def test_no_hook_stays_where_there_is_no_scaler(backend, kind):
         assert not any(p._post_accumulate_grad_hooks for p in net.parameters())
 
 
+@pytest.mark.parametrize("first", [0, 1, 2], ids=["frozen", "empty", "sparse"])
+def test_gradients_that_no_hook_and_no_mark_fits(backend, first):
+    """A frozen parameter with a gradient, one without elements, and a sparse one: the error is the phase's own."""
+    frozen, empty = nn.Parameter(torch.ones(3), requires_grad=False), nn.Parameter(torch.ones(0))
+    table = nn.Embedding(4, 3, sparse=True)
+    params = [frozen, empty, table.weight]
+    opt = bsam_fused.SAM(params[first:] + params[:first], lr=0.1, backend=backend)
+    scaler = torch.amp.GradScaler(table.weight.device.type, init_scale=2.0)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.ascend()
+    empty.grad = torch.ones_like(empty)
+    scaler.scale(table(torch.tensor([1])).sum()).backward()
+    with pytest.raises(RuntimeError, match="sparse gradient"):
+        scaler.step(opt)
+    opt.restore()
+    assert torch.equal(frozen, torch.ones(3))
+
+
+@every_kind
+def test_pure_float16_with_a_scaler(backend, kind):
+    """Near the float32 run, whose gradients are no better for being scaled."""
+    ends = []
+    for dtype in (torch.float16, torch.float32):
+        net, opt, scaler = prepared(kind, "SGD", backend)
+        net.to(dtype)
+        for t in range(3):
+            walk(net, opt, scaler, seed=t)
+        assert opt.skipped_steps == 0
+        ends.append([w.float() for w in weights(net)])
+    for a, b in zip(*ends):
+        torch.testing.assert_close(a, b, rtol=0.01, atol=0.01)
+
+
 # ---- clipping
 
 

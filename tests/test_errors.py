@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import bsam_fused
-from bsam_fused.ops import dispatch
+from bsam_fused.ops import dispatch, triton_flat
 
 KINDS = [bsam_fused.SAM, bsam_fused.ASAM, bsam_fused.BSAM]
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -247,6 +247,8 @@ def test_add_param_group_that_is_refused_adds_nothing(backend):
 def test_backends_by_name(monkeypatch):
     with pytest.raises(ValueError, match=r"backend='fast': must be auto"):
         bsam_fused.SAM([parameter(2)], lr=0.1, backend="fast")
+    monkeypatch.setattr(triton_flat, "interpreted", lambda: False)
+    monkeypatch.setattr(triton_flat, "why_not", triton_flat.why_not.__wrapped__)
     for name in ("cuda", "triton"):
         with pytest.raises(RuntimeError, match=rf"backend='{name}' for tensors on cpu"):
             bsam_fused.SAM([parameter(2)], lr=0.1, backend=name)

@@ -223,7 +223,7 @@ def test_no_later_pass_sees_moved_weights_after_a_bad_gradient(backend, kind, va
         net(torch.randn(4, 6)).square().sum().backward()
         net[0].weight.grad[2, 3] = value
         opt.descend()
-        if backend == "cuda":  # learns of it in the pass that writes w_min, which is finite
+        if backend in {"cuda", "triton"}:  # learns of it in the pass that writes w_min, which is finite
             assert all(p.isfinite().all() for p in net.parameters())
         else:
             assert_unchanged(net, opt, before)

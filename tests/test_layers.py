@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "optim.sharpness": set(),
     "optim.scaling": set(),
     "optim.flats": {"ops.contract", "ops.dispatch", "optim.fused", "optim.scaling"},
-    "optim.persistence": {"optim.flats", "optim.fused"},
+    "optim.persistence": {"ops.contract", "optim.flats", "optim.fused"},
     "optim.base": {
         "ops.contract",
         "ops.dispatch",

@@ -20,6 +20,9 @@ ASCENT, MAX, MIN, SCALE, SO_FAR, CROSS = range(6)
 NORMS, CHECKED, SLOTS = 3, 4, 6
 """How many there are: of norms; that must be finite, or the step is skipped; in all."""
 
+MASTER_WEIGHT = "master_weight"
+"""The state that is no base optimizer's: float32 weights, from and to which 16-bit parameters are updated."""
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -177,7 +180,10 @@ class FlatParams(Protocol):
     def state(self, key: str) -> list[Tensor]:
         """Return the base optimizer's state ``key``, a view of its flat buffer (zero at first) a parameter.
 
-        Each has its parameter's shape and strides; "step" (float32, 0-dim) counts the updates made.
+        Each has its parameter's shape and strides; "step" (float32, 0-dim) counts the updates made. Where
+        `MASTER_WEIGHT` (float32) of 16-bit parameters was once asked for, updates start from it, end in it, and
+        the weights become its rounding to nearest. Weights that are not its rounding (at first, or set from
+        outside) count themselves.
         """
 
     def clear_state(self, i: int) -> None:

@@ -41,10 +41,12 @@ class PythonFlatParams(ABC):
         # Of parameters that are rounded stochastically.
         self._keys = [rounding.tensor_key(seed, *place) for place in places] if self._rounds(seed) else []
         self._steps = torch.zeros(len(self.params), device=self.device)
-        self._layouts = [(p.shape, p.stride()) for p in self.params]
+        self._layouts = [(p.shape, p.stride(), p.dtype, p.device) for p in self.params]
         self._numels = [p.numel() for p in self.params]
         # An element's place in the flat buffers: its parameter's strides, or dense ones where they have gaps.
         self._strides = [torch.empty_like(p, device="meta").stride() for p in self.params]
+        self._usual = [(p.shape, s, p.dtype, p.device) for p, s in zip(self.params, self._strides, strict=True)]
+        self._versioned = [not p.is_inference() for p in self.params]
         # What has gaps, or is lazily negated, is worked on in a packed copy.
         self._packed = {
             i: torch.empty_like(p, requires_grad=False)
@@ -124,34 +126,41 @@ class PythonFlatParams(ABC):
 
     def _unmoved(self, i: int) -> bool:
         p = self.params[i]
-        return (p.shape, p.stride()) == self._layouts[i] and p.dtype == self.dtype and p.device == self.device
+        return (p.shape, p.stride(), p.dtype, p.device) == self._layouts[i]
 
     @torch.no_grad()
     def read_gradients(self) -> None:
         """Note the gradients of this pass."""
         self._now = {}
-        dtype, device = self.dtype, self.device
-        for i, param in enumerate(self.params):
-            grad = param.grad
-            if not self._unmoved(i):
-                contract.reject(self, i)
+        if [(p.shape, p.stride(), p.dtype, p.device) for p in self.params] != self._layouts:
+            contract.reject(self, next(i for i in range(len(self.params)) if not self._unmoved(i)))
+        now, usual, strided = {}, self._usual, torch.strided
+        for i, grad in enumerate([p.grad for p in self.params]):
             if grad is None:
                 continue
             if (
-                grad.layout != torch.strided
-                or grad.dtype != dtype
-                or grad.device != device
-                or grad.shape != param.shape
+                grad.layout is not strided
+                or (grad.shape, grad.stride(), grad.dtype, grad.device) != usual[i]
+                or grad.is_neg()
+                or grad._is_zerotensor()
             ):
+                grad = self._staged(i, grad)
+            if not grad.data_ptr() and self._numels[i]:
                 contract.reject(self, i)
+            now[i] = grad
+        for i in now:
             if i in self._packed:
-                self._packed[i].copy_(param)
-            # A lazily negated or zero gradient is not what its memory says; a copy is.
-            if grad.stride() != self._strides[i] or grad.is_neg() or grad._is_zerotensor():
-                grad = self._empty(i).copy_(grad)
-            if self._numels[i] and not (param.data_ptr() and grad.data_ptr()):
+                self._packed[i].copy_(self.params[i])
+            if not self._weights(i).data_ptr() and self._numels[i]:
                 contract.reject(self, i)
-            self._now[i] = grad
+        self._now = now
+
+    def _staged(self, i: int, grad: Tensor) -> Tensor:
+        """Return a copy in the flat buffers' strides: a lazily negated or zero gradient is not what its memory says."""
+        shape, _, dtype, device = self._usual[i]
+        if grad.layout != torch.strided or (grad.shape, grad.dtype, grad.device) != (shape, dtype, device):
+            contract.reject(self, i)
+        return self._empty(i).copy_(grad)
 
     def clear_gradients(self) -> None:
         """Set every .grad to None."""
@@ -159,10 +168,9 @@ class PythonFlatParams(ABC):
             param.grad = None
 
     def _wrote(self, members: Sequence[int]) -> None:
-        for i in members:
-            if i in self._packed:
-                self.params[i].copy_(self._packed[i])
-        torch.autograd.graph.increment_version([self.params[i] for i in members if not self.params[i].is_inference()])
+        for i in self._packed.keys() & set(members):
+            self.params[i].copy_(self._packed[i])
+        torch.autograd.graph.increment_version([self.params[i] for i in members if self._versioned[i]])
 
     def _end_pass(self) -> None:
         for i in self._now:
@@ -188,7 +196,8 @@ class PythonFlatParams(ABC):
     def _buffer(self, key: str) -> Tensor:
         if key not in self._buffers:
             self._refuse_capture()
-            self._buffers[key] = torch.zeros(self._offsets[-1], dtype=self.dtype, device=self.device)
+            dtype = torch.float32 if key == contract.MASTER_WEIGHT else self.dtype
+            self._buffers[key] = torch.zeros(self._offsets[-1], dtype=dtype, device=self.device)
         return self._buffers[key]
 
     def _view(self, key: str, i: int) -> Tensor:

@@ -47,6 +47,12 @@ def random_bits(key: int, step: Tensor, operand: int, i: Tensor) -> Tensor:
     return x ^ x >> 16
 
 
+def update_start(weight: Tensor, master: Tensor) -> Tensor:
+    """Return master weights, but a weight itself where it is not the master's rounding: somebody has set it since."""
+    same = master.to(weight.dtype).view(torch.int16) == weight.view(torch.int16)
+    return torch.where(same, master, weight.to(master.dtype))
+
+
 def rounded(x: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
     """Return float32 ``x`` as bfloat16 or float16: up with probability (x − a) / (b − a) between neighbours a, b.
 

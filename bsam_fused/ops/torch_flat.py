@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 
 from bsam_fused.ops import rounding
-from bsam_fused.ops.contract import ASCENT, CHECKED, CROSS, MAX, MIN, SCALE, SO_FAR, AdamScalars, Radius, SGDScalars
+from bsam_fused.ops.contract import (
+    ASCENT,
+    CHECKED,
+    CROSS,
+    MASTER_WEIGHT,
+    MAX,
+    MIN,
+    SCALE,
+    SO_FAR,
+    AdamScalars,
+    Radius,
+    SGDScalars,
+)
 from bsam_fused.ops.flat_params import PythonFlatParams, Update
 
 Rule = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -133,8 +145,14 @@ class TorchFlatParams(PythonFlatParams):
             self._steps[i] += finite
         for i, kept in before.items():
             start = kept if update.from_saved else self._weights(i)
-            new = rule(i, start.to(self._compute), self._direction(i, *scales), finite)
-            self._write(self._weights(i), i, rounding.WEIGHT, torch.where(finite, new, kept.to(self._compute)))
+            master = self._view(MASTER_WEIGHT, i) if MASTER_WEIGHT in self._buffers else None
+            w = start.to(self._compute) if master is None else rounding.update_start(start, master)
+            new = torch.where(finite, rule(i, w, self._direction(i, *scales), finite), kept.to(self._compute))
+            if master is None:
+                self._write(self._weights(i), i, rounding.WEIGHT, new)
+            else:
+                master.copy_(torch.where(finite, new, master))
+                self._weights(i).copy_(new)
         self._skipped += ~finite
         self.step_count += 1
 

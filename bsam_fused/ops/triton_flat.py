@@ -17,17 +17,18 @@ import torch
 from torch import Tensor
 
 from bsam_fused.ops import holders
-from bsam_fused.ops.contract import AdamScalars, Radius, SGDScalars
+from bsam_fused.ops.contract import MASTER_WEIGHT, AdamScalars, Radius, SGDScalars
 from bsam_fused.ops.flat_params import PythonFlatParams, Update
 
 OLDEST = "3.4"
 SMALL_BYTES = 4096  # up to here a gradient is copied rather than taken
-CHUNK_BYTES = 8192  # 16-bit types: half
-WARPS = 8  # of a program
+CHUNK = {2: 2048, 4: 2048, 8: 512}  # elements of so many bytes: more spill
+THREADS = 256  # of a program
 PROGRAMS = 8  # of a launch, a multiprocessor
 TERMS = 3  # sums that a launch makes, at most
 WANTED, PERTURBED, COUNTED = 1, 2, 4  # as triton_pieces.py has them
 
+Rows = list[tuple[Any, ...]]
 Pointers = tuple[int, int, int, int]
 """Of a tensor: w, g, this pass's gradient, flags; 0 for what is not there."""
 
@@ -66,28 +67,28 @@ class _Table:
     capture. Afterwards nobody here knows what is on the device, and every step writes.
     """
 
-    def __init__(self, values: list[Any], dtype: torch.dtype, device: torch.device) -> None:
-        self._values: list[Any] | None = None
+    def __init__(self, rows: Rows, dtype: torch.dtype, device: torch.device) -> None:
+        self._rows: Rows | None = None
         self._captured: list[Tensor] = []
-        self._on_device = torch.empty(len(values), dtype=dtype, device=device)
-        self._spare: Tensor | None = self._on_host(values)  # for a capture, within which no pinned memory can be had
+        self._on_device = torch.empty(len(rows), len(rows[0]), dtype=dtype, device=device)
+        self._spare: Tensor | None = self._on_host(rows)  # for a capture, within which no pinned memory can be had
 
-    def _on_host(self, values: list[Any]) -> Tensor:
-        return torch.tensor(values, dtype=self._on_device.dtype, pin_memory=self._on_device.is_cuda)
+    def _on_host(self, rows: Rows) -> Tensor:
+        return torch.tensor(rows, dtype=self._on_device.dtype, pin_memory=self._on_device.is_cuda)
 
-    def write(self, values: list[Any]) -> Tensor:
-        """Return the tensor on the device, with these values."""
+    def write(self, rows: Rows) -> Tensor:
+        """Return the tensor on the device, with these rows."""
         capturing = self._on_device.is_cuda and torch.cuda.is_current_stream_capturing()
-        if values == self._values and not capturing and not self._captured:
+        if rows == self._rows and not capturing and not self._captured:
             return self._on_device
         if capturing and self._spare is not None:
             host, self._spare = self._spare, None
-            host.copy_(torch.tensor(values, dtype=host.dtype))
+            host.copy_(torch.tensor(rows, dtype=host.dtype))
         else:
-            host = self._on_host(values)
+            host = self._on_host(rows)
         if capturing:
             self._captured.append(host)
-        self._values = values
+        self._rows = rows
         return self._on_device.copy_(host, non_blocking=True)
 
 
@@ -102,13 +103,13 @@ class TritonFlatParams(PythonFlatParams):
         from bsam_fused.ops import triton_kernels
 
         self._kernels = triton_kernels
-        chunk = CHUNK_BYTES // max(self.dtype.itemsize, torch.float32.itemsize)
+        chunk = CHUNK[self.dtype.itemsize]
         self._map = _chunks(self._numels, chunk).to(self.device)
         groups, keys = [group for group, _ in places], self._keys or [0] * len(self.params)
         columns = [self._offsets[:-1], self._numels, groups, keys]
         self._tensors = torch.tensor(columns, dtype=torch.int64).t().contiguous().to(self.device)
-        programs = min(len(self._map), PROGRAMS * _processors(self.device))
-        self._grid = (max(1, programs),)
+        processors, warp = _processors(self.device)
+        self._grid = (max(1, min(len(self._map), PROGRAMS * processors)),)
         partials = torch.zeros(TERMS * self._grid[0], dtype=torch.float64, device=self.device)
         ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._reduction = {"partials": partials, "ticket": ticket}
@@ -119,7 +120,7 @@ class TritonFlatParams(PythonFlatParams):
             "S": names.get(self.dtype, tl.float32),
             "T": tl.float64 if self.dtype == torch.float64 else tl.float32,
             "CHUNK": chunk,
-            "num_warps": WARPS,
+            "num_warps": THREADS // warp,
             "enable_fp_fusion": False,
         }
 
@@ -129,12 +130,11 @@ class TritonFlatParams(PythonFlatParams):
 
     # ---- launches
 
-    def _table(self, name: str, rows: Iterable[Sequence[float]], dtype: torch.dtype = torch.float64) -> Tensor:
-        values = [value for row in rows for value in row]
+    def _table(self, name: str, rows: Rows, dtype: torch.dtype = torch.float64) -> Tensor:
         if name not in self._tables:
             self._refuse_capture()
-            self._tables[name] = _Table(values, dtype, self.device)
-        return self._tables[name].write(values)
+            self._tables[name] = _Table(rows, dtype, self.device)
+        return self._tables[name].write(rows)
 
     def _launch(self, name: str, wanted: Iterable[int], pointers: Callable[[int], Pointers], **arguments: Any) -> None:
         """Launch a kernel over the ``wanted`` parameters."""
@@ -238,6 +238,8 @@ class TritonFlatParams(PythonFlatParams):
             options=options,
             sums=update.sums,
             saved=self._at("saved"),
+            master=self._at(MASTER_WEIGHT) if MASTER_WEIGHT in self._buffers else 0,
+            MASTER=MASTER_WEIGHT in self._buffers,
             steps=self._steps,
             skipped=self._skipped,
             ticket=self._reduction["ticket"],
@@ -282,5 +284,9 @@ def _chunks(numels: Sequence[int], chunk: int) -> Tensor:
     return torch.stack([tensor, torch.arange(len(tensor)) - first], 1).to(torch.int32)
 
 
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def _processors(device: torch.device) -> tuple[int, int]:
+    """Return how many multiprocessors a device has, and the threads of a warp."""
+    if device.type == "cpu":
+        return 1, 32
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, getattr(properties, "warp_size", 32)

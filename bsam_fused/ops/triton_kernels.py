@@ -49,6 +49,7 @@ from bsam_fused.ops.triton_rounding import (
     random_bits,
     step_key,
     stochastic,
+    update_start,
     word,
 )
 
@@ -331,6 +332,7 @@ def update_sgd(
     options: tl.tensor,
     sums: tl.tensor,
     saved: tl.tensor,
+    master: tl.tensor,
     step_count: tl.tensor,
     steps: tl.tensor,
     skipped: tl.tensor,
@@ -341,20 +343,26 @@ def update_sgd(
     T: tl.constexpr,
     CHUNK: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    MASTER: tl.constexpr,
     BILATERAL: tl.constexpr,
     FROM_SAVED: tl.constexpr,
 ) -> None:
-    """torch.optim.SGD's rule, from saved where perturbed and FROM_SAVED, else from w; where skipped, w = saved."""
+    """torch.optim.SGD's rule, from saved where perturbed and FROM_SAVED, else from w; where skipped, w = saved.
+
+    With MASTER from float32 master weights and to them, w their rounding to nearest.
+    """
     finite = _all_finite(sums)
     c, factor = _direction_scales(sums, tl.load(options + 6), BILATERAL)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         tensor, group, key, flags, begin, n, flat, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
+        master_at = master + 2 * flat  # float32 takes twice the bytes of 16-bit parameters
         moved = (flags & PERTURBED) != 0
         back = moved if FROM_SAVED else moved & (finite == 0)  # where the step starts from
         m_at = only_if((flags & COUNTED) != 0, momentum_buffer + flat)
         for WHOLE in tl.static_range(2):
             if is_variant(WHOLE, n, w, g, now, CHUNK):
-                x = load(tl.where(back, saved + flat, w), n, S, CHUNK, WHOLE).to(T)
+                start = load(tl.where(back, saved + flat, w), n, S, CHUNK, WHOLE)
+                x = update_start(start, load(master_at, n, T, CHUNK, WHOLE)) if MASTER else start.to(T)
                 d = _direction(g, now, c.to(T), n, S, T, CHUNK, WHOLE, BILATERAL)
                 m = load(m_at, n, S, CHUNK, WHOLE).to(T)
                 o = options + SGD_OPTIONS * group
@@ -378,7 +386,10 @@ def update_sgd(
                     of_d.to(T),
                     of_m.to(T),
                 )
-                new = _rounded(tl.where(finite, new, x), WEIGHT, key, step_count, begin, S, CHUNK, STOCHASTIC)
+                if MASTER:
+                    store(only_if(finite, master_at), new, n, T, CHUNK, WHOLE)
+                new = tl.where(finite, new, x)
+                new = _rounded(new, WEIGHT, key, step_count, begin, S, CHUNK, STOCHASTIC and not MASTER)
                 m = _rounded(m, FIRST_STATE, key, step_count, begin, S, CHUNK, STOCHASTIC)
                 store(only_if(finite | moved, w), new, n, S, CHUNK, WHOLE)
                 store(only_if(finite, m_at), m, n, S, CHUNK, WHOLE)
@@ -395,6 +406,7 @@ def update_adam(
     options: tl.tensor,
     sums: tl.tensor,
     saved: tl.tensor,
+    master: tl.tensor,
     step_count: tl.tensor,
     steps: tl.tensor,
     skipped: tl.tensor,
@@ -406,6 +418,7 @@ def update_adam(
     T: tl.constexpr,
     CHUNK: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    MASTER: tl.constexpr,
     BILATERAL: tl.constexpr,
     FROM_SAVED: tl.constexpr,
 ) -> None:
@@ -414,12 +427,14 @@ def update_adam(
     c, factor = _direction_scales(sums, tl.load(options + 7), BILATERAL)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         tensor, group, key, flags, begin, n, flat, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
+        master_at = master + 2 * flat  # float32 takes twice the bytes of 16-bit parameters
         moved = (flags & PERTURBED) != 0
         back = moved if FROM_SAVED else moved & (finite == 0)
         m_at, v_at = exp_avg + flat, exp_avg_sq + flat
         for WHOLE in tl.static_range(2):
             if is_variant(WHOLE, n, w, g, now, CHUNK):
-                x = load(tl.where(back, saved + flat, w), n, S, CHUNK, WHOLE).to(T)
+                start = load(tl.where(back, saved + flat, w), n, S, CHUNK, WHOLE)
+                x = update_start(start, load(master_at, n, T, CHUNK, WHOLE)) if MASTER else start.to(T)
                 d = _direction(g, now, c.to(T), n, S, T, CHUNK, WHOLE, BILATERAL)
                 m = load(m_at, n, S, CHUNK, WHOLE).to(T)
                 v = load(v_at, n, S, CHUNK, WHOLE).to(T)
@@ -450,7 +465,10 @@ def update_adam(
                     step_size.to(T),
                     sqrt_bias_correction.to(T),
                 )
-                new = _rounded(tl.where(finite, new, x), WEIGHT, key, step_count, begin, S, CHUNK, STOCHASTIC)
+                if MASTER:
+                    store(only_if(finite, master_at), new, n, T, CHUNK, WHOLE)
+                new = tl.where(finite, new, x)
+                new = _rounded(new, WEIGHT, key, step_count, begin, S, CHUNK, STOCHASTIC and not MASTER)
                 m = _rounded(m, FIRST_STATE, key, step_count, begin, S, CHUNK, STOCHASTIC)
                 v = _rounded(v, SECOND_STATE, key, step_count, begin, S, CHUNK, STOCHASTIC)
                 store(only_if(finite | moved, w), new, n, S, CHUNK, WHOLE)

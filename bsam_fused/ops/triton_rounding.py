@@ -70,3 +70,10 @@ def stochastic(x: tl.tensor, random: tl.tensor, S: tl.constexpr) -> tl.tensor:
         largest = 0x477FE000
     chosen = (up.to(tl.uint32, bitcast=True) | (bits & 0x80000000)).to(tl.float32, bitcast=True)
     return tl.where(magnitude < largest, chosen, x).to(S)
+
+
+@triton.jit
+def update_start(weight: tl.tensor, master: tl.tensor) -> tl.tensor:
+    """The master weight, but the weight itself where it is not the master's rounding: somebody has set it since."""
+    same = master.to(weight.dtype).to(tl.int16, bitcast=True) == weight.to(tl.int16, bitcast=True)
+    return tl.where(same, master, weight.to(tl.float32))

@@ -67,10 +67,11 @@ class SharpnessAware(Persistent):
         max_grad_norm: float | None,
         rounding: str,
         seed: int,
+        master_weights: bool,
         model: nn.Module | None,
         backend: str,
     ) -> None:
-        self._flats = Flats(groups.check_rounding(rounding, seed))
+        self._flats = Flats(groups.check_rounding(rounding, seed), master_weights)
         self._batchnorm = ExitStack()
         self.norm_eps = groups.check_non_negative("norm_eps", norm_eps)
         groups.check_max_norm(max_grad_norm)
@@ -91,6 +92,7 @@ class SharpnessAware(Persistent):
         ours = {self._key(option): value for option, value in options.items()}
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **ours})
         self.base_optimizer.param_groups = self.param_groups
+        self._fused_rule()  # raises where master weights need one
         self.state = self.base_optimizer.state
         _ = self.backends  # raises now, and not in the first step, where one asked for is missing
 
@@ -206,7 +208,7 @@ class SharpnessAware(Persistent):
             RuntimeError: out of order, ``active`` is False, or a gradient that cannot be used, by name.
             ValueError: a radius is negative or not finite.
         """
-        first = next((p for p in self._parameters() if p.grad is not None), None)
+        first = next((p for p in self._parameters() if p.grad is not None and p.requires_grad), None)
         self._ascend()
         # Whoever calls GradScaler.unscale_ lets it look at the last gradients before step() is heard of.
         if first is not None and not self._keeps_g and self._scaler_seen is not False:
@@ -314,7 +316,7 @@ class SharpnessAware(Persistent):
             self._expect("step")
             if self._keeps_g:
                 scaling.refuse_unscaled(scaled, type(self).__name__)
-            rule = fused.rule_for(self.base_optimizer)
+            rule = self._fused_rule()
             scalars = [rule.scalars(group) for group in self.param_groups] if rule else []
             max_norm = groups.check_max_norm(self.max_grad_norm)
             self._read_gradients()
@@ -329,6 +331,15 @@ class SharpnessAware(Persistent):
         self._scaler_seen = scaled.found_inf is not None
         self._batchnorm.close()
         self._entered(Phase.REST)
+
+    def _fused_rule(self) -> fused.FusedRule | None:
+        rule = fused.rule_for(self.base_optimizer)
+        if rule is None and self._flats.masters:
+            raise ValueError(
+                f"master_weights=True with base optimizer {type(self.base_optimizer).__name__}: only torch's SGD, Adam "
+                "and AdamW, without amsgrad and hooks of their own, are updated from master weights"
+            )
+        return rule
 
     def _sum_last_gradients(self, max_norm: float) -> None:
         for flat in self._flats:

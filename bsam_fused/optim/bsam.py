@@ -38,6 +38,7 @@ class BSAM(SharpnessAware):
         max_grad_norm: as `SAM` has it. (Clipping g_min between the phases changes nothing: it is rescaled to ‖g_max‖.)
         rounding: as `SAM` has it.
         seed: as `SAM` has it.
+        master_weights: as `SAM` has it; not with ``update_from="w_min"``.
         model: as `SAM` has it.
         backend: as `SAM` has it.
         **base_kwargs: options of the base optimizer's class.
@@ -67,12 +68,15 @@ class BSAM(SharpnessAware):
         max_grad_norm: float | None = None,
         rounding: str = "stochastic",
         seed: int = 0,
+        master_weights: bool = False,
         model: nn.Module | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
     ) -> None:
         if update_from not in {"w", "w_min"}:
             raise ValueError(f'update_from={update_from!r}: must be "w" (the paper) or "w_min" (the released code)')
+        if master_weights and update_from == "w_min":
+            raise ValueError('master_weights=True with update_from="w_min": master weights are of w; use "w"')
         self._from_saved = update_from == "w"
         options = {
             "rho": rho,
@@ -92,6 +96,7 @@ class BSAM(SharpnessAware):
             max_grad_norm=max_grad_norm,
             rounding=rounding,
             seed=seed,
+            master_weights=master_weights,
             model=model,
             backend=backend,
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bsam_fused.ops import contract, dispatch
-from bsam_fused.ops.contract import SCALE, AdamScalars, FlatParams, SGDScalars
+from bsam_fused.ops.contract import MASTER_WEIGHT, SCALE, AdamScalars, FlatParams, SGDScalars
 from bsam_fused.optim import fused
 from bsam_fused.optim.fused import FusedRule
 from bsam_fused.optim.scaling import Scaled
@@ -25,12 +25,14 @@ class Flats:
 
     Args:
         seed: of stochastic rounding, for 16-bit parameters; None: to nearest.
+        masters: whether these have float32 master weights.
         skipped: updates skipped so far.
         rounded_steps: steps so far, where stochastic rounding has counted them.
     """
 
-    def __init__(self, seed: int | None, skipped: int = 0, rounded_steps: int | None = None) -> None:
-        self._seed, self._skipped_before, self._rounded_before = seed, skipped, rounded_steps
+    def __init__(self, seed: int | None, masters: bool, skipped: int = 0, rounded_steps: int | None = None) -> None:
+        self._seed, self.masters = seed, masters
+        self._skipped_before, self._rounded_before = skipped, rounded_steps
         self._built: list[FlatParams] | None = None
         self._sizes: list[int] = []  # of the param groups, when built
         self._left_out: list[Tensor] = []  # frozen, and in no FlatParams
@@ -61,13 +63,13 @@ class Flats:
 
     def unbuilt(self) -> Flats:
         """Return what a copy of the optimizer begins with."""
-        return Flats(self._seed, self.skipped, self.rounded_steps)
+        return Flats(self._seed, self.masters, self.skipped, self.rounded_steps)
 
     def forget(self, rounded_steps: int | None = None) -> None:
         """Build anew next time, with the random bits of the step after ``rounded_steps`` (None: the next one)."""
         self.retract()
         rounded_steps = self.rounded_steps if rounded_steps is None else rounded_steps
-        self.__init__(self._seed, self.skipped, rounded_steps)  # type: ignore[misc]
+        self.__init__(self._seed, self.masters, self.skipped, rounded_steps)  # type: ignore[misc]
 
     def gather(self, groups: Groups, backend: str, *, at_rest: bool) -> list[FlatParams]:
         """Bring in parameters that are new: at rest by building all anew, within a step by adding FlatParams.
@@ -177,11 +179,16 @@ class Flats:
                 if any(options.stateful for options in scalars):
                     for key in rule.keys:  # all there is to allocate, before any weights are written
                         flat.state(key)
+                if self._mastered(flat):
+                    fused.adopt_masters(flat, state, rule)
             self._adopted = rule, state
         for flat, sums in zip(self, totals, strict=True):
             begun = getattr(flat, rule.operator)(sums, scalars, from_saved, max_norm)
-            fused.publish(flat, state, rule, begun)
+            fused.publish(flat, state, (*rule.keys, MASTER_WEIGHT) if self._mastered(flat) else rule.keys, begun)
         self._states = len(state)
+
+    def _mastered(self, flat: FlatParams) -> bool:
+        return self.masters and flat.dtype.itemsize == 2
 
     def retract(self) -> None:
         """Take state back whose every update was skipped; waits for a GPU."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bsam_fused.ops import contract
-from bsam_fused.ops.contract import AdamScalars, FlatParams, SGDScalars
+from bsam_fused.ops.contract import MASTER_WEIGHT, AdamScalars, FlatParams, SGDScalars
 
 Group = dict[str, Any]
 
@@ -21,6 +21,8 @@ class FusedRule(NamedTuple):
     """The update's name in `contract.FlatParams`."""
     keys: tuple[str, ...]
     """Its state's keys in torch.optim, in torch's order."""
+    always: bool
+    """Whether every updated parameter has state; the base takes a parameter without any as one that begins."""
     scalars: Callable[[Group], SGDScalars | AdamScalars]
     """Reads a param group's options."""
 
@@ -51,9 +53,9 @@ def _adam(group: Group, decoupled: bool) -> AdamScalars:
 
 _ADAM_KEYS = ("step", "exp_avg", "exp_avg_sq")
 _RULES = {
-    torch.optim.SGD: FusedRule("update_sgd", ("momentum_buffer",), _sgd),
-    torch.optim.Adam: FusedRule("update_adam", _ADAM_KEYS, lambda group: _adam(group, decoupled=False)),
-    torch.optim.AdamW: FusedRule("update_adam", _ADAM_KEYS, lambda group: _adam(group, decoupled=True)),
+    torch.optim.SGD: FusedRule("update_sgd", ("momentum_buffer",), False, _sgd),
+    torch.optim.Adam: FusedRule("update_adam", _ADAM_KEYS, True, lambda group: _adam(group, decoupled=False)),
+    torch.optim.AdamW: FusedRule("update_adam", _ADAM_KEYS, True, lambda group: _adam(group, decoupled=True)),
 }
 
 
@@ -99,17 +101,27 @@ def adopt(
                     steps[i].fill_(1.0)
 
 
+def adopt_masters(flat: FlatParams, state: MutableMapping[Tensor, dict[str, Any]], rule: FusedRule) -> None:
+    """Bring master weights into a flat buffer, likewise; where there are none yet, the update makes them."""
+    for param, master in zip(flat.params, flat.state(MASTER_WEIGHT), strict=True):
+        given = state.get(param, {}).get(MASTER_WEIGHT)
+        if given is not None and given.data_ptr() != master.data_ptr():
+            master.copy_(given)
+        if given is not None or not rule.always:
+            state[param][MASTER_WEIGHT] = master
+
+
 def _has(flat: FlatParams, state: MutableMapping[Tensor, dict[str, Any]], key: str) -> bool:
     return any(state.get(param, {}).get(key) is not None for param in flat.params)
 
 
 def publish(
-    flat: FlatParams, state: MutableMapping[Tensor, dict[str, Any]], rule: FusedRule, begun: Sequence[int]
+    flat: FlatParams, state: MutableMapping[Tensor, dict[str, Any]], keys: Sequence[str], begun: Sequence[int]
 ) -> None:
-    """Put the state of the parameters ``begun`` under torch's keys."""
+    """Put the state ``keys`` of the parameters ``begun`` under these keys, which are torch's."""
     if not begun:
         return
-    views = {key: flat.state(key) for key in rule.keys}
+    views = {key: flat.state(key) for key in keys}
     for i in begun:
         state[flat.params[i]].update({key: buffers[i] for key, buffers in views.items()})
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bsam_fused.ops.contract import MASTER_WEIGHT
 from bsam_fused.optim import fused
 from bsam_fused.optim.flats import Flats
 
@@ -61,8 +62,14 @@ class Persistent(torch.optim.Optimizer):
             saved = [{**options, **group} for options, group in zip(kept, saved, strict=True)]
         counts = {group.get("rounded_steps") for group in saved}
         saved = [{k: v for k, v in group.items() if k != "rounded_steps"} for group in saved]
-        super().load_state_dict({**state_dict, "param_groups": saved})
+        state, masters = _without_masters(state_dict["state"])
+        super().load_state_dict({**state_dict, "state": state, "param_groups": saved})
         self._flats.forget(counts.pop())
+        if self._flats.masters:
+            ids = [i for group in saved for i in group["params"]]
+            for i, param in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
+                if i in masters:
+                    self.state[param][MASTER_WEIGHT] = masters[i].to(param.device, torch.float32)
 
     @property
     def _kept_options(self) -> set[str]:
@@ -100,3 +107,10 @@ class Persistent(torch.optim.Optimizer):
             self._flats.forget()
         super().__setstate__(state)
         self.base_optimizer.__setstate__(base)
+
+
+def _without_masters(state: dict[Any, dict[str, Any]]) -> tuple[dict[Any, dict[str, Any]], dict[Any, Tensor]]:
+    """Return a saved state and its master weights apart: torch would cast them to their parameter's dtype."""
+    masters = {i: values[MASTER_WEIGHT] for i, values in state.items() if MASTER_WEIGHT in values}
+    rest = {i: {key: v for key, v in values.items() if key != MASTER_WEIGHT} for i, values in state.items()}
+    return rest, masters

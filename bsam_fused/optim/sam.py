@@ -36,6 +36,8 @@ class SAM(SharpnessAware):
             "stochastic", up or down at random so that the mean is right, or "nearest", which loses most of a small
             perturbation. Wider parameters need none.
         seed: of stochastic rounding, in [0, 2³²): the same gradients then give the same bits on every backend.
+        master_weights: update 16-bit parameters from and to a float32 copy, ``state[p]["master_weight"]``, of which the
+            weights are the rounding to nearest; a weight set from outside counts from there on. Fused bases only.
         model: whose BatchNorm running statistics shall move in the first pass only.
         backend: "auto", "cuda", "triton", "cpp" or "torch".
         **base_kwargs: options of the base optimizer's class.
@@ -61,6 +63,7 @@ class SAM(SharpnessAware):
         max_grad_norm: float | None = None,
         rounding: str = "stochastic",
         seed: int = 0,
+        master_weights: bool = False,
         model: nn.Module | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
@@ -75,6 +78,7 @@ class SAM(SharpnessAware):
             max_grad_norm=max_grad_norm,
             rounding=rounding,
             seed=seed,
+            master_weights=master_weights,
             model=model,
             backend=backend,
         )
@@ -123,6 +127,7 @@ class ASAM(SAM):
         max_grad_norm: as `SAM` has it.
         rounding: as `SAM` has it.
         seed: as `SAM` has it.
+        master_weights: as `SAM` has it.
         model: as `SAM` has it.
         backend: as `SAM` has it.
         **base_kwargs: options of the base optimizer's class.
@@ -142,6 +147,7 @@ class ASAM(SAM):
         max_grad_norm: float | None = None,
         rounding: str = "stochastic",
         seed: int = 0,
+        master_weights: bool = False,
         model: nn.Module | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
@@ -156,6 +162,7 @@ class ASAM(SAM):
             max_grad_norm=max_grad_norm,
             rounding=rounding,
             seed=seed,
+            master_weights=master_weights,
             model=model,
             backend=backend,
             **base_kwargs,

@@ -1,0 +1,130 @@
+"""The Triton backend's host side: what it imports, why it cannot be had, how often it launches and writes tables."""
+
+import importlib.util
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from samples import assign, gradients
+
+import bsam_fused
+from bsam_fused.ops import triton_flat
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a GPU")
+
+
+def steps(opt, params, count, seed=0):
+    for t in range(count):
+        for k, call in enumerate(opt._calls):
+            assign(params, gradients(params, seed + 10 * t + k))
+            getattr(opt, call)()
+
+
+def test_no_kernels_are_imported_before_they_are_used():
+    """torch's own Optimizer may import triton; that a missing one is no matter, test_layers.py tells."""
+    code = """
+        import sys, torch, bsam_fused
+        bsam_fused.SAM([torch.nn.Parameter(torch.ones(2))], lr=1.0)
+        raise SystemExit("bsam_fused.ops.triton_kernels" in sys.modules)
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "found", "version", "why"),
+    [
+        ("cpu", True, "3.7.1", r"works on CUDA tensors, not on cpu"),
+        ("mps", True, "3.7.1", r"works on CUDA tensors, not on mps"),
+        ("cuda", False, "", r"not installed: pip install 'bsam_fused\[triton\]'"),
+        ("cuda", True, "3.3.1", r"triton 3.3.1 is older than 3.4"),
+        ("cuda", True, "3.10.0", r"torch sees no GPU"),
+    ],
+)
+def test_why_it_cannot_be_had(monkeypatch, device, found, version, why):
+    import triton
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(triton, "__version__", version)
+    if not found:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(AssertionError, match=why):
+        raise AssertionError(triton_flat.why_not.__wrapped__(device))
+
+
+def test_a_missing_way_to_launch_is_told(monkeypatch):
+    import triton
+
+    class Active:
+        def get_current_target(self):
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton.runtime.driver, "_active", Active(), raising=False)
+    assert "Failed to find C compiler" in triton_flat.why_not.__wrapped__("cuda")
+
+
+@pytest.mark.parametrize(("kind", "launches"), [(bsam_fused.SAM, 4), (bsam_fused.BSAM, 5)])
+def test_launches_whatever_the_groups(monkeypatch, kind, launches):
+    params = [torch.nn.Parameter(torch.randn(3 + i)) for i in range(6)]
+    groups = [{"params": [p], "lr": 0.1 / (1 + i)} for i, p in enumerate(params)]
+    opt = kind(groups, momentum=0.9, backend="triton")
+    count = 0
+    launch = triton_flat.TritonFlatParams._launch
+
+    def counted(*args, **kwargs):
+        nonlocal count
+        count += 1
+        launch(*args, **kwargs)
+
+    monkeypatch.setattr(triton_flat.TritonFlatParams, "_launch", counted)
+    steps(opt, params, 2)
+    assert count == 2 * launches
+
+
+def test_tables_are_written_only_where_they_changed(monkeypatch):
+    """Gradients return to the same addresses; a new learning rate writes BSAM's radius and the update's options."""
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (3000, 5, 2000)]
+    opt = bsam_fused.BSAM(params, lr=0.1, momentum=0.9, backend="triton")
+    slots = [[torch.zeros_like(p) for p in params] for _ in opt._calls]
+
+    def step():
+        for call, slot in zip(opt._calls, slots, strict=True):
+            for p, g in zip(params, slot, strict=True):
+                p.grad = g.normal_()
+            getattr(opt, call)()
+
+    for _ in range(2):
+        step()
+    written = []
+    on_host = triton_flat._Table._on_host
+    monkeypatch.setattr(
+        triton_flat._Table, "_on_host", lambda table, rows: written.append(rows) or on_host(table, rows)
+    )
+    step()
+    assert written == []
+    opt.param_groups[0]["lr"] = 0.05
+    step()
+    assert [len(rows[0]) for rows in written] == [4, 7]
+    for g in slots[1]:
+        g.data = g.clone()
+    step()
+    assert len(written) == 3
+
+
+@pytest.mark.parametrize("held", ["nobody", "python", "a view", "another tensor"])
+def test_a_gradient_is_taken_where_nobody_else_holds_it(held):
+    p = torch.nn.Parameter(torch.randn(5000))
+    opt = bsam_fused.BSAM([p], lr=0.1, backend="triton")
+    bucket = torch.randn(6000)
+    p.grad = bucket[:5000] if held == "a view" else torch.randn(5000)
+    keeper = {"python": p.grad, "another tensor": p.grad.detach()}.get(held)
+    if held != "a view":
+        del bucket
+    address = p.grad.data_ptr()
+    opt.ascend()
+    (flat,) = opt._flats
+    assert (flat._g[0].data_ptr() == address) == (held == "nobody")
+    assert p.grad is None
+    del keeper
