@@ -27,7 +27,7 @@ test: $(BUILT)
 	$(BIN)/python -m pytest -q
 
 bench: $(BUILT)
-	$(BIN)/python -m bench.step_time
+	$(BIN)/python -m pytest -q bench --benchmark-json=build/bench.json
 
 lint: $(BUILT)
 	$(BIN)/ruff format --check .
@@ -44,7 +44,7 @@ $(VENV)/.installed: constraints.txt
 	$(BIN)/pip install -q -c constraints.txt pip setuptools wheel
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt ninja numpy pytest pytest-benchmark hypothesis \
-		matplotlib jinja2 rich scikit-learn ruff clang-format build triton
+		matplotlib jinja2 rich scikit-learn ruff clang-format build triton pytorch_optimizer
 	touch $@
 
 $(BUILT): $(VENV)/.installed $(SOURCES)
