@@ -1,6 +1,8 @@
 # make report   train on the digits and show what sharpness-aware steps cost
 # make test     the whole test suite
-# make bench    optimizer time of a step, side by side with other implementations
+# make bench    optimizer time of a step, side by side with other implementations (about 15 minutes)
+# make bench-check   the smallest part of it, which fails where the fused step is slow
+# make performance   measure everything on this CPU, and write docs/performance.md
 # make lint     ruff and clang-format
 # make cuda-build-check   the CUDA build against a CUDA build of torch (5 GB, in .venv-cuda); needs nvcc and no GPU
 # make gpu      with PYTHON's own torch, this machine's nvcc and no network: build, CUDA tests, benchmarks, sanitizer
@@ -18,7 +20,7 @@ CUDA_TORCH := torch==2.12.1 setuptools==81.0.0
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py
 
-.PHONY: report test bench lint format cuda-build-check gpu clean
+.PHONY: report test bench bench-check performance lint format cuda-build-check gpu clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
@@ -28,6 +30,12 @@ test: $(BUILT)
 
 bench: $(BUILT)
 	$(BIN)/python -m pytest -q bench --benchmark-json=build/bench.json
+
+bench-check: $(BUILT)
+	$(BIN)/python -m bench.guard
+
+performance: $(BUILT)
+	$(BIN)/python -m bench.performance
 
 lint: $(BUILT)
 	$(BIN)/ruff format --check .

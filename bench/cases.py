@@ -27,13 +27,13 @@ def _linear(outputs: int, inputs: int) -> Shapes:
 
 SHAPES: dict[str, Shapes] = {
     "resnet18": models.shapes("resnet18"),
+    "tiny500": models.shapes("tiny500"),
     "resnet50": models.shapes("resnet50"),
     "wrn28_10": models.shapes("wrn28_10"),
     "pyramidnet110": models.shapes("pyramidnet110"),
     "distilbert": distilbert(),
     "vit_b_16": models.shapes("vit_b_16"),
     "gpt2": models.shapes("gpt2"),
-    "tiny500": models.shapes("tiny500"),
 }
 LARGE = 50_000_000
 """Elements from which on no cache holds anything of a step."""

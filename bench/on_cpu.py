@@ -87,11 +87,10 @@ def figures(side: Side, subject: str = SUBJECT) -> list[Figure]:
     return [*result, Figure(f"extra memory of {subject}", own.extra, "N")]
 
 
-def report(title: str, side: Side) -> dict[str, Any]:
+def report(side: Side) -> dict[str, Any]:
     """Return everything found out about a case, for JSON."""
     absent = {name: each.why for name, each in side.found.items() if isinstance(each, steps.Absent)}
     return {
-        "case": title,
         "tensors": len(side.case.shapes),
         "elements": side.case.elements,
         "moves": side.case.moves,

@@ -56,7 +56,7 @@ def side():
 
 
 def test_a_case(side):
-    report = on_cpu.report("trial", side)
+    report = on_cpu.report(side)
     assert set(report["rows"]) == {"loops", "foreach", PACKAGE, "torch", "cpp"}
     assert report["rows"]["loops"]["loops_ratio"] == 1
     cpp = report["rows"]["cpp"]

@@ -30,12 +30,12 @@ def page(content: Content) -> str:
 
 
 def _about(about: Content) -> str:
-    return _table(("", ""), [(name, "unknown" if said is None else said) for name, said in about.items()])
+    return table(("", ""), [(name, "unknown" if said is None else said) for name, said in about.items()])
 
 
 def _stages(stages: Content) -> str:
     rows = [(name, _ok(it["ok"]), f"{it['seconds']:.0f} s", it["said"]) for name, it in stages.items()]
-    return "## Stages\n\n" + _table(("stage", "", "took", ""), rows)
+    return "## Stages\n\n" + table(("stage", "", "took", ""), rows)
 
 
 def _ok(ok: bool) -> str:
@@ -53,7 +53,7 @@ def operators(found: Content) -> str:
             it = group["operators"][share["name"]]
             times = f"{1e3 * it['gpu_ms']['median']:,.0f}", f"{it['gb_per_s']:,.0f}", f"{share['value']:.1f} %"
             rows.append((title, share["name"], f"{it['moves']} N", *times, share["target"]))
-    return _table(("on", "operator", "moves", "GPU µs", "GB/s", "of copy bandwidth", "target"), rows)
+    return table(("on", "operator", "moves", "GPU µs", "GB/s", "of copy bandwidth", "target"), rows)
 
 
 def case(name: str, found: Content) -> str:
@@ -63,10 +63,10 @@ def case(name: str, found: Content) -> str:
         return f"{title}\n\nNot measured: {found['why']}"
     size = f"{found['tensors']} tensors, N = {found['elements'] / 1e6:.3g} M; a step must move {found['moves']} N."
     rows = [(who, *_implementation(it)) for who, it in found["implementations"].items()]
-    tables = [_table(("implementation", "GPU µs", "host µs", "wall µs", "launches", "extra memory, N"), rows)]
+    tables = [table(("implementation", "GPU µs", "host µs", "wall µs", "launches", "extra memory, N"), rows)]
     if found["figures"]:
         lines = [(it["name"], f"{it['value']:.2f} {it['unit']}".rstrip(), it["target"]) for it in found["figures"]]
-        tables.append(_table(("figure", "", "target"), lines))
+        tables.append(table(("figure", "", "target"), lines))
     return "\n\n".join([title, size, *tables])
 
 
@@ -81,7 +81,8 @@ def _launches(by_phase: Mapping[str, int | None]) -> str:
     return " + ".join("?" if count is None else str(count) for count in by_phase.values())
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 

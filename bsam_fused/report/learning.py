@@ -92,14 +92,21 @@ class Digits(NamedTuple):
     y_test: Tensor
 
 
-def digits() -> Digits:
+def digits(dtype: torch.dtype = torch.float64) -> Digits:
     """Return scikit-learn's 1797 handwritten digits, a fixed quarter of them, alike in every class, for testing."""
     bunch = load_digits()
-    x = torch.from_numpy(bunch.images).double().unsqueeze(1) / 16
+    x = torch.from_numpy(bunch.images).to(dtype).unsqueeze(1) / 16
     y = torch.from_numpy(bunch.target).long()
     test_size = len(y) // 4
     train, test = train_test_split(torch.arange(len(y)), test_size=test_size, random_state=0, stratify=y)
     return Digits(x[train], x[test], y[train], y[test])
+
+
+def network(seed: int) -> nn.Sequential:
+    """Return the network, float32, with weights that depend on ``seed`` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return models.digits_network()
 
 
 @dataclass
@@ -139,9 +146,7 @@ def prepare(students: Sequence[Student], recipe: Recipe) -> list[Run]:
     """Return a run a student, all from the same float64 weights."""
     runs = []
     for student in students:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            net = models.digits_network().double()
+        net = network(recipe.seed).double()
         runs.append(Run(student, net, student.build(list(net.parameters()), recipe)))
     return runs
 

@@ -77,6 +77,14 @@ class Draft:
         Args:
             progress: shows how far it is.
         """
+        self.time(progress)
+        self._sweep(progress)
+        if self.options.model == "digits":
+            self._learn(progress)
+        self.training.count_launches()
+
+    def time(self, progress: Progress) -> None:
+        """Time training steps alone."""
         options, base = self.options, BASES[self.options.base]
         task = progress.add_task("training steps", total=None)
         self.training = timing.Training(
@@ -84,6 +92,9 @@ class Draft:
         )
         progress.update(task, total=timing.WARM_UP + options.steps)
         _all(self.training.run(options.steps), progress, task)
+
+    def _sweep(self, progress: Progress) -> None:
+        options, base = self.options, BASES[self.options.base]
         self.copy = copy_bandwidth(self.clock, COPIES) / 1e9
         sizes = len(sweep.sizes(self.shapes)) * len(self.training.timed[1:])
         task = progress.add_task("growing sizes", total=sizes)
@@ -91,9 +102,6 @@ class Draft:
         for point in sweep.sweep(self.shapes, options.optimizers, base, self.clock, dtype):
             self.points.append(point)
             progress.advance(task)
-        if options.model == "digits":
-            self._learn(progress)
-        self.training.count_launches()
 
     def _learn(self, progress: Progress) -> None:
         recipe = replace(learning.Recipe(), epochs=self.options.epochs)

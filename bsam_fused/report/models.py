@@ -191,7 +191,7 @@ class BuiltIn(NamedTuple):
 
 BUILT_IN = {
     "digits": BuiltIn(digits_network, (1, 8, 8), 10, 64),
-    "resnet18": BuiltIn(lambda: resnet(_cifar_stem(), [2, 2, 2, 2], 1, 10), (3, 32, 32), 10, 32),
+    "resnet18": BuiltIn(lambda: resnet(_cifar_stem(), [2, 2, 2, 2], 1, 10), (3, 32, 32), 10, 16),
     "resnet50": BuiltIn(lambda: resnet(_imagenet_stem(), [3, 4, 6, 3], 4, 1000), (3, 224, 224), 1000, 4),
     "wrn28_10": BuiltIn(lambda: wide_resnet(4, 10, 10), (3, 32, 32), 10, 8),
     "pyramidnet110": BuiltIn(lambda: pyramidnet(110, 270, 10), (3, 32, 32), 10, 8),
