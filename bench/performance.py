@@ -31,6 +31,7 @@ RESULTS = ROOT / "bench" / "results" / "cpu.json"
 PAGE = ROOT / "docs" / "performance.md"
 TRAINED = {"digits": 50, "resnet18": 5}
 """Networks whose training steps are timed, and how many."""
+CASES = [(algorithm, base) for algorithm in ("bsam", "sam") for base in BASES]
 OPERATORS_ON = ("resnet18", "gpt2")
 
 
@@ -49,10 +50,9 @@ def measure(shapes: Sequence[str]) -> Iterator[dict[str, Any]]:
         "steps": [],
     }
     for name in shapes:
-        for algorithm in ("bsam", "sam"):
-            for base in BASES:
-                found["steps"].append(_steps(name, algorithm, base))
-                yield found
+        for algorithm, base in CASES:
+            found["steps"].append(_steps(name, algorithm, base))
+            yield found
 
 
 def _training(name: str, steps: int) -> dict[str, Any]:

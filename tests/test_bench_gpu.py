@@ -20,7 +20,7 @@ from bench.compiled import CompiledBSAM
 from bench.deadline import Deadline, OutOfTime
 from bench.figures import at_least, at_most
 from bench.gpu import __main__ as make_gpu
-from bench.gpu import cases, measure, page, sanitize, stages
+from bench.gpu import cases, measure, page, sanitize, stages, training
 from bench.gpu.record import Record
 from bench.gpu.stages import Outcome, Stage
 from bench.operators import OPERATORS
@@ -231,6 +231,18 @@ def test_operators(record):
     assert "| triton, small | not available:" in text
 
 
+def test_training_steps(record, monkeypatch):
+    monkeypatch.setattr(training, "ALGORITHMS", ("bsam",))
+    found = training.measure("digits", HostClock(), batch_size=4, steps=2)
+    assert [row["implementation"] for row in found["rows"]] == ["alone", "loops", "foreach", "torch", "cpp"]
+    record.content["training"] = {"digits": found, "vit": {"why": "out of memory"}}
+    record.save()
+    text = record.path.with_suffix(".md").read_text()
+    assert "### Training steps of digits" in text
+    assert "| BSAM, cpp |" in text
+    assert "Not measured: out of memory" in text
+
+
 def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "CudaClock", HostClock)
     monkeypatch.setattr(measure, "CASES", {"a": trial(), "b": trial()})
@@ -338,7 +350,7 @@ def test_results_are_copied_where_they_come_back_from(tmp_path, monkeypatch):
 def test_the_plan_ends_within_eight_minutes():
     assert make_gpu.SECONDS < 8 * 60
     assert [stage.name for stage in stages.plan(Path("r.json"), Path("logs"))] == [
-        *("build", "backend", "tests", "benchmarks"),
+        *("build", "backend", "tests", "benchmarks", "training"),
         *("memcheck", "racecheck", "initcheck"),
     ]
 

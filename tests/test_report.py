@@ -18,7 +18,7 @@ from torch import nn
 
 import bsam_fused
 from bsam_fused import cli
-from bsam_fused.report import learning, make, models, results, sweep, timing, write
+from bsam_fused.report import learning, make, models, rows, sweep, timing, write
 from bsam_fused.report.clock import HostClock, Laps
 from bsam_fused.report.contestant import Contestant, coefficients
 from bsam_fused.report.implementations import ALGORITHMS, BASES, implementations
@@ -258,7 +258,7 @@ def test_rows_split_a_step():
     base = Timed("sgd", "alone", ("step",), None, laps=[Laps([0.008, 0.001, 0.0], 0.009)] * 3)
     pieces = [[0.010, 0.001, 0.010, 0.002, 0.0005], [0.02, 0.002, 0.02, 0.003, 0.0], [0.03, 0.003, 0.03, 0.004, 0.0]]
     sam = Timed("SAM", "cpp", ("ascend", "step"), None, laps=[Laps(it, sum(it) + 0.001) for it in pieces])
-    row = results.rows([base, sam])[1]
+    row = rows.rows([base, sam])[1]
     assert row.passes == 2
     assert row.passes_ms == pytest.approx(40)
     assert row.phases_ms == pytest.approx({"ascend": 2, "step": 3, "zero_grad": 0})

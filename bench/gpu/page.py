@@ -26,6 +26,7 @@ def page(content: Content) -> str:
     if content["operators"]:
         parts.append("### Operators alone\n\n" + operators(content["operators"]))
     parts += [case(name, found) for name, found in content["steps"].items()]
+    parts += [training(name, found) for name, found in content["training"].items()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -70,6 +71,31 @@ def case(name: str, found: Content) -> str:
     return "\n\n".join([title, size, *tables])
 
 
+def training(name: str, found: Content) -> str:
+    """Return the section about whole training steps of a network."""
+    title = f"### Training steps of {name}"
+    if "why" in found:
+        return f"{title}\n\nNot measured: {found['why']}"
+    pieces = ("step_ms", "passes_ms", "optimizer_ms", "gaps_ms", "overhead_percent", "optimizer_percent")
+    rows = [
+        (f"{it['algorithm']}, {it['implementation']}", *(f"{it[piece]:.2f}" for piece in pieces), it["launches"])
+        for it in found["rows"]
+    ]
+    rows += [(who, why, *[""] * 6) for who, why in found["absent"].items()]
+    heads = (
+        "implementation",
+        "step, ms",
+        "passes, ms",
+        "optimizer, ms",
+        "gaps, ms",
+        "step over, %",
+        "optimizer over, %",
+    )
+    targets = [(it["name"], f"{it['value']:.2f} %", it["target"]) for it in found["figures"] if it["target"]]
+    size = f"Batch {found['batch_size']}; one pass {found['base_pass_ms']:.2f} ms; over: 1, 2 or 3 x that pass."
+    return "\n\n".join([title, size, table((*heads, "launches"), rows), table(("figure", "", "target"), targets)])
+
+
 def _implementation(it: Content) -> Sequence[str]:
     if "why" in it:
         return (f"{'**wrong**' if it['wrong'] else 'not available'}: {it['why']}", "", "", "", "")
@@ -89,7 +115,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def targets_met(content: Content) -> tuple[int, list[str]]:
     """Return how many figures meet their targets, and which ones miss them."""
-    groups = {**content["operators"], **content["steps"]}
+    groups = {**content["operators"], **content["steps"], **content["training"]}
     told = [(title, it) for title, group in groups.items() for it in group.get("figures", ())]
     missed = [
         f"{title}: {it['name']} {it['value']:.2f} {it['unit']}, {it['target'].removesuffix('  missed')}"

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bsam_fused.ops import dispatch
-from bsam_fused.report import learning, models, results, sweep, timing, write
+from bsam_fused.report import learning, models, rows, sweep, timing, write
 from bsam_fused.report.clock import clock_of, copy_bandwidth
 from bsam_fused.report.implementations import BASES
 from bsam_fused.report.machine import this_machine
@@ -124,8 +124,8 @@ class Draft:
             dtype=self.options.dtype,
             compiled=self.options.compile,
             base=self.options.base,
-            base_pass_ms=results.pass_ms(timed[0]) if timed else 0.0,
-            rows=results.rows(timed),
+            base_pass_ms=rows.pass_ms(timed[0]) if timed else 0.0,
+            rows=rows.rows(timed),
             absent=self.training.absent if timed else {},
             copy_gb_per_s=self.copy,
             points=self.points,

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from bsam_fused.report import figures
 from bsam_fused.report.learning import Learning
-from bsam_fused.report.results import Report, Row
+from bsam_fused.report.results import Report
+from bsam_fused.report.rows import Row
 
 PAGE = "page.html.jinja"
 
