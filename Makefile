@@ -29,6 +29,7 @@ test: $(BUILT)
 	$(BIN)/python -m pytest -q
 
 bench: $(BUILT)
+	mkdir -p build
 	$(BIN)/python -m pytest -q bench --benchmark-json=build/bench.json
 
 bench-check: $(BUILT)

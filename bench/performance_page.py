@@ -25,8 +25,8 @@ or clears itself is timed. Before the timing all must have the same weights as t
 
 - **loops**: the papers' formulas, a tensor at a time; **foreach**: `torch._foreach` with torch's fused base optimizer,
   as a careful engineer writes it; **compiled**: such code under `torch.compile` (ResNet-18, BSAM over SGD alone:
-  compiling takes minutes); **pytorch_optimizer**: that package's SAM from the registry, as it is by default (its BSAM is
-  another algorithm); **cpp**, **torch**: backends of `bsam_fused`.
+  compiling takes minutes); **pytorch_optimizer**: that package's SAM from the registry, as it is by default (its BSAM
+  is another algorithm); **cpp**, **torch**: backends of `bsam_fused`.
 - **byte budget**: the time in which `Tensor.copy_` over 64 M elements moves as many bytes, read and written, as a step
   must move (`docs/design.md`), measured in the same repetitions. **of copy** is the budget over the time.
 - **host**: the time of the same step on as many tensors of one element each.
