@@ -1,7 +1,9 @@
 # make report   train on the digits and show what sharpness-aware steps cost
 # make test     the tests
-# make test-triton  those of the Triton kernels, in Triton's interpreter, which takes as long again
-# make bench    optimizer time of a step, side by side with other implementations
+# make test-triton   those of the Triton kernels, in Triton's interpreter
+# make bench    optimizer time of a step, side by side with other implementations (about 15 minutes)
+# make bench-check   the smallest part of it, which fails where the fused step is slow
+# make performance   measure everything on this CPU, and write docs/performance.md
 # make lint     ruff and clang-format
 # make cuda-build-check   the CUDA build against a CUDA build of torch (5 GB, in .venv-cuda); needs nvcc and no GPU
 # make gpu      with PYTHON's own torch, this machine's nvcc and no network: build, CUDA tests, benchmarks, sanitizer
@@ -19,7 +21,7 @@ CUDA_TORCH := torch==2.12.1 setuptools==81.0.0
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py
 
-.PHONY: report test test-triton bench lint format cuda-build-check gpu clean
+.PHONY: report test test-triton bench bench-check performance lint format cuda-build-check gpu clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
@@ -32,7 +34,14 @@ test-triton: $(BUILT)
 	$(BIN)/python -m pytest -q -m interpreter --ignore=tests/test_checkpoints.py --ignore=tests/test_schedules.py
 
 bench: $(BUILT)
-	$(BIN)/python -m bench.step_time
+	mkdir -p build
+	$(BIN)/python -m pytest -q bench --benchmark-json=build/bench.json
+
+bench-check: $(BUILT)
+	$(BIN)/python -m bench.guard
+
+performance: $(BUILT)
+	$(BIN)/python -m bench.performance
 
 lint: $(BUILT)
 	$(BIN)/ruff format --check .
@@ -49,7 +58,7 @@ $(VENV)/.installed: constraints.txt
 	$(BIN)/pip install -q -c constraints.txt pip setuptools wheel
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt ninja numpy pytest pytest-benchmark hypothesis \
-		matplotlib jinja2 rich scikit-learn ruff clang-format build triton
+		matplotlib jinja2 rich scikit-learn ruff clang-format build triton pytorch_optimizer
 	touch $@
 
 $(BUILT): $(VENV)/.installed $(SOURCES)

@@ -1,83 +1,16 @@
-"""What is measured: shape lists, algorithms with their byte budgets, and the targets of each case."""
+"""What is measured: shape sets of real models, algorithms over base optimizers, and the targets of each case."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
-import bsam_fused
+from bench.compiled import CompiledBSAM
 from bench.figures import Target, at_least, at_most
-from bench.foreach import ForeachBSAM, ForeachSAM
-from bsam_fused.report.loops import PlainBSAM, PlainSAM
-
-Shapes = tuple[tuple[int, ...], ...]
-
-RHO = 0.05
-SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """An algorithm over SGD with momentum: what bounds a step of it, and who implements it."""
-
-    calls: tuple[str, ...]
-    """Its phases, one after each backward pass."""
-    moves: int
-    """Elements that a step must move, in N parameters (docs/design.md)."""
-    implementations: dict[str, Callable[[list[Tensor]], Any]]
-    """Name -> builds the optimizer, whose methods are the calls."""
-
-
-def _implementations(loops: type, foreach: type, fused: type) -> dict[str, Callable[[list[Tensor]], Any]]:
-    return {
-        "loops": lambda params: loops(params, torch.optim.SGD(params, foreach=False, **SGD), rho=RHO),
-        "foreach": lambda params: foreach(params, torch.optim.SGD(params, fused=True, **SGD), rho=RHO),
-        "fused": lambda params: fused(params, torch.optim.SGD, rho=RHO, backend="cpp", **SGD),
-    }
-
-
-SAM = Algorithm(("ascend", "step"), 11, _implementations(PlainSAM, ForeachSAM, bsam_fused.SAM))
-BSAM = Algorithm(("ascend", "descend", "step"), 17, _implementations(PlainBSAM, ForeachBSAM, bsam_fused.BSAM))
-
-
-@dataclass(frozen=True)
-class Case:
-    """An algorithm on parameters of given shapes."""
-
-    algorithm: Algorithm
-    shapes: Shapes
-    repeat: int
-    """Repetitions by default."""
-    targets: dict[str, Target]
-    """By figure; those without one are only told."""
-    small: bool = False
-    """Whether the tensors are so small that the time a tensor takes bounds a step, and not its bytes."""
-
-    @property
-    def elements(self) -> int:
-        """N."""
-        return sum(math.prod(shape) for shape in self.shapes)
-
-
-def resnet18(classes: int = 10) -> Shapes:
-    """Return the shapes of ResNet-18's parameters, with CIFAR's 3x3 stem: 62 tensors, 11,173,962 elements."""
-
-    def convolution(width: int, channels: int, kernel: int) -> list[tuple[int, ...]]:
-        return [(width, channels, kernel, kernel), (width,), (width,)]  # and its BatchNorm
-
-    shapes = convolution(64, 3, 3)
-    channels = 64
-    for width in (64, 128, 256, 512):
-        shapes += convolution(width, channels, 3) + 3 * convolution(width, width, 3)
-        if channels != width:
-            shapes += convolution(width, channels, 1)  # the shortcut
-        channels = width
-    return (*shapes, (classes, 512), (classes,))
+from bsam_fused.report import models
+from bsam_fused.report.contestant import Shapes
+from bsam_fused.report.implementations import ALGORITHMS, BASES, PACKAGE, RHO, Algorithm, Base, Build, implementations
 
 
 def distilbert(classes: int = 2) -> Shapes:
@@ -88,72 +21,86 @@ def distilbert(classes: int = 2) -> Shapes:
     return (*embeddings, *layer * 6, *_linear(768, 768), *_linear(classes, 768))
 
 
-def vit_b16(classes: int = 1000) -> Shapes:
-    """Return the shapes of ViT-B/16's parameters at 224 x 224: 152 tensors, 86,567,656 elements."""
-    norm = ((768,), (768,))
-    embeddings = ((1, 1, 768), (768, 3, 16, 16), (768,), (1, 197, 768))
-    layer = (*norm, *_linear(2304, 768), *_linear(768, 768), *norm, *_linear(3072, 768), *_linear(768, 3072))
-    return (*embeddings, *layer * 12, *norm, *_linear(classes, 768))
-
-
-def gpt2() -> Shapes:
-    """Return the shapes of GPT-2's parameters: 148 tensors, 124,439,808 elements."""
-    norm = ((768,), (768,))
-    layer = (*norm, *_linear(2304, 768), *_linear(768, 768), *norm, *_linear(3072, 768), *_linear(768, 3072))
-    return ((50257, 768), (1024, 768), *layer * 12, *norm)
-
-
 def _linear(outputs: int, inputs: int) -> Shapes:
     return (outputs, inputs), (outputs,)
 
 
-CASES = {
-    "bsam-resnet18": Case(
-        BSAM,
-        resnet18(),
-        repeat=30,
-        targets={
-            "loops / fused": at_least(2.4),
-            "foreach / fused": at_least(1.4),
-            "fused / byte budget": at_most(1.15),
-            "extra memory of fused": at_most(2.05),
-        },
-    ),
-    "bsam-distilbert": Case(
-        BSAM,
-        distilbert(),
-        repeat=7,
-        targets={
-            "loops / fused": at_least(5),
-            "foreach / fused": at_least(2.5),
-            "fused / byte budget": at_most(1.15),
-            "extra memory of fused": at_most(2.05),
-        },
-    ),
-    "bsam-500x64": Case(
-        BSAM,
-        ((64,),) * 500,
-        repeat=100,
-        targets={
-            "loops / fused": at_least(150),
-            "foreach / fused": at_least(30),
-            "fused, a tensor": at_most(0.5),
-            "extra memory of fused": at_most(2.05),
-        },
-        small=True,
-    ),
-    "sam-resnet18": Case(
-        SAM,
-        resnet18(),
-        repeat=30,
-        targets={
-            "loops / fused": at_least(1.8),
-            "foreach / fused": at_least(1.2),
-            "fused / byte budget": at_most(1.2),
-            "extra memory of fused": at_most(1.05),
-        },
-    ),
+SHAPES: dict[str, Shapes] = {
+    "resnet18": models.shapes("resnet18"),
+    "tiny500": models.shapes("tiny500"),
+    "resnet50": models.shapes("resnet50"),
+    "wrn28_10": models.shapes("wrn28_10"),
+    "pyramidnet110": models.shapes("pyramidnet110"),
+    "distilbert": distilbert(),
+    "vit_b_16": models.shapes("vit_b_16"),
+    "gpt2": models.shapes("gpt2"),
 }
-"""Memory is the design's 2 N and N, and some bytes a tensor."""
-TRIAL_CASES = {"tiny": Case(BSAM, ((5, 3), (3,), (7,)), repeat=3, targets={}, small=True)}
-"""To try the benchmark out; not run unless asked for."""
+LARGE = 50_000_000
+"""Elements from which on no cache holds anything of a step."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An algorithm over a base optimizer, on parameters of given shapes."""
+
+    algorithm: Algorithm
+    base: Base
+    shapes: Shapes
+    builds: Mapping[str, Build]
+    """Implementation -> builds the optimizer."""
+    targets: Mapping[str, Target] = field(default_factory=dict)
+    """By figure; those without one are only told."""
+    repeat: int = 20
+    """Repetitions."""
+
+    @property
+    def elements(self) -> int:
+        """N."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def moves(self) -> int:
+        """Elements that a step must move, in N (docs/design.md)."""
+        return self.algorithm.moves(self.base)
+
+    @property
+    def small(self) -> bool:
+        """Whether tensors are so small that the time a tensor takes bounds a step, and not its bytes."""
+        return self.elements < 1000 * len(self.shapes)
+
+
+def case(shapes: str, algorithm: str, base: str, device_type: str, *, compiled: bool = False) -> Case:
+    """Return a case without targets; ``compiled``: whether to compile the foreach version, too, which takes long."""
+    builds = implementations(ALGORITHMS[algorithm], BASES[base], device_type)
+    if compiled:
+        builds = {"compiled": lambda params: CompiledBSAM(params, rho=RHO, **BASES[base].options), **builds}
+    return Case(ALGORITHMS[algorithm], BASES[base], SHAPES[shapes], builds)
+
+
+def cpu_case(shapes: str, algorithm: str, base: str) -> Case:
+    """Return a case on a CPU, with the targets of the first issue's table, each of which holds for all of its kind.
+
+    ``torch.compile`` takes minutes for many tensors: it is there for ResNet-18, BSAM with SGD.
+    """
+    compiled = (shapes, algorithm, base) == ("resnet18", "bsam", "sgd")
+    found = case(shapes, algorithm, base, "cpu", compiled=compiled)
+    repeat = 30 if found.small else 5 if found.elements > LARGE else 15
+    return Case(found.algorithm, found.base, found.shapes, found.builds, _targets(found), repeat)
+
+
+def _targets(found: Case) -> dict[str, Target]:
+    bilateral = found.algorithm.name == "BSAM"
+    package = {} if bilateral else {f"{PACKAGE} / cpp": at_least(80 if found.small else 2)}
+    if found.small:
+        bars = {"loops / cpp": at_least(150), "foreach / cpp": at_least(30), "cpp, a tensor": at_most(0.5)}
+        return {**(bars if bilateral else {}), **package}
+    loops, foreach = (5, 2.5) if found.elements > LARGE else (2.4, 1.4)
+    if not bilateral:
+        loops, foreach = 1.8, 1.2
+    return {
+        "loops / cpp": at_least(loops),
+        "foreach / cpp": at_least(foreach),
+        "cpp / byte budget": at_most(1.15 if bilateral else 1.2),
+        "extra memory of cpp": at_most(found.algorithm.extra + 0.05),
+        **(package if found.elements < LARGE else {}),
+    }

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from bench.cases import Shapes
 from bsam_fused.ops import dispatch
 from bsam_fused.ops.contract import ASCENT, MIN, AdamScalars, FlatParams, Radius, SGDScalars
+from bsam_fused.report.contestant import Shapes
 
 RADII = [Radius(0.05)]
 SGD = [SGDScalars(1e-3, 0.9, 0.0, 5e-4, False, False)]

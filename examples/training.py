@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from bsam_fused import BSAM, SAM
-from bsam_fused.report.train import digits, network
+from bsam_fused.report.learning import digits, network
 
 DATA = digits(torch.float32)
 BATCH = 64

@@ -1,56 +1,94 @@
-"""The benchmark's implementations agree, so that it compares like with like; and its command works."""
+"""The benchmarks' implementations agree, so that they compare like with like; and the commands work."""
 
 import json
+import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import step_time
-from bench.cases import BSAM, CASES, SAM
-from bench.contestant import Contestant, coefficients
+from bench import on_cpu
+from bench.cases import SHAPES, Case, cpu_case
+from bench.test_steps import CASES
+from bsam_fused.report.implementations import ALGORITHMS, BASES, PACKAGE, implementations
+
+ROOT = Path(__file__).parents[1]
+FEW = ((5, 3), (3,), (7,))
 
 
-@pytest.mark.parametrize("algorithm", [SAM, BSAM], ids=["SAM", "BSAM"])
-@pytest.mark.parametrize("name", ["loops", "foreach"])
-def test_others_take_the_same_steps(algorithm, name):
-    # Few elements: the radius then moves each of them far enough for every phase to show in the result.
-    curvatures = coefficients(((5, 3), (3,), (1,)), torch.float64)
-    other, fused = (Contestant(algorithm.implementations[who], algorithm.calls, curvatures) for who in (name, "fused"))
-    for _ in range(4):
-        other.step()
-        fused.step()
-    torch.testing.assert_close(other.params, fused.params, rtol=1e-12, atol=1e-12)
-    assert not torch.equal(fused.params[0], curvatures[0])
+def test_shapes_are_those_of_the_models():
+    """Tensors and elements as torchvision, transformers and the papers count them."""
+    assert {name: (len(shapes), sum(map(math.prod, shapes))) for name, shapes in SHAPES.items()} == {
+        "resnet18": (62, 11_173_962),
+        "resnet50": (161, 25_557_032),
+        "wrn28_10": (80, 36_479_194),
+        "pyramidnet110": (439, 28_485_477),
+        "distilbert": (104, 66_955_010),
+        "vit_b_16": (152, 86_567_656),
+        "gpt2": (148, 124_439_808),
+        "tiny500": (500, 32_000),
+    }
 
 
-def test_shapes():
-    assert (len(CASES["bsam-resnet18"].shapes), CASES["bsam-resnet18"].elements) == (62, 11_173_962)
-    assert (len(CASES["bsam-distilbert"].shapes), CASES["bsam-distilbert"].elements) == (104, 66_955_010)
-    assert (len(CASES["bsam-500x64"].shapes), CASES["bsam-500x64"].elements) == (500, 32_000)
+@pytest.mark.parametrize(
+    ("algorithm", "base", "moves"),
+    [("bsam", "sgd", 17), ("bsam", "adamw", 19), ("sam", "sgd", 11), ("sam", "adamw", 13)],
+)
+def test_byte_budgets_are_the_designs(algorithm, base, moves):
+    assert cpu_case("resnet18", algorithm, base).moves == moves
 
 
-@pytest.fixture
-def _same_threads_afterwards():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+def test_every_target_names_a_figure():
+    for names in CASES:
+        case = cpu_case(*names)
+        others = {f"{name} / cpp" for name in case.builds}
+        assert set(case.targets) <= others | {"cpp, a tensor", "cpp / byte budget", "extra memory of cpp"}
 
 
-@pytest.mark.usefixtures("_same_threads_afterwards")
-def test_command(tmp_path, capsys):
-    out = tmp_path / "results" / "tiny.json"
-    step_time.main(["--case", "tiny", "--repeat", "1", "--out", str(out)])
-    written = json.loads(out.read_text())
-    assert written["threads"] == 2
-    assert written["torch"] == torch.__version__
-    (case,) = written["cases"]
-    assert case["case"] == "tiny"
-    assert case["repetitions"] == 1
-    assert set(case["step_ms"]) == {"loops", "foreach", "fused"}
-    assert set(case["phase_ms"]["fused"]) == {"ascend", "descend", "step"}
-    printed = capsys.readouterr().out
-    assert all(figure["name"] in printed for figure in case["figures"])
+@pytest.fixture(scope="module")
+def side():
+    builds = implementations(ALGORITHMS["sam"], BASES["adamw"], "cpu")
+    return on_cpu.measure(Case(ALGORITHMS["sam"], BASES["adamw"], FEW, builds, cpu_case(*CASES[-1]).targets, repeat=3))
+
+
+def test_a_case(side):
+    report = on_cpu.report(side)
+    assert set(report["rows"]) == {"loops", "foreach", PACKAGE, "torch", "cpp"}
+    assert report["rows"]["loops"]["loops_ratio"] == 1
+    cpp = report["rows"]["cpp"]
+    assert cpp["mbytes_to_move"] == pytest.approx(13 * 25 * 4 / 1e6)
+    seconds = cpp["mbytes_to_move"] / 1e3 / report["copy_gb_per_s"]
+    assert cpp["copy_percent"] == pytest.approx(100 * seconds / (cpp["step_ms"]["median"] / 1e3))
+    assert set(cpp["phases_ms"]) == {"ascend", "step"}
+    assert cpp["host_us"] > 0
+    figures = {figure["name"]: figure for figure in report["figures"]}
+    assert figures["cpp, a tensor"]["value"] == pytest.approx(1e3 * cpp["step_ms"]["median"] / len(FEW))
+    assert figures[f"{PACKAGE} / cpp"]["target"].startswith(">= 80.00")
+    assert "loops / cpp" in on_cpu.told(side)
+
+
+def test_the_pytest_benchmark_command(tmp_path):
+    """Rounds are those that were measured in turns, and the JSON has the rest of the row."""
+    out = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "pytest", "-q", "bench", "-k", "tiny500-sam-sgd or (ascend and tiny500)"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", f"--benchmark-json={out}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {each["name"]: each for each in json.loads(out.read_text())["benchmarks"]}
+    assert len(found) == 5 + 2
+    cpp = found["test_step[tiny500-sam-sgd-cpp]"]
+    assert cpp["group"] == "tiny500-sam-sgd"
+    assert cpp["stats"]["rounds"] == cpu_case("tiny500", "sam", "sgd").repeat
+    assert cpp["stats"]["median"] == pytest.approx(cpp["extra_info"]["step_ms"]["median"] / 1e3)
+    loops = found["test_step[tiny500-sam-sgd-loops]"]["stats"]["median"]
+    assert cpp["extra_info"]["loops_ratio"] == pytest.approx(loops / cpp["stats"]["median"])

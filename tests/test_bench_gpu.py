@@ -5,7 +5,6 @@ import json
 import re
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,33 +15,28 @@ import bsam_fused
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.cases import RHO, SGD, gpt2, vit_b16
-from bench.contestant import Contestant, coefficients, seconds_of
+from bench.cases import Case
+from bench.compiled import CompiledBSAM
+from bench.deadline import Deadline, OutOfTime
 from bench.figures import at_least, at_most
 from bench.gpu import __main__ as make_gpu
-from bench.gpu import cases, measure, page, sanitize, stages
-from bench.gpu.clock import copy_bandwidth
-from bench.gpu.compiled import CompiledBSAM
-from bench.gpu.deadline import Deadline, OutOfTime
+from bench.gpu import cases, measure, page, sanitize, stages, training
 from bench.gpu.record import Record
 from bench.gpu.stages import Outcome, Stage
 from bench.operators import OPERATORS
+from bsam_fused.report import clock
+from bsam_fused.report.contestant import Contestant, coefficients
+from bsam_fused.report.implementations import ALGORITHMS, BASES, RHO, implementations
 
 # Few elements: the radius then moves each of them far enough for every phase to show in the result.
 SHAPES = ((5, 3), (3,), (7,))
+SGD = BASES["sgd"]
 
 
-class HostClock:
-    """bench.gpu.clock.Clock by the host's clock, on CPU tensors."""
+class HostClock(clock.HostClock):
+    """As if it saw launches and little memory; and its copies are quick."""
 
-    device = torch.device("cpu")
-
-    def busy(self, work, ahead=0.0):
-        return seconds_of(work)
-
-    def host_and_wall(self, work):
-        seconds = seconds_of(work)
-        return seconds, seconds
+    copied = 1 << 10
 
     def launches(self, work):
         work()
@@ -67,42 +61,41 @@ class Wrong:
 # ---- the implementations
 
 
-@pytest.mark.parametrize("algorithm", [cases.SAM_SGD, cases.BSAM_SGD, cases.BSAM_ADAMW], ids=["SAM", "BSAM", "AdamW"])
-def test_all_take_the_same_steps(algorithm):
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_all_take_the_same_steps(algorithm, base):
+    calls = ALGORITHMS[algorithm].calls
     curvatures = coefficients(SHAPES, torch.float64)
-    builds = [algorithm.implementations[name] for name in ("loops", "foreach", "torch")]
-    loops, *others = (Contestant(build, algorithm.calls, curvatures) for build in builds)
+    builds = {device: implementations(ALGORITHMS[algorithm], BASES[base], device) for device in ("cpu", "cuda")}
+    loops = builds["cpu"].pop("loops")
+    on_host = {name: builds["cuda"][name] for name in ("foreach",) if name in builds["cuda"]}
+    loops, *others = (
+        Contestant(build, calls, curvatures) for build in (loops, *builds["cpu"].values(), *on_host.values())
+    )
     for _ in range(4):
         for contestant in (loops, *others):
-            contestant.step()
-    for other in others:
-        torch.testing.assert_close(other.params, loops.params, rtol=1e-12, atol=1e-12)
+            contestant.step(clock.seconds_of)
+    for other in others:  # pytorch_optimizer's norm is float32
+        torch.testing.assert_close(other.params, loops.params, rtol=1e-10, atol=1e-10)
     assert not torch.equal(loops.params[0], curvatures[0])
 
 
 def test_the_compiled_one_takes_the_same_steps(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced in one graph, not generated
     curvatures = coefficients(SHAPES, torch.float64)
-    compiled = Contestant(lambda p: CompiledBSAM(p, rho=0.05, **SGD), cases.BSAM_SGD.calls, curvatures)
-    loops = Contestant(cases.BSAM_SGD.implementations["loops"], cases.BSAM_SGD.calls, curvatures)
+    build = implementations(ALGORITHMS["bsam"], SGD, "cpu")["loops"]
+    compiled = Contestant(lambda p: CompiledBSAM(p, rho=RHO, **SGD.options), ALGORITHMS["bsam"].calls, curvatures)
+    loops = Contestant(build, ALGORITHMS["bsam"].calls, curvatures)
     for _ in range(3):
-        compiled.step()
-        loops.step()
+        compiled.step(clock.seconds_of)
+        loops.step(clock.seconds_of)
     torch.testing.assert_close(compiled.params, loops.params, rtol=1e-12, atol=1e-12)
-
-
-def test_shapes():
-    elements = {name: (len(case.shapes), case.elements) for name, case in cases.CASES.items()}
-    assert elements["bsam-sgd-resnet18"] == (62, 11_173_962)
-    assert elements["bsam-adamw-vit-b16"] == (len(vit_b16()), 86_567_656) == (152, 86_567_656)
-    assert elements["sam-sgd-500x64"] == (500, 32_000)
-    assert (len(gpt2()), sum(map(torch.Size.numel, map(torch.Size, gpt2())))) == (148, 124_439_808)
 
 
 def test_targets_name_figures_that_there_are():
     shares = {"GPU time", "host time", "wall time", "of copy bandwidth", "extra memory", "launches"}
     for name, case in cases.CASES.items():
-        others = set(case.algorithm.implementations) - {cases.SUBJECT}
+        others = set(case.builds) - {cases.SUBJECT}
         ratios = {f"{what}, {other} / {cases.SUBJECT}" for what in ("GPU time", "wall time") for other in others}
         assert {*case.targets, *cases.H200_TARGETS.get(name, {})} <= shares | ratios
     assert set(cases.H200_TARGETS) <= set(cases.CASES)
@@ -117,16 +110,17 @@ def record(tmp_path):
 
 
 def benchmarks(record, seconds=60.0):
-    clock = HostClock()
-    return measure.Benchmarks(record, clock, copy_bandwidth(clock, elements=1 << 10), Deadline(seconds), subject="cpp")
+    host = HostClock()
+    return measure.Benchmarks(record, host, clock.copy_bandwidth(host), Deadline(seconds), subject="cpp")
 
 
-def trial(*, targets=None, **implementations):
-    algorithm = cases.BSAM_SGD
-    builds = {name: algorithm.implementations[name] for name in ("loops", "foreach", "torch", "cuda")}
-    builds["cpp"] = lambda params: bsam_fused.BSAM(params, rho=RHO, backend="cpp", **SGD)
-    algorithm = replace(algorithm, implementations=builds | implementations)
-    return cases.GPUCase(algorithm, SHAPES, repeat=2, targets=targets or {})
+def trial(*, targets=None, **others):
+    builds = implementations(ALGORITHMS["bsam"], SGD, "cpu") | {"cuda": _cuda} | others
+    return Case(ALGORITHMS["bsam"], SGD, SHAPES, builds, targets or {}, repeat=2)
+
+
+def _cuda(params):
+    return bsam_fused.BSAM(params, backend="cuda", rho=RHO, **SGD.options)
 
 
 def test_a_case(record, capsys):
@@ -237,9 +231,20 @@ def test_operators(record):
     assert "| triton, small | not available:" in text
 
 
+def test_training_steps(record, monkeypatch):
+    monkeypatch.setattr(training, "ALGORITHMS", ("bsam",))
+    found = training.measure("digits", HostClock(), batch_size=4, steps=2)
+    assert [row["implementation"] for row in found["rows"]] == ["alone", "loops", "foreach", "torch", "cpp"]
+    record.content["training"] = {"digits": found, "vit": {"why": "out of memory"}}
+    record.save()
+    text = record.path.with_suffix(".md").read_text()
+    assert "### Training steps of digits" in text
+    assert "| BSAM, cpp |" in text
+    assert "Not measured: out of memory" in text
+
+
 def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "CudaClock", HostClock)
-    monkeypatch.setattr(measure, "copy_bandwidth", partial(copy_bandwidth, elements=1 << 10))
     monkeypatch.setattr(measure, "CASES", {"a": trial(), "b": trial()})
     monkeypatch.setattr(measure, "OPERATORS_ON", {"small": SHAPES})
     path = tmp_path / "host.json"
@@ -345,7 +350,7 @@ def test_results_are_copied_where_they_come_back_from(tmp_path, monkeypatch):
 def test_the_plan_ends_within_eight_minutes():
     assert make_gpu.SECONDS < 8 * 60
     assert [stage.name for stage in stages.plan(Path("r.json"), Path("logs"))] == [
-        *("build", "backend", "tests", "benchmarks"),
+        *("build", "backend", "tests", "benchmarks", "training"),
         *("memcheck", "racecheck", "initcheck"),
     ]
 

@@ -1,32 +1,42 @@
 """The report's figures are those of the runs, its page stands alone, and its check catches a wrong formula."""
 
 import json
+import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from rich.progress import Progress
+from torch import nn
 
 import bsam_fused
 from bsam_fused import cli
-from bsam_fused.ops import dispatch
-from bsam_fused.report import make, results, train, write
+from bsam_fused.report import learning, make, models, rows, sweep, timing, write
+from bsam_fused.report.clock import HostClock, Laps
+from bsam_fused.report.contestant import Contestant, coefficients
+from bsam_fused.report.implementations import ALGORITHMS, BASES, implementations
+from bsam_fused.report.timing import Timed
 
-METHODS = ["SGD", "SAM", "SAM", "BSAM", "BSAM"]
+ROOT = Path(__file__).parents[1]
 FEW = 96  # images: three batches of 32
-RECIPE = train.Recipe(epochs=1, batch_size=32)
+RECIPE = learning.Recipe(epochs=1, batch_size=32)
+ALONE = ["loops", "foreach", "pytorch_optimizer", "torch", "cpp"]
 
 
 @pytest.fixture(autouse=True)
-def _little_data(monkeypatch):
-    """Every digit still comes up, in one small piece of the real data."""
-    digits = train.digits
-
-    def few(dtype):
-        return train.Digits(*(part[:FEW] for part in digits(dtype)))
-
-    monkeypatch.setattr(train, "digits", few)
+def _little_work(monkeypatch):
+    """Every digit still comes up, in one small piece of the real data; and little else is measured."""
+    digits = learning.digits
+    monkeypatch.setattr(learning, "digits", lambda: learning.Digits(*(part[:FEW] for part in digits())))
+    monkeypatch.setattr(sweep, "SECONDS", 0.0)
+    monkeypatch.setattr(HostClock, "copied", 1 << 16)
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +48,250 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def report():
-    with Progress(disable=True) as progress:
-        return make.measured(RECIPE, progress)
+def report(tmp_path, *arguments, status=0):
+    """Run the command; return what it wrote as JSON."""
+    assert cli.main(["report", "--out", str(tmp_path / "out"), "--steps", "2", "--epochs", "2", *arguments]) == status
+    return json.loads((tmp_path / "out" / "report.json").read_text())
+
+
+# ---- whole reports
+
+
+def test_command_writes_page_and_figures(tmp_path, capsys):
+    found = report(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["index.html", "report.json"]
+    assert found["agree"] is True
+    assert found["partial"] is False
+    assert found["learning"]["steps"] == 2 * (FEW // found["learning"]["recipe"]["batch_size"]) == 2
+    assert found["machine"]["threads"] == 1
+    assert {"bsam_fused", "python", "torch", "cpu", "git_commit"} <= set(found["machine"])
+    names = [(row["algorithm"], row["implementation"]) for row in found["rows"]]
+    sam = [("SAM", name) for name in ALONE]
+    assert names == [("sgd", "alone"), *sam, *(("BSAM", it) for it in ALONE if it != "pytorch_optimizer")]
+    printed = capsys.readouterr().out
+    for row in found["rows"]:
+        assert row["steps"] == 2
+        assert f"{row['algorithm']}, {row['implementation']}" in printed
+        floor = row["passes"] * found["base_pass_ms"]
+        assert row["overhead_percent"] == pytest.approx(100 * (row["step_ms"] / floor - 1))
+        assert row["optimizer_percent"] == pytest.approx(100 * sum(row["phases_ms"].values()) / floor)
+    assert "3 × that pass" in printed
+    points = [point for point in found["points"] if point["implementation"] == "cpp" and point["algorithm"] == "BSAM"]
+    assert points[-1]["elements"] == found["parameters"] == 26_954
+    moved = 17 * 26_954 * 4 / (points[-1]["optimizer_ms"] / 1e3)
+    assert points[-1]["gb_per_s"] == pytest.approx(moved / 1e9)
+    assert points[-1]["extra_mb"] == pytest.approx(2 * 26_954 * 4 / 1e6, rel=0.05)
+
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "http" not in page
+    assert not re.search(r"\bsrc=|<script|@import|url\((?!#)", page)
+    assert all(target.startswith(("#", "data:,")) for target in re.findall(r'href="([^"]*)"', page))
+    assert page.count("<svg") == 5
+    assert "prefers-color-scheme: dark" in page
+    assert "losses agree" in page
+
+
+def test_options_are_obeyed(tmp_path):
+    options = (
+        "--model",
+        "tiny500",
+        "--optimizer",
+        "asam",
+        "--base",
+        "adamw",
+        "--dtype",
+        "float64",
+        "--batch-size",
+        "3",
+    )
+    found = report(tmp_path, *options)
+    assert found["batch"] == "inputs (3, 64)"
+    assert (found["dtype"], found["base"], found["tensors"], found["learning"]) == ("float64", "adamw", 500, None)
+    names = [row["implementation"] for row in found["rows"]]
+    assert names == ["alone", "loops", "pytorch_optimizer", "torch", "cpp"]
+
+
+def test_what_cannot_be_had_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer.optimizer.sam", None)
+    found = report(tmp_path, "--model", "tiny500", "--optimizer", "sam")
+    assert "pytorch_optimizer" in found["absent"]["SAM, pytorch_optimizer"]
+    assert "pytorch_optimizer" not in [row["implementation"] for row in found["rows"]]
+    assert "Not measured: SAM, pytorch_optimizer: ModuleNotFoundError" in capsys.readouterr().out
+    assert "Not measured" in (tmp_path / "out" / "index.html").read_text()
+
+
+@pytest.mark.parametrize("interruption", [1, 4])
+def test_sigint_leaves_a_partial_report(tmp_path, interruption):
+    """A real signal, before any timed step and between them."""
+    code = (
+        "import os, signal, sys; from bsam_fused import cli; from bsam_fused.report import timing\n"
+        "run = timing.Training.run\n"
+        "def interrupted(self, steps):\n"
+        f"    for i, _ in enumerate(run(self, steps)):\n"
+        f"        if i == {interruption}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "        yield\n"
+        "timing.Training.run = interrupted\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "report", "--model", "tiny500", "--optimizer", "sam", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 130, done.stderr
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["partial"] is True
+    taken = interruption + 1 - timing.WARM_UP
+    assert [row["steps"] for row in found["rows"]] == [taken] * (6 if taken > 0 else 0)
+    page = (tmp_path / "index.html").read_text()
+    assert "This report is partial" in page
+    assert page.rstrip().endswith("</html>")
+    assert "partial" in done.stdout
+
+
+def test_ctrl_c_from_outside(tmp_path):
+    """As a user does it: whenever it comes once the work has begun, both files are whole."""
+    command = [sys.executable, "-m", "bsam_fused", "report", "--model", "tiny500", "--steps", "100000"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert b"Ctrl-C" in process.stderr.readline()
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    # Python ends itself by the signal, and not by exit(130), if it came within an exec() (of namedtuple, say).
+    assert process.returncode in {130, -signal.SIGINT}, said
+    assert json.loads((tmp_path / "report.json").read_text())["partial"] is True
+    assert "This report is partial" in (tmp_path / "index.html").read_text()
+
+
+def test_a_failed_write_keeps_the_old_report(monkeypatch, tmp_path):
+    (tmp_path / "index.html").write_text("old")
+    draft = make.Draft(make.Options(model="tiny500"))
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="no space"):
+        write.files(draft.report(partial=True), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
+    assert (tmp_path / "index.html").read_text() == "old"
+
+
+# ---- models
+
+
+@pytest.mark.parametrize("name", ["digits", "resnet18", "wrn28_10", "pyramidnet110", "tiny500"])
+def test_built_in_models_train(name):
+    work = models.workload(name, 2, torch.device("cpu"), torch.float32)
+    work.loss(work.model(work.inputs), work.targets).backward()
+    assert all(p.grad is not None for p in work.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vit_b_16", "gpt2"])
+def test_large_built_in_models_give_logits(name):
+    """On the meta device: shapes alone."""
+    build, shape, classes, _ = models.BUILT_IN[name]
+    with torch.device("meta"):
+        inputs = torch.zeros(2, *shape) if name != "gpt2" else torch.zeros(2, *shape, dtype=torch.long)
+        outputs = build()(inputs)
+    assert outputs.shape == ((2, classes) if name != "gpt2" else (2 * shape[0], classes))
+
+
+def own():
+    return nn.Linear(4, 1), (torch.rand(3, 4), torch.rand(3, 1)), nn.functional.mse_loss
+
+
+def own_of_size(batch_size=5):
+    return nn.Linear(4, 2), (torch.rand(batch_size, 4), torch.zeros(batch_size, dtype=torch.long))
+
+
+def not_a_model():
+    return "model", (0, 0)
+
+
+def nothing():
+    return nn.Linear(1, 1)
+
+
+def test_a_users_model(tmp_path):
+    found = report(tmp_path, "--model", f"{__name__}:own", "--optimizer", "sam")
+    assert (found["parameters"], found["batch"]) == (5, "inputs (3, 4)")
+    found = report(tmp_path, "--model", f"{__name__}:own_of_size", "--optimizer", "sam", "--batch-size", "7")
+    assert found["batch"] == "inputs (7, 4)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "resnet19"], "--model resnet19: must be one of digits, resnet18,"),
+        (["--model", "no_such_module:f"], "--model no_such_module:f: No module named 'no_such_module'"),
+        (["--model", f"{__name__}:nowhere"], "has no attribute 'nowhere'"),
+        (["--model", f"{__name__}:nothing"], r"return (model, (inputs, targets))"),
+        (["--model", f"{__name__}:not_a_model"], "is a str, not a torch.nn.Module"),
+        (["--model", f"{__name__}:own", "--batch-size", "2"], "--batch-size 2"),
+        (["--graph"], "--graph captures CUDA graphs: it needs --device cuda, not cpu"),
+        (["--device", "cuda"], "--device cuda: "),
+        (["--device", "tpu"], "tpu"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path, capsys, arguments, said):
+    if arguments == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert cli.main(["report", "--out", str(tmp_path), *arguments]) == 1
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_graphs_name_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bsam_fused.graphs", None)
+    with pytest.raises(RuntimeError, match=r"bsam_fused\.graphs\.GraphedStep"):
+        timing.graphed(models.Workload(nn.Linear(1, 1), 0, 0), None)
+
+
+# ---- figures
+
+
+def test_rows_split_a_step():
+    """By hand: medians of three steps of 10, 20, 30 ms passes, and a base pass of 8 ms."""
+    base = Timed("sgd", "alone", ("step",), None, laps=[Laps([0.008, 0.001, 0.0], 0.009)] * 3)
+    pieces = [[0.010, 0.001, 0.010, 0.002, 0.0005], [0.02, 0.002, 0.02, 0.003, 0.0], [0.03, 0.003, 0.03, 0.004, 0.0]]
+    sam = Timed("SAM", "cpp", ("ascend", "step"), None, laps=[Laps(it, sum(it) + 0.001) for it in pieces])
+    row = rows.rows([base, sam])[1]
+    assert row.passes == 2
+    assert row.passes_ms == pytest.approx(40)
+    assert row.phases_ms == pytest.approx({"ascend": 2, "step": 3, "zero_grad": 0})
+    assert row.gaps_ms == pytest.approx(1)
+    assert row.step_ms == pytest.approx(46)
+    assert row.overhead_percent == pytest.approx(100 * (46 / 16 - 1))
+    assert row.optimizer_percent == pytest.approx(100 * 5 / 16)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_clock_weighs_what_the_design_says(name):
+    """One tensor of 1 MB: what each keeps beside parameters, gradients and momentum is N or 2 N."""
+    algorithm, base, clock = ALGORITHMS[name], BASES["sgd"], HostClock()
+    curvatures = coefficients(((1 << 18,),))
+    build = implementations(algorithm, base, "cpu")["cpp"]
+
+    def steps(build, calls):
+        contestant = Contestant(build, calls, curvatures)
+        for _ in range(2):
+            contestant.step(lambda phase: phase())
+
+    of_base = clock.peak_bytes(lambda: steps(partial(base.build, fused=True), ("step",)))[1]
+    own = clock.peak_bytes(lambda: steps(build, algorithm.calls))[1]
+    assert (own - of_base) / (4 << 18) == pytest.approx(algorithm.extra, abs=0.01)
+
+
+def test_sizes_hold_shares_of_the_elements():
+    shapes = [(1,)] * 256
+    assert sweep.sizes(shapes) == [1, 4, 16, 64, 256]
+    assert sweep.sizes([(10, 10), (1,), (1,)]) == [1, 3]
+
+
+# ---- learning
 
 
 def otherwise(options):
@@ -50,59 +300,16 @@ def otherwise(options):
     def build(params, recipe):
         return bsam_fused.BSAM(params, **{"rho": recipe.rho, "rho_min": recipe.rho_min, **recipe.base, **options})
 
-    return replace(train.FUSED_BSAM, build=build)
-
-
-def test_command_writes_page_and_figures(tmp_path, capsys):
-    assert cli.main(["report", "--out", str(tmp_path / "new" / "folder"), "--epochs", "2"]) == 0
-    written = tmp_path / "new" / "folder"
-    assert sorted(path.name for path in written.iterdir()) == ["index.html", "report.json"]
-    figures = json.loads((written / "report.json").read_text())
-    assert figures["agree"] is True
-    assert figures["steps"] == figures["recipe"]["epochs"] * (FEW // figures["recipe"]["batch_size"]) == 2
-    assert figures["backend"] == dispatch.choose("auto", torch.device("cpu")).backend
-    assert figures["machine"]["threads"] == 1
-    assert {"bsam_fused", "python", "torch", "cpu", "git_commit"} <= set(figures["machine"])
-    assert [row["method"] for row in figures["measurements"]] == METHODS
-    assert {row["method"] for row in figures["comparisons"]} == {"SAM", "BSAM"}
-    printed = capsys.readouterr().out
-    for row in figures["measurements"]:
-        assert f"{row['method']}, {row['kind']}" in printed
-        assert len(row["epoch_losses"]) == 2
-        assert row["overhead_percent"] == pytest.approx(100 * row["optimizer_ms"] / row["passes_ms"])
-
-
-def test_page_needs_no_other_file(report):
-    page = write.page(report)
-    assert "http" not in page
-    assert not re.search(r"\bsrc=|<link|<script|@import|url\((?!#)", page)
-    assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', page))
-    assert page.count("<svg") == 3
-    assert "prefers-color-scheme: dark" in page
-    assert "losses agree" in page
-
-
-def test_times_are_medians_of_the_steps_after_the_warm_up():
-    data = train.digits(torch.float32)
-    (run,) = train.prepare([train.SGD], RECIPE, torch.float32)
-    run.losses, run.passes, run.own = [3.0, 2.0, 1.0, 2.0], [9.0, 9.0, 0.002, 0.004], [9.0, 9.0, 0.001, 0.001]
-    measured = results.measure(run, data, replace(RECIPE, epochs=2))
-    assert measured.passes_ms == pytest.approx(3)
-    assert measured.optimizer_ms == pytest.approx(1)
-    assert measured.step_ms == pytest.approx(4)
-    assert measured.overhead_percent == pytest.approx(100 / 3)
-    assert measured.epoch_losses == [2.5, 1.5]
+    return replace(learning.FUSED_BSAM, build=build)
 
 
 def test_every_implementation_trains_alike_but_for_its_formulas():
     """All start at the same weights; with ρ = 0, SAM is SGD."""
     recipe = replace(RECIPE, rho=0.0)
-    data = train.digits(torch.float64)
-    runs = train.prepare([train.SGD, train.PLAIN_SAM, train.FUSED_SAM], recipe, torch.float64)
-    assert list(train.train(runs, data, recipe)) == [0, 1, 2]
+    runs = learning.prepare([learning.SGD, learning.PLAIN_SAM, learning.FUSED_SAM], recipe)
+    assert list(learning.train(runs, learning.digits(), recipe)) == [0, 1, 2]
     for run in runs[1:]:
         assert run.losses == pytest.approx(runs[0].losses, rel=1e-12)
-        assert len(run.passes) == len(run.own) == 3
 
 
 @pytest.mark.parametrize(
@@ -112,48 +319,24 @@ def test_every_implementation_trains_alike_but_for_its_formulas():
 )
 def test_a_wrong_formula_does_not_agree(wrong):
     recipe = replace(RECIPE, epochs=5)
-    data = train.digits(torch.float64)
-    runs = train.prepare([train.PLAIN_BSAM, otherwise(wrong)], recipe, torch.float64)
-    for _ in train.train(runs, data, recipe):
+    runs = learning.prepare([learning.PLAIN_BSAM, otherwise(wrong)], recipe)
+    for _ in learning.train(runs, learning.digits(), recipe):
         pass
-    (comparison,) = results.compare(runs)
+    (comparison,) = learning.compare(runs)
     assert not comparison.agree
-    assert comparison.deviation > 10 * results.RTOL
+    assert comparison.deviation > 10 * learning.RTOL
 
 
 def test_a_wrong_formula_fails_the_command(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(make, "COMPARED", (*make.COMPARED[:-1], otherwise({"update_from": "w_min"})))
-    assert cli.main(["report", "--out", str(tmp_path), "--epochs", "3"]) == 1
+    monkeypatch.setattr(learning, "STUDENTS", (*learning.STUDENTS[:-1], otherwise({"update_from": "w_min"})))
+    found = report(tmp_path, "--epochs", "3", status=1)
     assert "DIFFER" in capsys.readouterr().out
-    figures = json.loads((tmp_path / "report.json").read_text())
-    assert [row["agree"] for row in figures["comparisons"]] == [True, False]
-    assert "DIFFER" in (tmp_path / "index.html").read_text()
+    assert [row["agree"] for row in found["learning"]["comparisons"]] == [True, False]
+    assert "DIFFER" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_nan_never_agrees():
-    runs = train.prepare(make.COMPARED[:2], RECIPE, torch.float64)
+    runs = learning.prepare(learning.STUDENTS[1:3], RECIPE)
     for run in runs:
-        run.losses = [1.0, float("nan"), 1.0]
-    assert not results.compare(runs)[0].agree
-
-
-def test_interrupt_leaves_no_files(monkeypatch, tmp_path):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "train", interrupted)
-    assert cli.main(["report", "--out", str(tmp_path)]) == 130
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_failed_write_keeps_the_old_report(report, monkeypatch, tmp_path):
-    (tmp_path / "index.html").write_text("old")
-
-    def full(*_):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="no space"):
-        write.files(report, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
-    assert (tmp_path / "index.html").read_text() == "old"
+        run.losses = [1.0, math.nan, 1.0]
+    assert not learning.compare(runs)[0].agree

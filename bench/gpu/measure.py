@@ -12,16 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.cases import Shapes
-from bench.figures import Figure, judged
-from bench.gpu import operators, page, steps
-from bench.gpu.cases import CASES, H200_TARGETS, NO_TARGETS, OPERATORS_ON, SUBJECT, GPUCase
-from bench.gpu.clock import Clock, CudaClock, copy_bandwidth
-from bench.gpu.deadline import Deadline
+from bench import one_operator, steps
+from bench.cases import Case
+from bench.deadline import Deadline
+from bench.figures import Figure, judged, spread
+from bench.gpu import page
+from bench.gpu.cases import CASES, H200_TARGETS, NO_TARGETS, OPERATOR_TARGETS, OPERATORS_ON, SUBJECT
 from bench.gpu.record import Record
+from bsam_fused.report.clock import Clock, CudaClock, copy_bandwidth
+from bsam_fused.report.contestant import Shapes
+from bsam_fused.report.implementations import reason
 
 LEAST_SECONDS = 5.0
 """What must be left of the time for a benchmark to be begun."""
+WARM_UP = 3
+"""Repetitions that are thrown away."""
 
 
 class Benchmarks:
@@ -44,12 +49,12 @@ class Benchmarks:
 
     def operators(self, title: str, shapes: Shapes, backend: str) -> None:
         """Measure every operator of a backend on parameters of these shapes."""
-        found = self._find(partial(operators.measure, backend, shapes, self.clock, self.copy))
+        found = self._find(partial(self._operators, backend, shapes))
         key = f"{backend}, {title}"
         self._note("operators", key, found, complete=backend != self.subject or "why" not in found)
         print(f"\n{page.operators({key: found})}", flush=True)
 
-    def step(self, name: str, case: GPUCase) -> None:
+    def step(self, name: str, case: Case) -> None:
         """Measure a case."""
         found = self._find(partial(self._step, name, case))
         implementations = found.get("implementations", {self.subject: found})
@@ -57,7 +62,7 @@ class Benchmarks:
         self._note("steps", name, found, complete=not wrong and "why" not in implementations[self.subject])
         print(f"\n{page.case(name, found)}", flush=True)
 
-    def count(self, name: str, case: GPUCase) -> None:
+    def count(self, name: str, case: Case) -> None:
         """Count the launches of what was measured of a case; once all else is done (`steps.launches`)."""
         found = self.record.content["steps"][name]
         measured = [who for who, it in found.get("implementations", {}).items() if "why" not in it]
@@ -72,9 +77,18 @@ class Benchmarks:
             found["figures"] += judged(case.targets, [Figure("launches", sum(own))])
         self.record.save()
 
-    def _step(self, name: str, case: GPUCase) -> dict[str, Any]:
-        found = steps.measure(case, self.clock, self.deadline)
-        figures = steps.figures(case, found, self.subject, self.copy)
+    def _operators(self, backend: str, shapes: Shapes) -> dict[str, Any]:
+        found = one_operator.measure(backend, shapes, self.clock, self.copy)
+        shares = [Figure(name, it["copy_percent"], "%") for name, it in found.items()]
+        operators = {
+            name: {"moves": it["moves"], "gpu_ms": spread(it["seconds"]), "gb_per_s": it["gb_per_s"]}
+            for name, it in found.items()
+        }
+        return {"operators": operators, "figures": judged(OPERATOR_TARGETS, shares)}
+
+    def _step(self, name: str, case: Case) -> dict[str, Any]:
+        found = steps.measure(case, self.clock, self.deadline, warm_up=WARM_UP)
+        figures = _figures(case, found, self.subject, self.copy)
         on_h200 = "H200" in self.record.content["about"]["device"]
         absolute = H200_TARGETS.get(name, NO_TARGETS) if on_h200 else NO_TARGETS
         return steps.report(case, found, figures, {**case.targets, **absolute})
@@ -86,12 +100,32 @@ class Benchmarks:
         try:
             return work()
         except Exception as error:  # out of memory, say: the others may still run
-            return {"why": steps.reason(error)}
+            return {"why": reason(error)}
 
     def _note(self, section: str, name: str, found: dict[str, Any], *, complete: bool) -> None:
         self.record.content[section][name] = found
         self.complete &= complete
         self.record.save()
+
+
+def _figures(case: Case, found: steps.Found, subject: str, copy: float) -> list[Figure]:
+    """Return the numbers that matter of ``subject``, from medians; ``copy``: the copy's bytes a second."""
+    measured = steps.measured_of(found)
+    if subject not in measured:
+        return []
+    own = measured[subject]
+    times = [Figure(f"{title} time", 1e6 * own.median(what), "µs") for title, what in _KINDS.items()]
+    share = 100 * steps.budget(case, copy) / own.median("device")
+    ratios = [
+        figure
+        for title, what in _KINDS.items()
+        if what != "host"
+        for figure in steps.ratios(found, subject, what, f"{title} time, ")
+    ]
+    return [*times, Figure("of copy bandwidth", share, "%"), Figure("extra memory", own.extra, "N"), *ratios]
+
+
+_KINDS = {"GPU": "device", "host": "host", "wall": "wall"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,7 +33,7 @@ class Record:
         if path.exists():
             self.content: dict[str, Any] = json.loads(path.read_text())
         else:
-            self.content = {"about": about(commit), "stages": {}, "operators": {}, "steps": {}}
+            self.content = {"about": about(commit), "stages": {}, "operators": {}, "steps": {}, "training": {}}
 
     def save(self) -> None:
         """Write the JSON and the page, and copies of both into the folder $OUT, where that is set."""

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 import bsam_fused
-from bench.cases import RHO, Shapes
-from bench.gpu.cases import ADAMW, SUBJECT
+from bench.gpu.cases import SUBJECT
 from bsam_fused.ops.contract import DTYPES
+from bsam_fused.report.contestant import Shapes
+from bsam_fused.report.implementations import BASES as MEASURED
+from bsam_fused.report.implementations import RHO
 
 SHAPES: Shapes = ((), (0,), (1,), (3,), (33, 5), (127,), (1031,), (4099,))
 """None a multiple of a vector, a warp or a block; a scalar, and a tensor without elements."""
@@ -21,7 +23,7 @@ MANY: Shapes = ((5,),) * 900
 """More tensors than one launch takes."""
 BASES: dict[type[torch.optim.Optimizer], dict[str, Any]] = {
     torch.optim.SGD: {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True},
-    torch.optim.AdamW: {**ADAMW, "adaptive": True},
+    torch.optim.AdamW: {**MEASURED["adamw"].options, "adaptive": True},
     torch.optim.RMSprop: {"lr": 1e-3, "eps": 1e-3},  # not fused; float16 has no 1e-8, its default
 }
 STEPS = 2

@@ -136,6 +136,12 @@ def plan(record: Path, logs: Path) -> list[Stage]:
             limit=180,
             log=logs / "benchmarks.log",
         ),
+        Stage(
+            "training",
+            [python, "-m", "bench.gpu.training", f"--record={record}"],
+            limit=100,
+            log=logs / "training.log",
+        ),
         *(_sanitizer(tool, options, logs / "sanitizer.log") for tool, options in _TOOLS.items()),
     ]
 

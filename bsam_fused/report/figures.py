@@ -1,10 +1,10 @@
-"""The plots, as inline SVG: transparent, their ink the page's text colour, so that they suit light and dark."""
+"""The pictures, as inline SVG: transparent, their ink the page's text colour, so that they suit light and dark."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -15,10 +15,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bsam_fused.report.results import Report
+from bsam_fused.report.sweep import Point
 
 INK = "#123457"  # stands for the page's text colour until the SVG is written
-COLOURS = {"SGD": "#8b95a5", "SAM": "#3d8bfd", "BSAM": "#e8743b"}
-PASSES, OPTIMIZER = "#8b95a5", "#12a594"
+METHODS = {"SGD": "#8b95a5", "SAM": "#3d8bfd", "BSAM": "#e8743b"}
+COLOURS = {
+    "alone": "#8b95a5",
+    "loops": "#8b95a5",
+    "foreach": "#3d8bfd",
+    "pytorch_optimizer": "#a06cd5",
+    "torch": "#d9a520",
+    "triton": "#e0559a",
+    "cpp": "#e8743b",
+    "cuda": "#e8743b",
+}
+PASSES, GAPS = "#8b95a5", "#d64550"
+PHASES = {"ascend": "#3d8bfd", "descend": "#a06cd5", "step": "#12a594", "zero_grad": "#d9a520"}
+ROW = 0.27
+"""Height of a bar and its gap, in inches."""
 STYLE: dict[Any, Any] = {
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -40,59 +54,118 @@ def _svg(plot: Plot) -> Callable[[Report], Markup]:
     @wraps(plot)
     def draw(report: Report) -> Markup:
         with matplotlib.rc_context(STYLE | {"svg.hashsalt": plot.__name__}):
-            figure = Figure(figsize=(5, 3.2), layout="constrained")
+            figure = Figure(figsize=(5, max(3.4, 1.3 + ROW * len(report.rows))), layout="constrained")
             plot(figure.add_subplot(), report)
             file = io.StringIO()
             unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
             figure.savefig(file, format="svg", transparent=True, metadata=unsaid)
         svg = file.getvalue()
         svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-        return Markup(re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg))
+        title = f'<svg role="img" aria-label="{(plot.__doc__ or "").splitlines()[0]}"'
+        return Markup(re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("<svg", title, 1))
 
     return draw
 
 
 @_svg
+def steps(axes: Axes, report: Report) -> None:
+    """Where a step's time goes: a bar an implementation; passes, phases and gaps stacked."""
+    names = [row.name for row in report.rows]
+    left = [0.0] * len(names)
+    parts = [("passes", PASSES, [row.passes_ms for row in report.rows])]
+    parts += [(call, colour, [row.phases_ms.get(call, 0.0) for row in report.rows]) for call, colour in PHASES.items()]
+    parts.append(("gaps", GAPS, [row.gaps_ms for row in report.rows]))
+    bars = None
+    for label, colour, values in parts:
+        if any(values):
+            bars = axes.barh(names, values, left=left, color=colour, label=label, height=0.72)
+            left = [a + b for a, b in zip(left, values, strict=True)]
+    if bars is not None:
+        axes.bar_label(bars, [f"+{row.optimizer_percent:.1f} %" for row in report.rows], padding=3, fontsize=9)
+    axes.set(xlabel="time of a step, ms (median)")
+    axes.figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    _horizontal(axes)
+
+
+@_svg
+def overhead(axes: Axes, report: Report) -> None:
+    """The optimizer's own time of a step against the number of parameters, by implementation."""
+    _lines(axes, report.points, lambda point: point.optimizer_ms)
+    axes.set(xlabel="parameters", ylabel="optimizer time of a step, ms", xscale="log", yscale="log")
+
+
+@_svg
+def roofline(axes: Axes, report: Report) -> None:
+    """Bandwidth reached against the bytes that a step must move; the roof is a copy's bandwidth."""
+    _lines(axes, report.points, lambda point: point.gb_per_s)
+    if report.copy_gb_per_s is not None:
+        axes.axhline(report.copy_gb_per_s, color=INK, linewidth=1.5, linestyle="--", label="copy")
+        axes.annotate(
+            f"copy: {report.copy_gb_per_s:.1f} GB/s",
+            (0.02, report.copy_gb_per_s),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            fontsize=9,
+        )
+    axes.set(xlabel="parameters", ylabel="bytes to move over time, GB/s", xscale="log", yscale="log")
+
+
+@_svg
+def memory(axes: Axes, report: Report) -> None:
+    """Peak memory beside parameters, gradients and the base optimizer's, by implementation."""
+    largest = max((point.elements for point in report.points), default=0)
+    points = [point for point in report.points if point.elements == largest]
+    names = [f"{point.algorithm}, {point.implementation}" for point in points]
+    bars = axes.barh(names, [point.extra_mb for point in points], color=_colours(points), height=0.72)
+    axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=9)
+    axes.set(xlabel=f"extra memory at {largest:,} parameters, MB")
+    _horizontal(axes)
+
+
+@_svg
 def losses(axes: Axes, report: Report) -> None:
-    """Plot each implementation's training loss: broad where it is fused, dashed where not."""
-    for row in report.measurements:
-        epochs = range(1, len(row.epoch_losses) + 1)
-        fused = row.kind == "fused"
-        look: dict[str, Any] = {"linewidth": 4, "alpha": 0.45} if fused else {"linewidth": 1.5, "linestyle": "--"}
-        axes.plot(epochs, row.epoch_losses, color=COLOURS[row.method], label=row.name, marker=".", **look)
-    axes.set(xlabel="epoch", ylabel="training loss, mean over the epoch", yscale="log")
+    """Training loss in float64, the mean of each epoch: broad where it is fused, dashed where not."""
+    curves = report.learning.curves if report.learning else []
+    for curve in curves:
+        method, _, kind = curve.name.partition(", ")
+        look: dict[str, Any] = {"linewidth": 4, "alpha": 0.45} if kind == "fused" else {"linestyle": "--"}
+        epochs = range(1, len(curve.epoch_losses) + 1)
+        axes.plot(epochs, curve.epoch_losses, color=METHODS[method], label=curve.name, marker=".", **look)
+    axes.set(xlabel="epoch", ylabel="training loss", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color=INK, alpha=0.15)
     axes.legend(frameon=False)
 
 
-@_svg
-def steps(axes: Axes, report: Report) -> None:
-    """Plot where a step's time goes: a bar an implementation, its passes and its optimizer stacked."""
-    names = [row.name for row in report.measurements]
-    passes = [row.passes_ms for row in report.measurements]
-    own = [row.optimizer_ms for row in report.measurements]
-    axes.barh(names, passes, color=PASSES, label="passes")
-    bars = axes.barh(names, own, left=passes, color=OPTIMIZER, label="optimizer")
-    axes.bar_label(bars, [f"+{row.overhead_percent:.1f} %" for row in report.measurements], padding=4)
-    axes.set(xlabel="time of a step, ms (median)")
-    axes.figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    _horizontal(axes)
+def _lines(axes: Axes, points: Sequence[Point], value: Callable[[Point], float]) -> None:
+    """Draw a line an implementation; of several algorithms the last, which costs most, in full and others dashed."""
+    named: set[str] = set()
+    algorithms = list(dict.fromkeys(point.algorithm for point in points))
+    for algorithm, implementation in dict.fromkeys((point.algorithm, point.implementation) for point in points):
+        own = [it for it in points if (it.algorithm, it.implementation) == (algorithm, implementation)]
+        axes.plot(
+            [point.elements for point in own],
+            [value(point) for point in own],
+            color=COLOURS[implementation],
+            label=implementation if implementation not in named else None,
+            linestyle="-" if algorithm == algorithms[-1] else ":",
+            marker="o",
+            markersize=4,
+            linewidth=1.8,
+        )
+        named.add(implementation)
+    axes.grid(color=INK, alpha=0.15)
+    if points:
+        axes.figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
 
 
-@_svg
-def optimizers(axes: Axes, report: Report) -> None:
-    """Plot the optimizer's own time, a bar an implementation."""
-    names = [row.name for row in report.measurements]
-    colours = [COLOURS[row.method] for row in report.measurements]
-    bars = axes.barh(names, [row.optimizer_ms for row in report.measurements], color=colours)
-    axes.bar_label(bars, fmt="%.2f", padding=4)
-    axes.set(xlabel="optimizer time of a step, ms (median)")
-    _horizontal(axes)
+def _colours(points: Sequence[Point]) -> list[str]:
+    return [COLOURS[point.implementation] for point in points]
 
 
 def _horizontal(axes: Axes) -> None:
     axes.invert_yaxis()
-    axes.margins(x=0.22)
-    axes.tick_params(axis="y", length=0)
+    axes.margins(x=0.2)
+    axes.tick_params(axis="y", length=0, labelsize=9)
     axes.spines["left"].set_visible(False)

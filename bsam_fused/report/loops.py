@@ -56,6 +56,20 @@ class PlainSAM:
         self.base.zero_grad()
 
 
+class PlainASAM(PlainSAM):
+    """ASAM by loops (arXiv 2102.11600) with η = 0: T = |w|."""
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        """w = w + ρ T² g / ‖T g‖."""
+        scaled = {p: p.abs() * p.grad for p in self.params if p.grad is not None}
+        self.norm = torch.norm(torch.stack([g.norm(p=2) for g in scaled.values()]), p=2)
+        for p, g in scaled.items():
+            self.saved[p] = p.clone()
+            p.add_(p.abs() * g * (self.rho / (self.norm + 1e-12)))
+        self.base.zero_grad()
+
+
 class PlainBSAM(PlainSAM):
     """BSAM by loops (arXiv 2409.13173), the update by the base optimizer.
 

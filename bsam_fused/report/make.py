@@ -1,87 +1,183 @@
-"""Makes the report: trains, measures, checks, writes."""
+"""Makes the report: times training steps, sweeps over sizes, checks that fused training learns alike, writes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from bsam_fused.ops import dispatch
-from bsam_fused.report import results, train, write
+from bsam_fused.report import learning, models, rows, sweep, timing, write
+from bsam_fused.report.clock import clock_of, copy_bandwidth
+from bsam_fused.report.implementations import BASES
 from bsam_fused.report.machine import this_machine
+from bsam_fused.report.models import Workload
 from bsam_fused.report.results import Report
-from bsam_fused.report.train import Digits, Implementation, Recipe, Run
 
-TIMED = (train.SGD, train.PLAIN_SAM, train.FUSED_SAM, train.PLAIN_BSAM, train.FUSED_BSAM)
-COMPARED = (train.PLAIN_SAM, train.FUSED_SAM, train.PLAIN_BSAM, train.FUSED_BSAM)
-"""Pairs: the plain loops, then the fused optimizer that has to give the same losses."""
+COPIES = 5
 
 
-def make(out: Path, epochs: int | None = None) -> bool:
-    """Train, print the table, and write the page and the figures.
+@dataclass(frozen=True)
+class Options:
+    """What to measure; `bsam-fused report --help` says it to users."""
+
+    model: str = "digits"
+    optimizers: tuple[str, ...] = ("sam", "bsam")
+    base: str = "sgd"
+    device: str = "cpu"
+    batch_size: int | None = None
+    dtype: str = "float32"
+    compile: bool = False
+    graph: bool = False
+    steps: int = 20
+    epochs: int = learning.Recipe.epochs
+    """Of the digits' training, with the model "digits"."""
+
+
+@dataclass
+class Draft:
+    """A report as far as it has come. Args: options: what to measure.
+
+    Raises:
+        ValueError, RuntimeError: an option that cannot be had, by name.
+    """
+
+    options: Options
+    workload: Workload = field(init=False)
+    training: timing.Training = field(init=False)
+    copy: float | None = None
+    points: list[sweep.Point] = field(default_factory=list)
+    learning: learning.Learning | None = None
+
+    def __post_init__(self) -> None:
+        options = self.options
+        device = torch.device(options.device)
+        if options.graph and device.type != "cuda":
+            raise ValueError(f"--graph captures CUDA graphs: it needs --device cuda, not {options.device}")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device {options.device}: torch {torch.__version__} sees no NVIDIA GPU")
+        if options.model == "digits":
+            dispatch.choose("auto", torch.device("cpu"))  # what they are learned by
+        dtype = getattr(torch, options.dtype)
+        self.clock = clock_of(device)
+        self.workload = models.workload(options.model, options.batch_size, device, dtype)
+        if options.compile:
+            self.workload = timing.compiled(self.workload)
+        self.shapes = [tuple(p.shape) for p in self.workload.model.parameters() if p.requires_grad]
+
+    def run(self, progress: Progress) -> None:
+        """Measure everything.
+
+        Args:
+            progress: shows how far it is.
+        """
+        self.time(progress)
+        self._sweep(progress)
+        if self.options.model == "digits":
+            self._learn(progress)
+        self.training.count_launches()
+
+    def time(self, progress: Progress) -> None:
+        """Time training steps alone."""
+        options, base = self.options, BASES[self.options.base]
+        task = progress.add_task("training steps", total=None)
+        self.training = timing.Training(
+            self.workload, options.optimizers, options.base, base, self.clock, graph=options.graph
+        )
+        progress.update(task, total=timing.WARM_UP + options.steps)
+        _all(self.training.run(options.steps), progress, task)
+
+    def _sweep(self, progress: Progress) -> None:
+        options, base = self.options, BASES[self.options.base]
+        self.copy = copy_bandwidth(self.clock, COPIES) / 1e9
+        sizes = len(sweep.sizes(self.shapes)) * len(self.training.timed[1:])
+        task = progress.add_task("growing sizes", total=sizes)
+        dtype = getattr(torch, options.dtype)
+        for point in sweep.sweep(self.shapes, options.optimizers, base, self.clock, dtype):
+            self.points.append(point)
+            progress.advance(task)
+
+    def _learn(self, progress: Progress) -> None:
+        recipe = replace(learning.Recipe(), epochs=self.options.epochs)
+        data, runs = learning.digits(), learning.prepare(learning.STUDENTS, recipe)
+        task = progress.add_task("learning digits, float64", total=learning.steps(data, recipe))
+        _all(learning.train(runs, data, recipe), progress, task)
+        self.learning = learning.summary(runs, data, recipe)
+
+    def report(self, *, partial: bool = False) -> Report:
+        """Return what there is; ``partial``: not all of it."""
+        timed = self.training.timed if hasattr(self, "training") else []
+        return Report(
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            machine=this_machine(),
+            device=self.options.device,
+            model=self.options.model,
+            parameters=sum(map(_elements, self.shapes)),
+            tensors=len(self.shapes),
+            batch=_said(self.workload.inputs),
+            dtype=self.options.dtype,
+            compiled=self.options.compile,
+            base=self.options.base,
+            base_pass_ms=rows.pass_ms(timed[0]) if timed else 0.0,
+            rows=rows.rows(timed),
+            absent=self.training.absent if timed else {},
+            copy_gb_per_s=self.copy,
+            points=self.points,
+            learning=self.learning,
+            partial=partial,
+        )
+
+
+def make(out: Path, options: Options) -> bool:
+    """Measure, print the table, and write the page and the figures.
 
     Args:
         out: a directory, for index.html and report.json.
-        epochs: how long to train; None: as the recipe has it.
+        options: what to measure.
 
     Returns:
-        Whether fused and plain training gave the same losses.
+        Whether fused and plain training gave the same losses, where that was looked at.
 
     Raises:
-        ValueError, RuntimeError: BSAM_FUSED_BACKEND asks for a backend that cannot be had.
+        KeyboardInterrupt: the user interrupted it; what was measured until then is written, and says so.
+        ValueError, RuntimeError: an option that cannot be had, by name.
         OSError: ``out`` cannot be written to.
     """
-    recipe = Recipe() if epochs is None else replace(Recipe(), epochs=epochs)
-    with Progress(console=Console(stderr=True), refresh_per_second=2) as progress:
-        report = measured(recipe, progress)
+    draft, interrupted = Draft(options), False
+    try:
+        with Progress(console=Console(stderr=True), refresh_per_second=2) as progress:
+            progress.console.print("Ctrl-C ends the measuring and writes a report of what there is.")
+            draft.run(progress)
+    except KeyboardInterrupt:
+        interrupted = True
+    report = draft.report(partial=interrupted)
     write.files(report, out)
     console = Console()
     console.print(write.table(report))
-    console.print(
-        write.verdict(report), f"Written: {out / 'index.html'}, {out / 'report.json'}", sep="\n", soft_wrap=True
-    )
+    lines = [*write.sentences(report), *([write.verdict(report.learning)] if report.learning else [])]
+    lines += [f"Not measured: {name}: {why}" for name, why in report.absent.items()]
+    if interrupted:
+        lines.append("Interrupted: the report is partial.")
+    console.print(*lines, f"Written: {out / 'index.html'}, {out / 'report.json'}", sep="\n", soft_wrap=True)
+    if interrupted:
+        raise KeyboardInterrupt
     return report.agree
 
 
-def measured(recipe: Recipe, progress: Progress) -> Report:
-    """Return the whole report: float32 runs for the times, then float64 runs for the comparison.
-
-    Args:
-        recipe: what to train, and how.
-        progress: shows how far it is.
-    """
-    data = train.digits(torch.float32)
-    timed = _trained(TIMED, data, recipe, progress, "timing, float32")
-    compared = _trained(COMPARED, train.digits(torch.float64), recipe, progress, "comparing, float64")
-    choice = dispatch.choose("auto", torch.device("cpu"))
-    params = list(timed[0].network.parameters())
-    return Report(
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        machine=this_machine(),
-        backend=choice.backend,
-        backend_why=choice.why,
-        recipe=recipe,
-        training_images=len(data.y),
-        test_images=len(data.y_test),
-        parameters=sum(p.numel() for p in params),
-        tensors=len(params),
-        steps=train.steps(data, recipe),
-        warm_up=results.warm_up(train.steps(data, recipe)),
-        measurements=[results.measure(run, data, recipe) for run in timed],
-        rtol=results.RTOL,
-        comparisons=results.compare(compared),
-    )
+def _all(steps: Iterator[Any], progress: Progress, task: Any) -> None:
+    for _ in steps:
+        progress.advance(task)
 
 
-def _trained(
-    implementations: Sequence[Implementation], data: Digits, recipe: Recipe, progress: Progress, title: str
-) -> list[Run]:
-    runs = train.prepare(implementations, recipe, data.x.dtype)
-    for _ in progress.track(train.train(runs, data, recipe), total=train.steps(data, recipe), description=title):
-        pass
-    return runs
+def _elements(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _said(inputs: Any) -> str:
+    return f"inputs {tuple(inputs.shape)}" if isinstance(inputs, torch.Tensor) else f"inputs: a {type(inputs).__name__}"

@@ -11,42 +11,66 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.table import Table
 
 from bsam_fused.report import figures
+from bsam_fused.report.learning import Learning
 from bsam_fused.report.results import Report
+from bsam_fused.report.rows import Row
 
 PAGE = "page.html.jinja"
 
 
 def table(report: Report) -> Table:
-    """Return the measurements, an implementation a line."""
-    shown = Table(
-        title=f"A training step on the CPU, threads: {report.machine.threads}; median of {timed(report)} steps"
-    )
-    shown.add_column("implementation")
-    for column in ("step\nms", "passes\nms", "optimizer\nms", "overhead\n%", "test accuracy\n%"):
+    """Return the measurements, an implementation a line; the fastest of each algorithm stands out."""
+    shown = Table(title=f"A training step: {report.model}, {report.batch}, {report.dtype}, on {report.device}")
+    shown.add_column("implementation", no_wrap=True)
+    launched = any(row.launches is not None for row in report.rows)
+    columns = ("step\nms", "passes\nms", "optimizer\nms", "gaps\nms", "over k × pass\n%", "optimizer\n%")
+    for column in (*columns, *(["launches"] if launched else [])):
         shown.add_column(column, justify="right")
-    for row in report.measurements:
-        times = (row.step_ms, row.passes_ms, row.optimizer_ms)
-        shown.add_row(
-            row.name,
-            *(f"{ms:.2f}" for ms in times),
-            f"{row.overhead_percent:.1f}",
-            f"{row.test_accuracy_percent:.1f}",
-        )
+    fastest = best(report.rows)
+    for row in report.rows:
+        times = (row.step_ms, row.passes_ms, row.optimizer_ms, row.gaps_ms)
+        percents = (f"{row.overhead_percent:+.1f}", f"{row.optimizer_percent:.1f}")
+        cells = [row.name, *(f"{ms:.2f}" for ms in times), *percents, *([str(row.launches)] if launched else [])]
+        shown.add_row(*cells, style="bold" if row in fastest else "")
     return shown
 
 
-def timed(report: Report) -> int:
-    """Return how many steps the medians are over."""
-    return report.steps - report.warm_up
+def best(rows: list[Row]) -> list[Row]:
+    """Return, of each algorithm, the row with the least optimizer time."""
+    algorithms = dict.fromkeys(row.algorithm for row in rows if row.passes > 1)
+    return [
+        min((row for row in rows if row.algorithm == algorithm), key=lambda row: row.optimizer_ms)
+        for algorithm in algorithms
+    ]
 
 
-def verdict(report: Report) -> str:
+def sentences(report: Report) -> list[str]:
+    """Return what matters, in words: what a pass is, and what the optimizer adds to 1, 2, 3 of them."""
+    if not report.rows:
+        return ["Nothing was measured before the interruption."]
+    said = [f"One pass (forward and backward) with {report.base} alone takes {report.base_pass_ms:.2f} ms."]
+    for row in [report.rows[0], *best(report.rows)]:
+        said.append(
+            f"{row.name}: {row.passes} × that pass is {row.passes * report.base_pass_ms:.2f} ms; the optimizer's own "
+            f"{row.optimizer_ms:.2f} ms are {row.optimizer_percent:.1f} % of it, and the whole step takes "
+            f"{row.step_ms:.2f} ms ({row.overhead_percent:+.1f} %)."
+        )
+    return said
+
+
+def lines(report: Report) -> str:
+    """Return which algorithm's lines are drawn how: nothing where there is but one."""
+    algorithms = list(dict.fromkeys(point.algorithm for point in report.points))
+    return f"Full lines: {algorithms[-1]}; dotted: {', '.join(algorithms[:-1])}." if algorithms[1:] else ""
+
+
+def verdict(learning: Learning) -> str:
     """Return one sentence: whether fused and plain training gave the same losses, and how far they are apart."""
-    deviations = ", ".join(f"{found.method} {found.deviation:.1e}" for found in report.comparisons)
-    agree = "agree" if report.agree else "DIFFER"
+    deviations = ", ".join(f"{found.method} {found.deviation:.1e}" for found in learning.comparisons)
+    agree = "agree" if learning.agree else "DIFFER"
     return (
-        f"Fused and plain losses {agree} over {report.steps} float64 steps: "
-        f"largest relative difference {deviations}; allowed {report.rtol:.0e}."
+        f"Fused and plain losses {agree} over {learning.steps} float64 steps: "
+        f"largest relative difference {deviations}; allowed {learning.rtol:.0e}."
     )
 
 
@@ -61,7 +85,7 @@ def files(report: Report, out: Path) -> None:
         OSError: ``out`` cannot be written to.
     """
     content = {**asdict(report), "agree": report.agree}
-    texts = {"index.html": page(report), "report.json": json.dumps(content, indent=2) + "\n"}
+    texts = {"index.html": page(report), "report.json": json.dumps(content, indent=2, allow_nan=True) + "\n"}
     for name, text in texts.items():
         _replace(out / name, text)
 
@@ -77,11 +101,11 @@ def page(report: Report) -> str:
     )
     return environment.get_template(PAGE).render(
         report=report,
-        verdict=verdict(report),
-        timed=timed(report),
-        losses=figures.losses(report),
-        steps=figures.steps(report),
-        optimizers=figures.optimizers(report),
+        fastest=best(report.rows),
+        sentences=sentences(report),
+        verdict=verdict(report.learning) if report.learning else "",
+        lines=lines(report),
+        figures=figures,
     )
 
 

@@ -1,30 +1,15 @@
-"""One implementation on parameters of its own, driven through steps, timed and weighed."""
+"""One implementation on parameters of its own, driven through steps. Needs torch alone, nothing of the package."""
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-from bench.cases import Shapes
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own reports of its starts and stops
-
-
+Shapes = Sequence[tuple[int, ...]]
 Result = TypeVar("Result")
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    """Return how long ``work()`` takes."""
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
 
 
 def coefficients(
@@ -54,7 +39,7 @@ class Contestant:
         optimizer = build(self.params)
         self.phases = [getattr(optimizer, call) for call in calls]
 
-    def step(self, measure: Callable[[Callable[[], object]], Result] = seconds_of) -> list[Result]:
+    def step(self, measure: Callable[[Callable[[], object]], Result]) -> list[Result]:
         """Take a step; return what ``measure`` says of each phase, without making gradients and clearing the last."""
         results = []
         for phase in self.phases:
@@ -71,13 +56,11 @@ class Contestant:
             p.grad = torch.addcmul(t, t, p)
 
 
-def first_steps(
+def after_two_steps(
     build: Callable[[list[Tensor]], Any], calls: Sequence[str], curvatures: Sequence[Tensor]
-) -> tuple[Contestant, int]:
-    """Return a contestant after two steps, and the most bytes that torch's allocator lent it meanwhile."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        contestant = Contestant(build, calls, curvatures)
-        contestant.step()
-        contestant.step()
-    events = sorted(profiler.events(), key=lambda event: event.time_range.start)
-    return contestant, max(accumulate(event.self_cpu_memory_usage for event in events))
+) -> Contestant:
+    """Return a contestant whose buffers are there, and whose second step found state."""
+    contestant = Contestant(build, calls, curvatures)
+    for _ in range(2):
+        contestant.step(lambda phase: phase())
+    return contestant

@@ -1,7 +1,7 @@
 """BSAM with SGD in plain torch under `torch.compile`, a function a phase.
 
-For comparison. As `bench.gpu.foreach`, but written for a compiler that fuses: temporaries vanish, and SGD's rule is
-spelled out, so that restoring, the direction and the update can become one kernel. Only norms stay apart.
+For comparison. As `bsam_fused.report.device_foreach`, but written for a compiler that fuses: temporaries vanish, and
+SGD's rule is spelled out, so that restoring, the direction and the update can become one kernel. Only norms stay apart.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from bench.gpu.foreach import NORM_EPS, take_gradients, total_norm
+from bsam_fused.report.device_foreach import NORM_EPS, take_gradients, total_norm
 
 Tensors = list[Tensor]
 

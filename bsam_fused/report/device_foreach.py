@@ -1,9 +1,9 @@
 """SAM and BSAM as a careful engineer writes them for a GPU: `torch._foreach` and torch's fused optimizers.
 
-For comparison. As `bench.foreach`, but norms stay on the device, so that nothing ever waits for it. w_min is reached
-from w_max and not from the saved w, which saves a copy; temporaries are made by no call. With SGD with momentum SAM
-moves 15 N elements a step, BSAM 30 N. Unlike `bsam_fused`, they want a gradient for every parameter in every pass and
-norms other than 0, and do not look for inf and NaN.
+For comparison. As `bsam_fused.report.foreach`, but norms stay on the device, so that nothing ever waits for it. w_min
+is reached from w_max and not from the saved w, which saves a copy; temporaries are made by no call. With SGD with
+momentum SAM moves 15 N elements a step, BSAM 30 N. Unlike `bsam_fused`, they want a gradient for every parameter in
+every pass and norms other than 0, and do not look for inf and NaN.
 """
 
 from __future__ import annotations

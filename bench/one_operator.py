@@ -1,0 +1,66 @@
+"""Every operator alone, against the bytes that it must move."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench.operators import OPERATORS, OperatorRun
+from bsam_fused.report.clock import Clock, copy_bandwidth
+from bsam_fused.report.contestant import Shapes
+
+REPEAT = 20
+WARM_UP = 3
+ON_CPU = ("cpp", "torch")
+
+Measured = dict[str, dict[str, Any]]
+"""Operator -> what it moves, its seconds, its rate and that rate's share of the copy's bandwidth."""
+
+
+def measure(backend: str, shapes: Shapes, clock: Clock, copy: float) -> Measured:
+    """Return what a backend's operators take on parameters of these shapes.
+
+    Args:
+        backend: its name.
+        shapes: of the parameters.
+        clock: what measures.
+        copy: the copy's bytes a second.
+
+    Raises:
+        RuntimeError: the backend cannot be had here, with the reason.
+    """
+    return _measure([backend], shapes, clock, copy)[backend]
+
+
+def on_cpu(shapes: Shapes, clock: Clock) -> dict[str, Measured]:
+    """Return the same of both backends on a CPU, measured in turns."""
+    return _measure(ON_CPU, shapes, clock, copy_bandwidth(clock, copies=5))
+
+
+def _measure(backends: tuple[str, ...] | list[str], shapes: Shapes, clock: Clock, copy: float) -> dict[str, Measured]:
+    runs = {backend: OperatorRun(backend, shapes, clock.device) for backend in backends}
+    n_bytes = sum(map(math.prod, shapes)) * torch.float32.itemsize
+    found: dict[str, Measured] = {backend: {} for backend in backends}
+    for name, (_, moves) in OPERATORS.items():
+        for backend, seconds in _seconds(runs, name, clock).items():
+            rate = moves * n_bytes / median(seconds)
+            found[backend][name] = {
+                "moves": moves,
+                "seconds": seconds,
+                "gb_per_s": rate / 1e9,
+                "copy_percent": 100 * rate / copy,
+            }
+    return found
+
+
+def _seconds(runs: dict[str, OperatorRun], name: str, clock: Clock) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {backend: [] for backend in runs}
+    for _ in range(WARM_UP + REPEAT):
+        for backend, run in runs.items():
+            run.come_to(name)
+            seconds[backend].append(clock.busy(partial(run.run, name)))
+    return {backend: each[WARM_UP:] for backend, each in seconds.items()}

@@ -1,0 +1,105 @@
+"""Measures everything on this CPU and writes docs/performance.md: `make performance`.
+
+python -m bench.performance [--page-only] [--shapes NAME]...
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from bench import on_cpu, one_operator, scaling
+from bench.cases import SHAPES, cpu_case
+from bench.figures import spread
+from bench.performance_page import page
+from bsam_fused.ops import native_flat
+from bsam_fused.report import make
+from bsam_fused.report.clock import HostClock
+from bsam_fused.report.implementations import BASES
+from bsam_fused.report.machine import this_machine
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results" / "cpu.json"
+PAGE = ROOT / "docs" / "performance.md"
+TRAINED = {"digits": 50, "resnet18": 5}
+"""Networks whose training steps are timed, and how many."""
+CASES = [(algorithm, base) for algorithm in ("bsam", "sam") for base in BASES]
+OPERATORS_ON = ("resnet18", "gpt2")
+
+
+def measure(shapes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Measure everything; yield what there is so far, for JSON, whenever there is more."""
+    module, _ = native_flat.load()
+    found: dict[str, Any] = {
+        "about": {
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            **asdict(this_machine()),
+            "instruction_set": module.instruction_set() if module else None,
+        },
+        "scaling": _scaling(),
+        "training": [_training(name, steps) for name, steps in TRAINED.items()],
+        "operators": {name: _operators(name) for name in OPERATORS_ON if name in shapes},
+        "steps": [],
+    }
+    for name in shapes:
+        for algorithm, base in CASES:
+            found["steps"].append(_steps(name, algorithm, base))
+            yield found
+
+
+def _training(name: str, steps: int) -> dict[str, Any]:
+    draft = make.Draft(make.Options(model=name, steps=steps))
+    with Progress(disable=True) as progress:
+        draft.time(progress)
+    report = draft.report()
+    print(f"training {name}: {len(report.rows)} implementations", flush=True)
+    kept = ("model", "parameters", "tensors", "batch", "dtype", "base", "base_pass_ms", "absent")
+    return {**{key: getattr(report, key) for key in kept}, "rows": [asdict(row) for row in report.rows]}
+
+
+def _steps(shapes: str, algorithm: str, base: str) -> dict[str, Any]:
+    side = on_cpu.measure(cpu_case(shapes, algorithm, base))
+    print(f"{algorithm}-{base}-{shapes}\n{on_cpu.told(side)}", flush=True)
+    return {"shapes": shapes, "algorithm": algorithm, "base": base, **on_cpu.report(side)}
+
+
+def _operators(name: str) -> dict[str, Any]:
+    found = one_operator.on_cpu(SHAPES[name], HostClock())
+    return {
+        backend: {
+            operator: {**{key: it[key] for key in it if key != "seconds"}, "ms": spread(it["seconds"])}
+            for operator, it in operators.items()
+        }
+        for backend, operators in found.items()
+    }
+
+
+def _scaling() -> dict[str, Any]:
+    found = scaling.measure()
+    print(scaling.told(found), flush=True)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.performance", description=__doc__.splitlines()[0])
+    parser.add_argument("--page-only", action="store_true", help="write the page of the figures that there are")
+    parser.add_argument("--shapes", action="append", choices=SHAPES, help="default: all")
+    options = parser.parse_args(arguments)
+    if not options.page_only:
+        torch.set_num_threads(on_cpu.THREADS)
+        for found in measure(options.shapes or list(SHAPES)):
+            RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    PAGE.write_text(page(json.loads(RESULTS.read_text())))
+
+
+if __name__ == "__main__":
+    main()

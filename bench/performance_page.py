@@ -1,0 +1,166 @@
+"""docs/performance.md, from the figures that were measured on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bench.gpu.page import table
+
+Content = Mapping[str, Any]
+
+HEAD = """# Performance
+
+Made from `bench/results/cpu.json` by `python -m bench.performance --page-only`; do not edit. `make performance`
+measures everything anew and writes both files.
+
+**Not measured: any GPU.** No figure on this page comes from one, and none for a GPU is estimated anywhere: `make gpu`
+measures them where one is. Nor were other CPUs, other numbers of threads, or other dtypes than float32."""
+
+METHOD = """## Method
+
+Implementations take turns within every repetition, so that whatever else the machine does hits all alike; figures are
+medians. Before each phase every implementation gets fresh gradients that nobody else holds, untimed; what a phase frees
+or clears itself is timed. Before the timing all must have the same weights as the papers' loops after two steps.
+
+- **loops**: the papers' formulas, a tensor at a time; **foreach**: `torch._foreach` with torch's fused base optimizer,
+  as a careful engineer writes it; **compiled**: such code under `torch.compile` (ResNet-18, BSAM over SGD alone:
+  compiling takes minutes); **pytorch_optimizer**: that package's SAM from the registry, as it is by default (its BSAM
+  is another algorithm); **cpp**, **torch**: backends of `bsam_fused`.
+- **byte budget**: the time in which `Tensor.copy_` over 64 M elements moves as many bytes, read and written, as a step
+  must move (`docs/design.md`), measured in the same repetitions. **of copy** is the budget over the time.
+- **host**: the time of the same step on as many tensors of one element each.
+- **extra memory**: the peak of torch's allocator beside that of the base optimizer alone, in N elements.
+
+A bar that was set for the project and is missed is said to be missed; nothing is left out for it."""
+
+TITLES = {"bsam": "BSAM", "sam": "SAM", "sgd": "SGD with momentum", "adamw": "AdamW"}
+OTHERS = ("loops", "foreach", "compiled", "pytorch_optimizer", "torch")
+
+
+def page(content: Content) -> str:
+    """Return the whole page."""
+    parts = [HEAD, _about(content["about"]), _bars(content), *_training(content["training"])]
+    groups = dict.fromkeys((it["algorithm"], it["base"]) for it in content["steps"])
+    parts.append("## The optimizer's own step\n\nPasses excluded. Ratios: the other's time over that of cpp.")
+    parts += [_group(content["steps"], *group) for group in groups]
+    parts += [_operators(content["operators"]), _scaling(content["scaling"]), METHOD]
+    parts += ["## Every row", *(_details(content["steps"], *group) for group in groups)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _about(about: Content) -> str:
+    return (
+        f"Measured {about['date'][:10]} on {about['cpu']}, {about['threads']} threads, {about['instruction_set']}; "
+        f"torch {about['torch']}, Python {about['python']}, bsam_fused {about['bsam_fused']}, "
+        f"commit {about['git_commit']}."
+    )
+
+
+def _figures(content: Content) -> Iterable[tuple[str, Content]]:
+    for case in content["steps"]:
+        yield from ((f"{case['algorithm']}-{case['base']}-{case['shapes']}", it) for it in case["figures"])
+    yield from (("cost", it) for it in content["scaling"]["figures"])
+
+
+def _bars(content: Content) -> str:
+    judged = [(where, it) for where, it in _figures(content) if it["target"]]
+    missed = [(where, it) for where, it in judged if it["target"].endswith("missed")]
+    rows = [(where, it["name"], _number(it), it["target"].removesuffix("missed").strip()) for where, it in missed]
+    said = f"## Bars missed\n\nOf {len(judged)} bars that were set, {len(judged) - len(missed)} are met"
+    if not missed:
+        return f"{said}."
+    return f"{said}, and these {len(missed)} are missed:\n\n" + table(("case", "figure", "measured", "bar"), rows)
+
+
+def _number(figure: Content) -> str:
+    return f"{figure['value']:.2f} {figure['unit']}".rstrip()
+
+
+def _training(trained: Sequence[Content]) -> Iterable[str]:
+    yield (
+        "## Whole training steps\n\nMeasured by `bsam-fused report`: forward and backward passes, and the optimizer "
+        "between them. Overheads are over 1, 2 or 3 × the pass of the base optimizer alone; the step's "
+        "includes what passes vary."
+    )
+    for it in trained:
+        rows = [
+            (
+                f"{row['algorithm']}, {row['implementation']}",
+                row["passes"],
+                f"{row['step_ms']:.2f}",
+                f"{row['optimizer_ms']:.2f}",
+                f"{row['gaps_ms']:.2f}",
+                f"{row['overhead_percent']:+.1f} %",
+                f"{row['optimizer_percent']:.1f} %",
+            )
+            for row in it["rows"]
+        ]
+        title = f"{it['model']}, {it['batch']}, {it['parameters'] / 1e6:.3g} M parameters in {it['tensors']} tensors; "
+        heads = ("implementation", "passes", "step, ms", "optimizer, ms", "gaps, ms", "step over", "optimizer over")
+        yield f"### {title}one pass {it['base_pass_ms']:.2f} ms\n\n{table(heads, rows)}"
+
+
+def _group(cases: Sequence[Content], algorithm: str, base: str) -> str:
+    own = [case for case in cases if (case["algorithm"], case["base"]) == (algorithm, base)]
+    others = [name for name in OTHERS if any(name in case["rows"] for case in own)]
+    rows = []
+    for case in own:
+        cpp = case["rows"]["cpp"]
+        time = cpp["step_ms"]["median"]
+        ratios = [
+            f"{case['rows'][name]['step_ms']['median'] / time:.1f}" if name in case["rows"] else "" for name in others
+        ]
+        size = f"{case['tensors']}, {case['elements'] / 1e6:.3g} M"
+        rows.append((case["shapes"], size, f"{time:.3g}", f"{cpp['copy_percent']:.0f} %", *ratios))
+    heads = ("shapes", "tensors, N", "cpp, ms", "of copy", *(f"{name} / cpp" for name in others))
+    title = f"### {TITLES[algorithm]} over {TITLES[base]}: {own[0]['moves']} N to move"
+    absent = {f"{case['shapes']}, {name}: {why}" for case in own for name, why in case["absent"].items()}
+    return "\n\n".join([title, table(heads, rows), *(f"Not measured: {line}." for line in sorted(absent))])
+
+
+def _details(cases: Sequence[Content], algorithm: str, base: str) -> str:
+    rows = [
+        (
+            case["shapes"],
+            name,
+            f"{row['step_ms']['median']:.3g}",
+            f"{row['step_ms']['p25']:.3g} to {row['step_ms']['p75']:.3g}",
+            f"{row['mbytes_to_move']:.4g}",
+            f"{row['copy_percent']:.1f} %",
+            "" if row["host_us"] is None else f"{row['host_us']:.0f}",
+            f"{row['extra_memory_n']:.2f}",
+            f"{row['loops_ratio']:.2f}",
+        )
+        for case in cases
+        if (case["algorithm"], case["base"]) == (algorithm, base)
+        for name, row in case["rows"].items()
+    ]
+    heads = ("shapes", "implementation", "ms", "quartiles", "MB to move", "of copy", "host, µs", "extra memory, N")
+    return f"### {TITLES[algorithm]} over {TITLES[base]}\n\n" + table((*heads, "loops over it"), rows)
+
+
+def _operators(found: Content) -> str:
+    rows = [
+        (shapes, name, f"{it['moves']} N", backend, f"{it['ms']['median']:.3g}", f"{it['copy_percent']:.0f} %")
+        for shapes, backends in found.items()
+        for backend, operators in backends.items()
+        for name, it in operators.items()
+    ]
+    return "## Operators alone\n\n" + table(("shapes", "operator", "moves", "backend", "ms", "of copy"), rows)
+
+
+def _scaling(found: Content) -> str:
+    tensors = [(f"{int(n):,} tensors of {found['each']}", f"{us:,.1f}") for n, us in found["by_tensors_us"].items()]
+    elements = [(f"one tensor of {int(n):,}", f"{us:,.1f}") for n, us in found["by_elements_us"].items()]
+    figures = [(it["name"], _number(it), it["target"]) for it in found["figures"]]
+    left_out = ", ".join(f"{n:,}" for n in found["left_out_elements"])
+    parts = [
+        "## How cost grows",
+        "A BSAM step over SGD on the cpp backend: with the number of tensors on one thread, as only the host counts "
+        "there; with that of elements on all. Fits: a + b · tensors; a · elements^b from 10 M elements on, where "
+        "nothing stays in a cache.",
+        table(("parameters", "µs"), [*tensors, *elements]),
+        table(("fit", "", "bar"), figures),
+    ]
+    return "\n\n".join([*parts, *([f"Left out for want of memory: {left_out} elements."] if left_out else [])])

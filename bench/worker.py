@@ -1,0 +1,66 @@
+"""Takes steps for `bench.compare`, with whatever bsam_fused is on PYTHONPATH, through its public face alone.
+
+Each line of stdin is JSON: [algorithm, base, shapes] begins anew, "step" takes a step. Answers are seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bsam_fused
+
+# Of this checkout and not of the one that is measured, which may have none.
+sys.path.append(str(Path(__file__).parents[1] / "bsam_fused" / "report"))
+from contestant import Contestant, coefficients
+
+THREADS = 2
+ALGORITHMS: dict[str, Any] = {
+    "sam": (bsam_fused.SAM, ("ascend", "step")),
+    "bsam": (bsam_fused.BSAM, ("ascend", "descend", "step")),
+}
+BASES: dict[str, Any] = {
+    "sgd": {"base_optimizer": torch.optim.SGD, "lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4},
+    "adamw": {"base_optimizer": torch.optim.AdamW, "lr": 1e-3, "weight_decay": 1e-2},
+}
+
+
+def contestant(algorithm: str, base: str, shapes: list[list[int]]) -> Contestant:
+    """Return an optimizer of the package on parameters of these shapes."""
+    kind, calls = ALGORITHMS[algorithm]
+
+    def build(params: list[Tensor]) -> Any:
+        return kind(params, rho=0.05, backend="cpp", **BASES[base])
+
+    return Contestant(build, calls, coefficients([tuple(shape) for shape in shapes]))
+
+
+def seconds_of(phase: Any) -> float:
+    """Return how long a phase takes."""
+    begin = time.perf_counter()
+    phase()
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    """Answer lines until there are no more."""
+    torch.set_num_threads(THREADS)
+    current: Contestant | None = None
+    for line in sys.stdin:
+        question = json.loads(line)
+        if question == "step":
+            assert current is not None
+            print(sum(current.step(seconds_of)), flush=True)
+        else:
+            current = contestant(*question)
+            print(0.0, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The algorithms and base optimizers that are measured, and everyone who implements them. Needs torch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import bsam_fused
+from bsam_fused.report import device_foreach, foreach, loops
+from bsam_fused.report.packaged import PackagedSAM
+
+Build = Callable[[list[Tensor]], Any]
+"""Makes an optimizer of parameters, whose methods are its algorithm's calls."""
+
+RHO = 0.05
+REFERENCE = "loops"
+"""The papers' loops, which all others are compared with."""
+BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton", "cuda")}
+"""Device type -> backends, the one that matters last."""
+PACKAGE = "pytorch_optimizer"
+
+
+class Base(NamedTuple):
+    """A base optimizer of torch."""
+
+    kind: type[torch.optim.Optimizer]
+    options: dict[str, Any]
+    state: int
+    """Elements of state that it keeps, in N."""
+
+    def build(self, params: list[Tensor], **how: bool) -> torch.optim.Optimizer:
+        """Return it over parameters; ``how``: fused or foreach."""
+        return self.kind(params, **how, **self.options)
+
+
+BASES = {
+    "sgd": Base(torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}, 1),
+    "adamw": Base(torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 1e-2}, 2),
+}
+
+
+class Algorithm(NamedTuple):
+    """A sharpness-aware optimizer."""
+
+    name: str
+    stateless: int
+    """Elements that a step must move over a base without state, in N (docs/design.md)."""
+    extra: int
+    """Elements that it keeps beside the base optimizer's, in N (docs/design.md)."""
+    fused: type[bsam_fused.SAM] | type[bsam_fused.BSAM]
+    options: dict[str, Any]
+    loops: type[loops.PlainSAM]
+    foreach: type | None
+    device_foreach: type | None
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """Its phases, one after each pass."""
+        return self.loops.calls
+
+    def moves(self, base: Base) -> int:
+        """Return the elements that a step over ``base`` must move, in N: its state is read and written."""
+        return self.stateless + 2 * base.state
+
+
+ALGORITHMS = {
+    "sam": Algorithm(
+        "SAM", 9, 1, bsam_fused.SAM, {}, loops.PlainSAM, foreach.ForeachSAM, device_foreach.DeviceForeachSAM
+    ),
+    "asam": Algorithm("ASAM", 10, 1, bsam_fused.ASAM, {"rho": RHO, "eta": 0.0}, loops.PlainASAM, None, None),
+    "bsam": Algorithm(
+        "BSAM", 15, 2, bsam_fused.BSAM, {}, loops.PlainBSAM, foreach.ForeachBSAM, device_foreach.DeviceForeachBSAM
+    ),
+}
+
+
+def implementations(algorithm: Algorithm, base: Base, device_type: str) -> dict[str, Build]:
+    """Return name -> build, for everyone who implements an algorithm on a kind of device.
+
+    Args:
+        algorithm: one of `ALGORITHMS`.
+        base: one of `BASES`.
+        device_type: "cpu" or "cuda".
+
+    Returns:
+        "loops" first, the backend that matters last. What cannot be had here raises the reason when built.
+    """
+    found: dict[str, Build] = {
+        REFERENCE: lambda params: algorithm.loops(params, base.build(params, foreach=False), RHO)
+    }
+    listed = algorithm.foreach if device_type == "cpu" else algorithm.device_foreach
+    if listed is not None:
+        found["foreach"] = lambda params: listed(params, base.build(params, fused=True), RHO)
+    if algorithm.name != "BSAM":  # the package's BSAM is another algorithm
+        adaptive = algorithm.name == "ASAM"
+        found[PACKAGE] = lambda params: PackagedSAM(params, base.kind, RHO, adaptive, **base.options)
+    return found | {backend: _fused(algorithm, base, backend) for backend in BACKENDS[device_type]}
+
+
+def _fused(algorithm: Algorithm, base: Base, backend: str) -> Build:
+    options = {"rho": RHO, **algorithm.options, **base.options}
+    return lambda params: algorithm.fused(params, base.kind, backend=backend, **options)
+
+
+def reason(error: BaseException) -> str:
+    """Return an error in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,272 @@
+"""Networks to measure on, by name or a user's own; nothing is downloaded. Needs torch alone."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+class Workload(NamedTuple):
+    """What a pass is made of: ``loss(model(inputs), targets)``."""
+
+    model: nn.Module
+    inputs: Any
+    targets: Any
+    loss: Loss = functional.cross_entropy
+
+
+# ---- networks
+
+
+def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    """Return a convolution that keeps the size, but for the stride."""
+    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+
+
+class Residual(nn.Module):
+    """``shortcut(x) + body(x)``; where the body is wider, the shortcut is filled with zeros (PyramidNet)."""
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module, last: nn.Module) -> None:
+        super().__init__()
+        self.body, self.shortcut, self.last = body, shortcut, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it."""
+        y, x = self.body(x), self.shortcut(x)
+        return self.last(y + functional.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1])))
+
+
+def resnet(stem: list[nn.Module], depths: list[int], expansion: int, classes: int) -> nn.Sequential:
+    """Return a ResNet (arXiv 1512.03385) of basic (expansion 1) or bottleneck blocks (expansion 4)."""
+    layers, inputs = [*stem], 64
+    for stage, depth in enumerate(depths):
+        width = 64 << stage
+        for block in range(depth):
+            stride = 2 if stage and not block else 1
+            outputs = width * expansion
+            body = [convolution(inputs, width, 3, stride), nn.BatchNorm2d(width), nn.ReLU()]
+            if expansion > 1:
+                body = [convolution(inputs, width, 1), nn.BatchNorm2d(width), nn.ReLU()]
+                body += [convolution(width, width, 3, stride), nn.BatchNorm2d(width), nn.ReLU()]
+            body += [convolution(width, outputs, 1 if expansion > 1 else 3), nn.BatchNorm2d(outputs)]
+            same = stride == 1 and inputs == outputs
+            change = [] if same else [convolution(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs)]
+            layers.append(Residual(nn.Sequential(*body), nn.Sequential(*change), nn.ReLU()))
+            inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+
+def wide_resnet(blocks: int, widen: int, classes: int) -> nn.Sequential:
+    """Return a WideResNet of 6 ``blocks`` + 4 layers (arXiv 1605.07146)."""
+    inputs = 16
+    layers: list[nn.Module] = [convolution(3, inputs, 3)]
+    for stage in range(3):
+        width = (16 << stage) * widen
+        for block in range(blocks):
+            stride = 2 if stage and not block else 1
+            body = [nn.BatchNorm2d(inputs), nn.ReLU(), convolution(inputs, width, 3, stride)]
+            body += [nn.BatchNorm2d(width), nn.ReLU(), convolution(width, width, 3)]
+            change = convolution(inputs, width, 1, stride) if inputs != width else nn.Identity()
+            layers.append(Residual(nn.Sequential(*body), change, nn.Identity()))
+            inputs = width
+    head = [nn.BatchNorm2d(inputs), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
+    return nn.Sequential(*layers, *head)
+
+
+def pyramidnet(layers: int, widening: int, classes: int) -> nn.Sequential:
+    """Return a PyramidNet of basic blocks (arXiv 1610.02915): widths grow by ``widening`` in all."""
+    blocks = (layers - 2) // 6
+    inputs = 16
+    body: list[nn.Module] = [convolution(3, inputs, 3), nn.BatchNorm2d(inputs)]
+    for i in range(3 * blocks):
+        width = 16 + round(widening * (i + 1) / (3 * blocks))
+        stride = 2 if i in (blocks, 2 * blocks) else 1
+        block = [nn.BatchNorm2d(inputs), convolution(inputs, width, 3, stride), nn.BatchNorm2d(width), nn.ReLU()]
+        block += [convolution(width, width, 3), nn.BatchNorm2d(width)]
+        shortcut = nn.AvgPool2d(2) if stride == 2 else nn.Identity()
+        body.append(Residual(nn.Sequential(*block), shortcut, nn.Identity()))
+        inputs = width
+    head = [nn.BatchNorm2d(inputs), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
+    return nn.Sequential(*body, *head)
+
+
+class Attention(nn.Module):
+    """A pre-norm transformer block of width 768 and 12 heads."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+        self.norm1, self.norm2 = nn.LayerNorm(768), nn.LayerNorm(768)
+        self.qkv, self.out = nn.Linear(768, 3 * 768), nn.Linear(768, 768)
+        self.mlp = nn.Sequential(nn.Linear(768, 3072), nn.GELU(), nn.Linear(3072, 768))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to (batch, positions, 768)."""
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 12, 64)).permute(2, 0, 3, 1, 4)
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """ViT-B/16 at 224 x 224 (arXiv 2010.11929)."""
+
+    def __init__(self, classes: int = 1000) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 768, 16, 16)
+        self.token, self.positions = nn.Parameter(torch.zeros(1, 1, 768)), nn.Parameter(torch.zeros(1, 197, 768))
+        self.blocks = nn.Sequential(*(Attention(causal=False) for _ in range(12)))
+        self.norm, self.head = nn.LayerNorm(768), nn.Linear(768, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of images."""
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+class GPT2(nn.Module):
+    """GPT-2 small; the output layer's weights are the embedding's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(50257, 768), nn.Embedding(1024, 768)
+        self.blocks = nn.Sequential(*(Attention(causal=True) for _ in range(12)))
+        self.norm = nn.LayerNorm(768)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits of the next tokens, (batch * positions, 50257)."""
+        x = self.embedding(tokens) + self.positions.weight[: tokens.shape[1]]
+        return functional.linear(self.norm(self.blocks(x)), self.embedding.weight).flatten(0, 1)
+
+
+class Tiny(nn.Module):
+    """500 tensors of 64 elements: nothing but host time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.ParameterList(torch.rand(64) / 8 for _ in range(500))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of 500 classes."""
+        return x @ torch.stack(list(self.rows)).T
+
+
+def digits_network() -> nn.Sequential:
+    """Return a small convolutional network for 8 x 8 digits. No kinks, so rounding grows slowly."""
+    layers: list[nn.Module] = []
+    for channels, wider, stride in ((1, 8, 1), (8, 16, 2), (16, 32, 1), (32, 64, 2)):
+        layers += [nn.Conv2d(channels, wider, 3, stride, padding=1), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 10))
+
+
+def _cifar_stem() -> list[nn.Module]:
+    return [convolution(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU()]
+
+
+def _imagenet_stem() -> list[nn.Module]:
+    return [convolution(3, 64, 7, 2), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+
+
+# ---- by name
+
+
+class BuiltIn(NamedTuple):
+    """A network, and the shape and number of classes of what it is fed; tokens where the shape has one number."""
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    classes: int
+    batch_size: int
+    """By default: what a CPU can bear."""
+
+
+BUILT_IN = {
+    "digits": BuiltIn(digits_network, (1, 8, 8), 10, 64),
+    "resnet18": BuiltIn(lambda: resnet(_cifar_stem(), [2, 2, 2, 2], 1, 10), (3, 32, 32), 10, 16),
+    "resnet50": BuiltIn(lambda: resnet(_imagenet_stem(), [3, 4, 6, 3], 4, 1000), (3, 224, 224), 1000, 4),
+    "wrn28_10": BuiltIn(lambda: wide_resnet(4, 10, 10), (3, 32, 32), 10, 8),
+    "pyramidnet110": BuiltIn(lambda: pyramidnet(110, 270, 10), (3, 32, 32), 10, 8),
+    "vit_b_16": BuiltIn(ViT, (3, 224, 224), 1000, 4),
+    "gpt2": BuiltIn(GPT2, (128,), 50257, 2),
+    "tiny500": BuiltIn(Tiny, (64,), 500, 8),
+}
+
+
+def shapes(name: str) -> list[tuple[int, ...]]:
+    """Return the shapes of a built-in network's parameters."""
+    with torch.device("meta"):
+        return [tuple(p.shape) for p in BUILT_IN[name].build().parameters()]
+
+
+def workload(name: str, batch_size: int | None, device: torch.device, dtype: torch.dtype) -> Workload:
+    """Return a network and a batch of random numbers for it, or those of a user's function.
+
+    Args:
+        name: a built-in one's, or ``module:function``. The function returns (model, (inputs, targets)), and a third
+            value where the loss is not cross-entropy: ``loss(output, targets)``.
+        batch_size: examples a batch; None: the network's default. A function takes it as its ``batch_size``.
+        device: where to put them.
+        dtype: of the weights, and of inputs that are floating point.
+
+    Raises:
+        ValueError: no such network, or a function that cannot be found or returns something else, by name.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = _user(name, batch_size) if ":" in name else _built_in(name, batch_size)
+    return found._replace(
+        model=found.model.to(device, dtype).train(),
+        inputs=_moved(found.inputs, device, dtype),
+        targets=_moved(found.targets, device, None),
+    )
+
+
+def _built_in(name: str, batch_size: int | None) -> Workload:
+    if name not in BUILT_IN:
+        raise ValueError(f"--model {name}: must be one of {', '.join(BUILT_IN)}, or module:function")
+    build, shape, classes, default = BUILT_IN[name]
+    size = batch_size or default
+    if name == "gpt2":
+        tokens = torch.randint(classes, (size, shape[0] + 1))
+        return Workload(build(), tokens[:, :-1], tokens[:, 1:].flatten())
+    return Workload(build(), torch.rand(size, *shape), torch.randint(classes, (size,)))
+
+
+def _user(name: str, batch_size: int | None) -> Workload:
+    module, _, function = name.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--model {name}: {error}; run where Python finds the module (PYTHONPATH=.)") from error
+    accepts = "batch_size" in inspect.signature(make).parameters
+    if batch_size is not None and not accepts:
+        raise ValueError(f"--batch-size {batch_size}: {name}() has no parameter batch_size; leave the option out")
+    returned = make(batch_size=batch_size) if batch_size is not None else make()
+    try:
+        model, (inputs, targets), *loss = returned
+        found = Workload(model, inputs, targets, *loss)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"--model {name}: return (model, (inputs, targets)), and a loss if not cross-entropy"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model {name}: its first value is a {type(model).__name__}, not a torch.nn.Module")
+    return found
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """Return a tensor, or tensors in a dict or list, on the device; floating point ones as ``dtype``."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None)
+    if isinstance(value, dict):
+        return {key: _moved(item, device, dtype) for key, item in value.items()}
+    return type(value)(_moved(item, device, dtype) for item in value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,135 @@
+"""Real training steps, timed: passes, the optimizer's phases, and the gaps between them. Needs torch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bsam_fused.report.clock import Clock, Laps
+from bsam_fused.report.implementations import ALGORITHMS, Base, Build, implementations, reason
+from bsam_fused.report.models import Workload
+
+WARM_UP = 2
+"""Steps of each implementation that are thrown away: memory is allocated, kernels are chosen."""
+
+
+@dataclass
+class Timed:
+    """An implementation's steps over the network that all share, each a pass before every one of its calls."""
+
+    algorithm: str
+    """The base optimizer's name where it is alone."""
+    implementation: str
+    calls: tuple[str, ...]
+    optimizer: Any
+    whole: Callable[[], object] | None = None
+    """The whole step in one call, where it is a captured CUDA graph."""
+    laps: list[Laps] = field(default_factory=list)
+    launches: int | None = None
+
+    def median(self, seconds: Callable[[Laps], float]) -> float:
+        """Return the median over the steps of what ``seconds`` takes from the laps of one."""
+        return median(map(seconds, self.laps))
+
+
+class Training:
+    """All implementations, their steps taken in turn on one network, so that noise hits all alike.
+
+    They share its weights, which all of them move: times do not depend on values, and memory holds one network.
+
+    Args:
+        workload: the network and its batch.
+        algorithms: names, of `ALGORITHMS`.
+        base: the base optimizer.
+        clock: what measures.
+        graph: whether to capture the last backend's steps in a CUDA graph, too.
+    """
+
+    def __init__(
+        self, workload: Workload, algorithms: Sequence[str], base_name: str, base: Base, clock: Clock, *, graph: bool
+    ) -> None:
+        self.workload, self.clock = workload, clock
+        self.params: list[Tensor] = [p for p in workload.model.parameters() if p.requires_grad]
+        self.absent: dict[str, str] = {}
+        """Implementation -> why it was not measured."""
+        self.base = Timed(base_name, "alone", ("step",), base.build(self.params))
+        self.timed = [self.base]
+        for name in algorithms:
+            algorithm = ALGORITHMS[name]
+            builds = implementations(algorithm, base, clock.device.type)
+            for implementation, build in builds.items():
+                self._add(algorithm.name, implementation, algorithm.calls, build)
+            if graph:
+                self._add_graph(algorithm.name, list(builds)[-1])
+
+    def _add(self, algorithm: str, implementation: str, calls: tuple[str, ...], build: Build) -> None:
+        timed = None
+        try:
+            timed = Timed(algorithm, implementation, calls, build(self.params))
+            for piece in self.pieces(timed):
+                piece()
+            self.timed.append(timed)
+        except Exception as error:  # the others can be measured all the same
+            self.absent[f"{algorithm}, {implementation}"] = reason(error)
+            restore = getattr(timed and timed.optimizer, "restore", None)
+            if restore is not None:
+                restore()
+
+    def _add_graph(self, algorithm: str, implementation: str) -> None:
+        of_backend = [it for it in self.timed if (it.algorithm, it.implementation) == (algorithm, implementation)]
+        for it in of_backend:
+            step = graphed(self.workload, it.optimizer)
+            self.timed.append(Timed(algorithm, f"{implementation}, graph", it.calls, it.optimizer, step))
+
+    def a_pass(self) -> None:
+        """Run forward and backward on the batch."""
+        model, inputs, targets, loss = self.workload
+        loss(model(inputs), targets).backward()
+
+    def pieces(self, timed: Timed) -> list[Callable[[], object]]:
+        """Return the pieces of a step: a pass, a call, a pass, a call, and at last clearing gradients."""
+        if timed.whole is not None:
+            return [timed.whole]
+        both = [piece for call in timed.calls for piece in (self.a_pass, getattr(timed.optimizer, call))]
+        return [*both, self.workload.model.zero_grad]
+
+    def run(self, steps: int) -> Iterator[None]:
+        """Take so many timed steps of each implementation, and those of the warm-up before. Yields after each round."""
+        for step in range(-WARM_UP, steps):
+            for timed in self.timed:
+                laps = self.clock.laps(self.pieces(timed))
+                if step >= 0:
+                    timed.laps.append(laps)
+            yield
+
+    def count_launches(self) -> None:
+        """Count what a step of each launches. After all timing: a profiler that was on may slow launches."""
+        for timed in self.timed:
+            timed.launches = self.clock.launches(lambda timed=timed: [piece() for piece in self.pieces(timed)])
+
+
+def graphed(workload: Workload, optimizer: Any) -> Callable[[], object]:
+    """Return a whole step as one captured CUDA graph.
+
+    Raises:
+        RuntimeError: this version has no `bsam_fused.graphs`.
+    """
+    try:
+        from bsam_fused.graphs import GraphedStep
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            "--graph needs bsam_fused.graphs.GraphedStep, which this version does not have: leave --graph out"
+        ) from error
+    samples = (workload.inputs, workload.targets)
+    step = GraphedStep(workload.model, workload.loss, optimizer, samples)
+    return lambda: step(*samples)
+
+
+def compiled(workload: Workload) -> Workload:
+    """Return the workload with its network under torch.compile."""
+    return workload._replace(model=torch.compile(workload.model))

@@ -1,0 +1,153 @@
+"""The performance page says what the committed figures say; fits, the guard and comparisons judge rightly."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench import compare, guard, performance, scaling
+from bench.cases import SHAPES
+from bench.figures import Figure
+from bench.performance_page import page
+
+# ---- the page
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return json.loads(performance.RESULTS.read_text())
+
+
+def test_the_page_is_that_of_the_committed_figures(figures):
+    assert performance.PAGE.read_text() == page(figures), "run: python -m bench.performance --page-only"
+
+
+def test_the_page_hides_nothing(figures):
+    text = page(figures)
+    assert "Not measured: any GPU" in text
+    missed = [it for case in figures["steps"] for it in case["figures"] if it["target"].endswith("missed")]
+    missed += [it for it in figures["scaling"]["figures"] if it["target"].endswith("missed")]
+    said = text[text.index("## Bars missed") :].split("##")[1]
+    assert said.count("\n| ") - 2 == len(missed)
+    for case in figures["steps"]:
+        for row in case["rows"].values():
+            assert f"| {row['loops_ratio']:.2f} |" in text
+
+
+def test_every_case_is_measured(figures):
+    measured = {(it["shapes"], it["algorithm"], it["base"]) for it in figures["steps"]}
+    assert measured == {(name, *rest) for name in SHAPES for rest in performance.CASES}
+    for case in figures["steps"]:
+        assert {"loops", "foreach", "torch", "cpp"} <= set(case["rows"])
+        assert ("pytorch_optimizer" in case["rows"]) is (case["algorithm"] == "sam")
+
+
+def test_verdicts_are_those_of_the_rows(figures):
+    """Ratios anew from the times; whether a bar is met from the ratio."""
+    for case in figures["steps"]:
+        times = {name: row["step_ms"]["median"] for name, row in case["rows"].items()}
+        for it in case["figures"]:
+            other, _, subject = it["name"].partition(" / ")
+            if other in times and subject in times:
+                assert it["value"] == pytest.approx(times[other] / times[subject])
+            if it["target"]:
+                relation, bound, verdict = it["target"].split()
+                met = (
+                    round(it["value"], 2) >= float(bound) if relation == ">=" else round(it["value"], 2) <= float(bound)
+                )
+                assert verdict == ("met" if met else "missed")
+
+
+# ---- how cost grows
+
+
+def test_fits_find_what_was_put_in():
+    assert scaling.fit_line({n: 30 + 0.4 * n for n in scaling.TENSORS}) == pytest.approx((0.4, 30))
+    assert scaling.fit_power({n: 0.01 * n**1.2 for n in scaling.ELEMENTS}) == pytest.approx(1.2)
+    assert scaling.fit_power({10: 1.0}) is None
+
+
+def test_scaling_in_small(capsys):
+    found = scaling.measure((4, 8), (100, 10**15))
+    assert set(found["by_tensors_us"]) == {4, 8}
+    assert found["left_out_elements"] == [10**15]
+    text = scaling.told(found)
+    assert "host time, a tensor" in text
+    assert "<= 0.50" in text
+
+
+# ---- the guard
+
+
+def tries(*values):
+    """Figures of one try after the other: (cpp / byte budget, foreach / cpp)."""
+    left = iter(values)
+    return lambda: [Figure(name, value) for name, value in zip(guard.TARGETS, next(left))]
+
+
+@pytest.mark.parametrize(
+    ("values", "status"),
+    [
+        ([(1.25, 1.0)], 0),
+        ([(1.26, 1.5), (1.0, 0.9)], 0),  # each was met once
+        ([(1.26, 1.5), (1.3, 1.6)], 1),
+        ([(1.0, 0.98), (1.0, 0.9)], 1),
+    ],
+)
+def test_the_guard(values, status, capsys):
+    assert guard.guard(tries(*values), len(values)) == status
+    assert ("missed in 2 tries" in capsys.readouterr().err) is bool(status)
+
+
+# ---- comparisons of commits
+
+
+def ratios(factor, spread, n=60):
+    generator = random.Random(0)
+    return [factor * (1 + spread * generator.gauss(0, 1)) for _ in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        (ratios(1.1, 0.05), "slower"),
+        (ratios(0.9, 0.05), "faster"),
+        (ratios(1.0, 0.02), "same"),
+        (ratios(1.0, 0.3), "cannot tell"),
+        (ratios(1.5, 0.01, n=5), "cannot tell"),  # five pairs alone may all fall on one side: 2 / 2^5 > 1 %
+    ],
+)
+def test_verdicts(found, verdict):
+    assert compare.interval(found).verdict() == verdict
+
+
+def test_intervals_hold_the_median_as_often_as_they_say():
+    """Over 2,000 series of noise around 1, about 1 % of the intervals leave 1 out, and no more than a little more."""
+    generator = random.Random(1)
+    outside = 0
+    for _ in range(2000):
+        found = compare.interval([generator.lognormvariate(0, 0.1) for _ in range(30)])
+        outside += not found.low <= 1 <= found.high
+        assert found.low <= found.median <= found.high
+    assert outside / 2000 < 0.015
+
+
+def test_workers_take_the_steps_of_their_checkout():
+    """Two processes of this checkout, as two commits would be: the same rows, answered in turns."""
+    workers = [compare.Worker(performance.ROOT) for _ in range(2)]
+    found = compare.compare(*workers, "sam-adamw-tiny500", 8)
+    for worker in workers:
+        worker.close()
+    assert 0.1 < found.median < 10
+
+
+def test_a_commit_that_is_not_there_leaves_no_worktree():
+    before = subprocess.check_output(["git", "worktree", "list"], cwd=performance.ROOT)
+    with pytest.raises(subprocess.CalledProcessError), compare.built("no-such-commit"):
+        pass
+    assert subprocess.check_output(["git", "worktree", "list"], cwd=performance.ROOT) == before
