@@ -221,14 +221,14 @@ def test_what_there_is_no_time_for_says_so(record):
 def test_operators(record):
     run = benchmarks(record)
     run.operators("small", SHAPES, "cpp")
-    run.operators("small", SHAPES, "triton")
+    run.operators("small", SHAPES, "cuda")
     assert run.complete
     found = json.loads(record.path.read_text())["operators"]
     assert set(found["cpp, small"]["operators"]) == set(OPERATORS)
-    assert "triton" in found["triton, small"]["why"]
+    assert "cuda" in found["cuda, small"]["why"]
     text = record.path.with_suffix(".md").read_text()
     assert all(f"| cpp, small | {name} |" in text for name in OPERATORS)
-    assert "| triton, small | not available:" in text
+    assert "| cuda, small | not available:" in text
 
 
 def test_training_steps(record, monkeypatch):
