@@ -93,7 +93,15 @@ def test_the_compiled_one_takes_the_same_steps(monkeypatch):
 
 
 def test_targets_name_figures_that_there_are():
-    shares = {"GPU time", "host time", "wall time", "of copy bandwidth", "extra memory", "launches"}
+    shares = {
+        "GPU time",
+        "host time",
+        "host time, triton",
+        "wall time",
+        "of copy bandwidth",
+        "extra memory",
+        "launches",
+    }
     for name, case in cases.CASES.items():
         others = set(case.builds) - {cases.SUBJECT}
         ratios = {f"{what}, {other} / {cases.SUBJECT}" for what in ("GPU time", "wall time") for other in others}

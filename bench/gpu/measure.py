@@ -84,7 +84,7 @@ class Benchmarks:
             name: {"moves": it["moves"], "gpu_ms": spread(it["seconds"]), "gb_per_s": it["gb_per_s"]}
             for name, it in found.items()
         }
-        return {"operators": operators, "figures": judged(OPERATOR_TARGETS, shares)}
+        return {"operators": operators, "figures": judged(OPERATOR_TARGETS.get(backend, NO_TARGETS), shares)}
 
     def _step(self, name: str, case: Case) -> dict[str, Any]:
         found = steps.measure(case, self.clock, self.deadline, warm_up=WARM_UP)
@@ -115,6 +115,8 @@ def _figures(case: Case, found: steps.Found, subject: str, copy: float) -> list[
         return []
     own = measured[subject]
     times = [Figure(f"{title} time", 1e6 * own.median(what), "µs") for title, what in _KINDS.items()]
+    if "triton" in measured:
+        times.append(Figure("host time, triton", 1e6 * measured["triton"].median("host"), "µs"))
     share = 100 * steps.budget(case, copy) / own.median("device")
     ratios = [
         figure
@@ -141,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     only = options.only or ["operators", *CASES]
     if "operators" in only:
         for title, shapes in OPERATORS_ON.items():
-            for backend in (SUBJECT, "triton"):
+            for backend in OPERATOR_TARGETS:
                 benchmarks.operators(title, shapes, backend)
     cases = {name: case for name, case in CASES.items() if name in only}
     for name, case in cases.items():
