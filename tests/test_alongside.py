@@ -1,5 +1,7 @@
 """What people run beside the optimizer, EMA, LR schedulers and torch.compile, does what it does with the plain base."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -48,7 +50,7 @@ def passes(net, opt, calls, x):
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_schedulers(kind, backend, base, scheduler):
-    """Against the papers' loops around the plain base, which the scheduler is given: lr, momentum or betas, and ρ_min."""
+    """Against the papers' loops around the plain base, which the scheduler moves: lr, momentum or betas, and ρ_min."""
     net, other = network(), network()
     options = {"lr": PEAK, **({"momentum": 0.9} if base is torch.optim.SGD else {"eps": 1e-3})}
     opt = kind(net.parameters(), base, rho=RHO, backend=backend, **options)
@@ -76,7 +78,7 @@ def test_an_average_of_weights_is_of_w(kind):
     after, within = (AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=True) for _ in range(2))
     expected = None
 
-    def closure():
+    def closure(x):
         with opt.unperturbed():
             seen.append([p.detach().clone() for p in net.parameters()])
             if len(seen) == len(opt._calls):
@@ -87,25 +89,29 @@ def test_an_average_of_weights_is_of_w(kind):
 
     for x in batches(5):
         seen, before = [], [p.detach().clone() for p in net.parameters()]
-        opt.step(closure)
+        opt.step(partial(closure, x))
         after.update_parameters(net)
         assert all(torch.equal(p, q) for look in seen for p, q in zip(look, before))
         now = list(net.parameters())
         expected = now if expected is None else [0.8 * e + 0.2 * p for e, p in zip(expected, now)]
         for p, e in zip(after.parameters(), expected):
             torch.testing.assert_close(p, e, rtol=1e-12, atol=1e-13)
-        assert not any(isinstance(m, type(net[1])) and type(m) is not nn.BatchNorm1d for m in after.modules())
         expected = [e.detach().clone() for e in expected]
     assert within.n_averaged == 5
+    assert type(within.module[1]) is nn.BatchNorm1d  # copied while frozen
 
 
 @every_kind
 @pytest.mark.parametrize("what", ["model", "closure"])
 def test_compiled_code_is_compiled_once(kind, what):
-    """The first step sees running statistics move, and stay; no later step compiles, whatever lr, ρ and the data are."""
+    """The first step sees running statistics move, and stay; no later step compiles, whatever lr, ρ and the data are.
+
+    Whether the code generated from the graphs is right is Inductor's; the recipe runs it.
+    """
     torch._dynamo.reset()
+    counters.clear()
     nets = network().float(), network().float()
-    compiled = torch.compile(nets[0]) if what == "model" else nets[0]
+    compiled = torch.compile(nets[0], backend="aot_eager") if what == "model" else nets[0]
     kinds = [kind(net.parameters(), lr=0.1, momentum=0.9, rho=0.05, model=net) for net in nets]
 
     def work(net, x):
@@ -113,10 +119,10 @@ def test_compiled_code_is_compiled_once(kind, what):
         loss.backward()
         return loss
 
-    works = torch.compile(work) if what == "closure" else work, work
+    works = torch.compile(work, backend="aot_eager") if what == "closure" else work, work
     compilations = []
     for t, x in enumerate(batches(5)):
-        losses = [opt.step(lambda: run(net, x.float())) for opt, run, net in zip(kinds, works, (compiled, nets[1]))]
+        losses = [opt.step(partial(run, net, x.float())) for opt, run, net in zip(kinds, works, (compiled, nets[1]))]
         torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
         for opt in kinds:
             opt.param_groups[0].update(lr=0.1 / (t + 2), rho=0.05 / (t + 2))

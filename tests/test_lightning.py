@@ -1,6 +1,7 @@
 """Lightning's own loop does what the same training by hand does, bit for bit, and says so where it would not."""
 
 import math
+import os
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ import trainers
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from bsam_fused import BSAM, SAM
@@ -82,6 +84,28 @@ def test_every_pass_replays_the_micro_batches(kind, precision):
     assert not trainers.same(module.net, trainers.by_hand(kind, batches, 3, cast=cast))
 
 
+@pytest.fixture
+def _environment(monkeypatch):
+    """What launching a process group leaves behind is taken away."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_environment")
+@every_kind
+def test_distributed_data_parallel(kind):
+    """One process: through DDP's forward, and its no_sync for all micro-batches but the last of each pass."""
+    module = Sharp(kind)
+    quiet = []
+    strategy = DDPStrategy(process_group_backend="gloo")
+    block = strategy.block_backward_sync
+    strategy.block_backward_sync = lambda: quiet.append(1) or block()
+    fit(module, 6 * 32, strategy=strategy, devices=1, accumulate_grad_batches=3, use_distributed_sampler=False)
+    assert len(quiet) == 2 * 2 * len(module.optimizer._calls)  # steps, micro-batches, passes
+    assert trainers.same(module.net, trainers.by_hand(kind, list(trainers.loader(6 * 32)), 3))
+
+
 @every_kind
 @pytest.mark.parametrize("k", [1, 2])
 def test_sixteen_bit_precision(kind, k):
@@ -150,7 +174,7 @@ def test_what_would_be_silently_wrong_raises():
             fit(Plain(BSAM), 64, **options)
     with pytest.raises(RuntimeError, match=r"at rest.*16-bit precision.*Lightning: manual optimization.*recipes"):
         fit(Plain(SAM), 64, plugins=[half(2.0)[1]])
-    with pytest.raises(ValueError, match="gradient_clip_algorithm=.*'value'"):
+    with pytest.raises(ValueError, match=r"gradient_clip_algorithm=.*'value'"):
         fit(Sharp(SAM), 64, gradient_clip_val=1.0, gradient_clip_algorithm="value")
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import trainers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -140,3 +142,52 @@ def test_without_the_mixin_it_is_named(tmp_path):
         run = trainer(BSAM, tmp_path, 64, trains=Trainer, **options)
         with pytest.raises(RuntimeError, match=r"at rest.*Hugging Face's Trainer.*mixin of bsam_fused.integrations"):
             run.train()
+
+
+# ---- Accelerate, by hand
+
+
+@every_kind
+@pytest.mark.parametrize(("precision", "scale"), [("no", None), ("bf16", None), ("no", 2.0**6)])
+def test_accelerate(kind, precision, scale):
+    """Seven micro-batches, three a step: the last step has one, which Accelerate too divides by three."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3, mixed_precision=precision)
+    accelerator.scaler = scale and torch.amp.GradScaler("cpu", init_scale=scale)
+    net = trainers.network()
+    net, opt, loader = accelerator.prepare(
+        net, trainers.optimizer(kind, net, max_grad_norm=0.1), trainers.loader(7 * 32)
+    )
+
+    def run_pass(x, y):
+        with accelerator.autocast():
+            loss = nn.functional.cross_entropy(net(x), y)
+        accelerator.backward(loss)
+
+    micro_batches = []
+    for batch in loader:
+        with accelerator.accumulate(net):
+            run_pass(*batch)
+            micro_batches.append(batch)
+            if accelerator.sync_gradients:
+                for call in opt.optimizer._calls[:-1]:
+                    getattr(opt.optimizer, call)()
+                    for earlier in micro_batches:
+                        run_pass(*earlier)
+                micro_batches.clear()
+            opt.step()
+            opt.zero_grad()
+    cast = torch.bfloat16 if precision == "bf16" else torch.float32
+    expected = trainers.by_hand(kind, list(trainers.loader(7 * 32)), 3, cast=cast, max_grad_norm=0.1)
+    for p, q in zip(net.parameters(), expected.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_accelerate_stepping_alone_is_named():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    net = trainers.network()
+    accelerator = Accelerator(cpu=True)
+    net, opt = accelerator.prepare(net, trainers.optimizer(SAM, net))
+    accelerator.backward(net(trainers.DATA.x[:8]).sum())
+    with pytest.raises(RuntimeError, match=r"at rest.*Accelerate.*all passes by hand"):
+        opt.step()
