@@ -34,6 +34,10 @@ def batches(n=STEPS):
     return [torch.randn(16, 6, generator=generator, dtype=torch.float64) for _ in range(n)]
 
 
+def weights(net):
+    return [p.detach().clone() for p in net.parameters()]
+
+
 def passes(net, opt, calls, x):
     """A step by hand; the loss at w."""
     losses = []
@@ -76,11 +80,11 @@ def test_an_average_of_weights_is_of_w(kind):
     net = network()
     opt = kind(net.parameters(), lr=0.2, momentum=0.9, rho=RHO, model=net)
     after, within = (AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=True) for _ in range(2))
-    expected = None
+    ws = []
 
     def closure(x):
         with opt.unperturbed():
-            seen.append([p.detach().clone() for p in net.parameters()])
+            seen.append(weights(net))
             if len(seen) == len(opt._calls):
                 within.update_parameters(net)
         loss = net(x).square().mean()
@@ -88,17 +92,17 @@ def test_an_average_of_weights_is_of_w(kind):
         return loss
 
     for x in batches(5):
-        seen, before = [], [p.detach().clone() for p in net.parameters()]
+        seen = []
+        ws.append(weights(net))
         opt.step(partial(closure, x))
         after.update_parameters(net)
-        assert all(torch.equal(p, q) for look in seen for p, q in zip(look, before))
-        now = list(net.parameters())
-        expected = now if expected is None else [0.8 * e + 0.2 * p for e, p in zip(expected, now)]
-        for p, e in zip(after.parameters(), expected):
-            torch.testing.assert_close(p, e, rtol=1e-12, atol=1e-13)
-        expected = [e.detach().clone() for e in expected]
-    assert within.n_averaged == 5
-    assert type(within.module[1]) is nn.BatchNorm1d  # copied while frozen
+        assert all(torch.equal(p, q) for look in seen for p, q in zip(look, ws[-1]))
+    for average, seen in ((within, ws), (after, [*ws[1:], weights(net)])):
+        expected = seen[0]
+        for w in seen[1:]:
+            expected = [0.8 * e + 0.2 * p for e, p in zip(expected, w)]
+        for p, e in zip(average.parameters(), expected):
+            torch.testing.assert_close(p.detach(), e, rtol=1e-12, atol=1e-13)
 
 
 @every_kind

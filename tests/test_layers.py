@@ -155,7 +155,8 @@ def test_torch_alone_is_needed_at_run_time():
         "accelerate",
     ]
     hidden = "; ".join(f"sys.modules[{name!r}] = None" for name in extras if name != "numpy")
-    code = f"import sys; {hidden}; import bsam_fused.cli; raise SystemExit(bsam_fused.cli.main(['info']))"
+    mixins = "import bsam_fused.integrations.lightning, bsam_fused.integrations.transformers"
+    code = f"import sys; {hidden}; {mixins}; import bsam_fused.cli; raise SystemExit(bsam_fused.cli.main(['info']))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
 

@@ -187,14 +187,17 @@ def test_a_hook_without_super_is_noticed():
         fit(Own(SAM), 64, accumulate_grad_batches=2)
 
 
-def test_an_error_in_a_replayed_pass_leaves_w():
+@pytest.mark.parametrize("at", [1, 4], ids=["accumulating", "replaying"])
+def test_an_error_leaves_w(at):
+    """And a second fit goes well."""
+
     class Broken(Sharp):
         passes = 0
 
         def training_step(self, batch):
             self.passes += 1
-            if self.passes == 4:
-                raise KeyError("in the third pass")
+            if self.passes == at:
+                raise KeyError("here")
             return super().training_step(batch)
 
     for plugins in ([], [half(2.0)[1]]):
@@ -203,6 +206,8 @@ def test_an_error_in_a_replayed_pass_leaves_w():
             fit(module, 64, accumulate_grad_batches=2, plugins=plugins)
         assert trainers.same(module.net, trainers.network())
         module.optimizer.state_dict()  # at rest
+        assert fit(module, 64, accumulate_grad_batches=2, plugins=plugins).global_step == 1
+        assert not trainers.same(module.net, trainers.network())
 
 
 class Manual(Plain):
@@ -239,4 +244,3 @@ def test_phases_of_the_wrapper_are_refused():
     with pytest.raises(RuntimeError, match=r"ascend\(\) of LightningSAM, a wrapper.*use_pl_optimizer=False"):
         fit(module, 32)
     assert trainers.same(module.net, trainers.network())
-    assert math.isfinite(module.optimizer.param_groups[0]["rho"])
