@@ -119,6 +119,7 @@ def test_an_inactive_optimizer_is_the_base(tmp_path):
     run.optimizer.active = False
     run.train()
     batches = list(trainers.loader(4 * 32))
+    assert all(entry["grad_norm"] > 0.1 for entry in run.state.log_history[:2])
     assert trainers.same(run.model.net, trainers.by_hand(BSAM, batches, 2, active=False, max_grad_norm=0.1))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,7 +31,12 @@ class SharpnessAwareMixin:
     def create_accelerator_and_postprocess(self) -> None:
         """Set up the accelerator, and keep its hands off gradients: it would clip and unscale the last pass's."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        self.accelerator.clip_grad_norm_ = self._norm
+        clip = self.accelerator.clip_grad_norm_
+
+        def norm(parameters: Iterable[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+            return self._norm() if self._sharpness_aware.active else clip(parameters, math.inf)
+
+        self.accelerator.clip_grad_norm_ = norm
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch the micro-batches of a step, as the Trainer does, and keep them."""
@@ -72,7 +79,7 @@ class SharpnessAwareMixin:
             optimizer = optimizer.optimizer
         return optimizer
 
-    def _norm(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _norm(self) -> Tensor:
         """Return ‖T g‖ of this step, unscaled."""
         scaler = self.accelerator.scaler
         norm = self._sharpness_aware.norms[0]
