@@ -58,7 +58,8 @@ $(VENV)/.installed: constraints.txt
 	$(BIN)/pip install -q -c constraints.txt pip setuptools wheel
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt ninja numpy pytest pytest-benchmark hypothesis \
-		matplotlib jinja2 rich scikit-learn ruff clang-format build triton pytorch_optimizer
+		matplotlib jinja2 rich scikit-learn ruff clang-format build triton pytorch_optimizer \
+		lightning transformers accelerate
 	touch $@
 
 $(BUILT): $(VENV)/.installed $(SOURCES)

@@ -17,6 +17,9 @@ MAY_IMPORT = {
     "batchnorm": set(),
     "losses": set(),
     "schedules": set(),
+    "integrations": set(),
+    "integrations.lightning": set(),
+    "integrations.transformers": set(),
     "ops.contract": set(),
     "ops.flat_params": {"ops.contract", "ops.rounding"},
     "ops.rounding": set(),
@@ -35,6 +38,7 @@ MAY_IMPORT = {
     "optim.groups": {"ops.contract"},
     "optim.sharpness": set(),
     "optim.scaling": set(),
+    "optim.trainers": set(),
     "optim.flats": {"ops.contract", "ops.dispatch", "optim.fused", "optim.scaling"},
     "optim.persistence": {"ops.contract", "optim.flats", "optim.fused"},
     "optim.base": {
@@ -46,6 +50,7 @@ MAY_IMPORT = {
         "optim.persistence",
         "optim.scaling",
         "optim.sharpness",
+        "optim.trainers",
         "batchnorm",
     },
     "optim.sam": {"ops.contract", "optim.base"},
@@ -142,9 +147,22 @@ def test_formulas_know_no_indexing_and_indexing_no_formulas():
 
 def test_torch_alone_is_needed_at_run_time():
     """The extras must not be imported by the package, nor by `info`."""
-    extras = ["numpy", "scipy", "matplotlib", "jinja2", "rich", "sklearn", "triton", "pytest"]
+    extras = [
+        "numpy",
+        "scipy",
+        "matplotlib",
+        "jinja2",
+        "rich",
+        "sklearn",
+        "triton",
+        "pytest",
+        "lightning",
+        "transformers",
+        "accelerate",
+    ]
     hidden = "; ".join(f"sys.modules[{name!r}] = None" for name in extras if name != "numpy")
-    code = f"import sys; {hidden}; import bsam_fused.cli; raise SystemExit(bsam_fused.cli.main(['info']))"
+    mixins = "import bsam_fused.integrations.lightning, bsam_fused.integrations.transformers"
+    code = f"import sys; {hidden}; {mixins}; import bsam_fused.cli; raise SystemExit(bsam_fused.cli.main(['info']))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
 

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from bsam_fused.batchnorm import frozen_running_stats
 from bsam_fused.ops import contract, dispatch
 from bsam_fused.ops.contract import ASCENT, NORMS, Radius
-from bsam_fused.optim import fused, groups, scaling
+from bsam_fused.optim import fused, groups, scaling, trainers
 from bsam_fused.optim.flats import Flats
 from bsam_fused.optim.persistence import Persistent
 from bsam_fused.optim.sharpness import Sharpness
@@ -136,6 +136,7 @@ class SharpnessAware(Persistent):
 
     def _expect(self, call: str) -> None:
         """Raise unless ``call`` is next."""
+        trainers.refuse_wrapper(self, call)
         if self._looking_at_w:
             raise RuntimeError(f"{call}() within unperturbed(): leave that context first")
         if call != self._following:
@@ -144,9 +145,10 @@ class SharpnessAware(Persistent):
     def _out_of_order(self, call: str) -> NoReturn:
         name = type(self).__name__
         mend = "" if self._phase is Phase.REST else ", or restore() to give up this step"
+        alone = f". {trainers.ALONE}" if self._phase is Phase.REST and call == "step()" else ""
         raise RuntimeError(
             f"{name}.{call} out of order: the optimizer is {self._phase.value}; "
-            f"next come backward() and {self._following}(){mend}"
+            f"next come backward() and {self._following}(){mend}{alone}"
         )
 
     def _require_rest(self, call: str) -> None:
@@ -292,6 +294,7 @@ class SharpnessAware(Persistent):
             scaling.refuse_closure(scaled)
             if self._phase is not Phase.REST:
                 self._out_of_order("step(closure)")
+        trainers.refuse_lightning(closures[0])
         self.sharpness = None
         self._clear_gradients()
         if not self.active:

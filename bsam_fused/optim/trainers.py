@@ -1,0 +1,41 @@
+"""What trainers do that a sharpness-aware step would not survive unseen: errors that say what to do instead."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+RECIPES = "docs/recipes.md"
+ALONE = (
+    "A trainer that calls step() alone, as Lightning under 16-bit precision, Hugging Face's Trainer and Accelerate do, "
+    f"needs a mixin of bsam_fused.integrations, or all passes by hand (Lightning: manual optimization): {RECIPES}"
+)
+"""What to add where step() comes first."""
+
+
+def refuse_lightning(closure: Any) -> None:
+    """Raise RuntimeError where Lightning accumulates or clips, and the closure knows only of the last micro-batch.
+
+    Args:
+        closure: what ``step`` was given; Lightning's precision plugins bind the LightningModule to theirs.
+    """
+    module = closure.args[0] if isinstance(closure, partial) and closure.args else None
+    trainer = getattr(module, "_trainer", None)
+    if trainer is None or getattr(module, "runs_all_passes", False):
+        return
+    for setting, off in (("accumulate_grad_batches", 1), ("gradient_clip_val", None)):
+        value = getattr(trainer, setting, off)
+        if value and value != off:
+            raise RuntimeError(
+                f"Trainer({setting}={value}) with a module that runs one micro-batch a pass, and clips each pass: list "
+                f"bsam_fused.integrations.lightning.SharpnessAwareMixin before LightningModule ({RECIPES})"
+            )
+
+
+def refuse_wrapper(optimizer: Any, call: str) -> None:
+    """Raise RuntimeError for a phase of Lightning's wrapper, which would keep to itself where the weights are."""
+    if "base_optimizer" not in vars(optimizer):
+        raise RuntimeError(
+            f"{call}() of {type(optimizer).__name__}, a wrapper: call the optimizer's own, "
+            f"self.optimizers(use_pl_optimizer=False), and step() of the wrapper ({RECIPES})"
+        )

@@ -1,0 +1,43 @@
+"""Every snippet of docs/recipes.md runs as it stands, after the first, and trains its model."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+PAGE = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+RECIPES = re.findall(r"^##+ (.+?)$|^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def snippets():
+    """Each block of code, under the heading that it follows."""
+    heading = "setup"
+    for title, code in RECIPES:
+        heading = title or heading
+        if code:
+            yield heading, code
+
+
+(_, SETUP), *SNIPPETS = snippets()
+
+
+@pytest.mark.parametrize("code", [pytest.param(code, id=heading) for heading, code in SNIPPETS])
+def test_snippet(code):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    names = {"__name__": "__recipe__"}
+    exec(compile(SETUP, "docs/recipes.md, setup", "exec"), names)
+    exec(compile(code, "docs/recipes.md", "exec"), names)
+    model = names["model"].eval().to("cpu", torch.float32)
+    with torch.no_grad():
+        assert (model(names["x_test"]).argmax(1) == names["y_test"]).double().mean() > 0.85
+
+
+def test_every_recipe_that_was_asked_for_is_there():
+    titles = " ".join(title for title, _ in RECIPES)
+    for topic in (
+        *("GradScaler", "bfloat16", "Clipping", "accumulation", "Checkpoint", "DDP", "FSDP2", "CUDA graphs"),
+        *("torch.compile", "Lightning", "Hugging Face", "Accelerate", "EMA", "schedulers"),
+    ):
+        assert topic in titles
