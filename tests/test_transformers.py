@@ -114,6 +114,16 @@ def test_schedulers_and_resume(tmp_path):
     assert trainers.same(again.model, whole.model)
 
 
+def test_the_trainer_builds_the_optimizer(tmp_path):
+    """Over groups of its own, for weight decay."""
+    run = trainer(SAM, tmp_path, 64, max_grad_norm=0.3)
+    run.optimizer, run.optimizer_cls_and_kwargs = None, (BSAM, {"lr": 0.1, "rho": 0.1})
+    run.train()
+    optimizer = run.optimizer.optimizer
+    assert (len(optimizer.param_groups), optimizer.max_grad_norm) == (2, 0.3)
+    assert not trainers.same(run.model.net, trainers.network())
+
+
 def test_an_inactive_optimizer_is_the_base(tmp_path):
     run = trainer(BSAM, tmp_path, 4 * 32, k=2, max_grad_norm=0.1)
     run.optimizer.active = False
