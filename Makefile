@@ -1,6 +1,7 @@
 # make report   train on the digits and show what sharpness-aware steps cost
 # make test     the tests
 # make test-triton   those of the Triton kernels, in Triton's interpreter
+# make test-recipes  the snippets of docs/recipes.md, each in a process of its own
 # make bench    optimizer time of a step, side by side with other implementations (about 15 minutes)
 # make bench-check   the smallest part of it, which fails where the fused step is slow
 # make performance   measure everything on this CPU, and write docs/performance.md
@@ -21,17 +22,20 @@ CUDA_TORCH := torch==2.12.1 setuptools==81.0.0
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py
 
-.PHONY: report test test-triton bench bench-check performance lint format cuda-build-check gpu clean
+.PHONY: report test test-triton test-recipes bench bench-check performance lint format cuda-build-check gpu clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
 
 test: $(BUILT)
-	$(BIN)/python -m pytest -q -m "not interpreter"
+	$(BIN)/python -m pytest -q -m "not interpreter and not recipe"
 
 # Resuming and schedules are the same code for all backends written in Python.
 test-triton: $(BUILT)
 	$(BIN)/python -m pytest -q -m interpreter --ignore=tests/test_checkpoints.py --ignore=tests/test_schedules.py
+
+test-recipes: $(BUILT)
+	$(BIN)/python -m pytest -q -m recipe
 
 bench: $(BUILT)
 	mkdir -p build
