@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from numbers import Real
 from typing import Any, ClassVar, NoReturn
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bsam_fused import distributed
 from bsam_fused.batchnorm import frozen_running_stats
 from bsam_fused.ops import contract, dispatch
 from bsam_fused.ops.contract import ASCENT, NORMS, Radius
@@ -68,10 +69,11 @@ class SharpnessAware(Persistent):
         rounding: str,
         seed: int,
         master_weights: bool,
+        sync: str,
         model: nn.Module | None,
         backend: str,
     ) -> None:
-        self._flats = Flats(groups.check_rounding(rounding, seed), master_weights)
+        self._flats = Flats(groups.check_rounding(rounding, seed), master_weights, sync == "last")
         self._batchnorm = ExitStack()
         self.norm_eps = groups.check_non_negative("norm_eps", norm_eps)
         groups.check_max_norm(max_grad_norm)
@@ -79,6 +81,8 @@ class SharpnessAware(Persistent):
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}: pass the nn.Module whose BatchNorm to guard")
         self.model = model
+        self.sync = sync
+        self._check_sync()
         self.backend = backend
         self.active = True
         self.sharpness: Sharpness | None = None
@@ -117,11 +121,11 @@ class SharpnessAware(Persistent):
     def norms(self) -> Tensor:
         """‖T g‖, ‖g_max‖, ‖g_min‖ of the latest passes: float64 (3,), on the first parameter's device.
 
-        Of the gradients as they came: times the scale of a GradScaler.
+        Of the gradients as they came: times the scale of a GradScaler; with ``sync="last"`` this rank's own.
         """
         if not len(self._flats):
             return torch.zeros(NORMS, dtype=torch.float64)
-        return self._flats.totals()[0][:NORMS].sqrt()
+        return self._flats.squared_norms.sqrt()
 
     @property
     def skipped_steps(self) -> int:
@@ -195,8 +199,7 @@ class SharpnessAware(Persistent):
         added = self._flats.gather(self.param_groups, self.backend, at_rest=self._phase is Phase.REST)
         for flat in added:  # nothing to perturb: they only learn which kind of step this is
             flat.ascend(flat.sums, self._plain_radii(), self.norm_eps, self._keeps_g)
-        for flat in self._flats:
-            flat.read_gradients()
+        self._flats.read_gradients(first=self._phase is Phase.REST)
 
     def ascend(self) -> None:
         """After backward at w: w becomes w_max = w + ρ T² g / (‖T g‖ + norm_eps). Gradients become None.
@@ -242,13 +245,21 @@ class SharpnessAware(Persistent):
         """Whether a GradScaler leaves unscaling and skipping to `step`; it asks before it looks at the gradients."""
         if self._phase is Phase.REST:
             return not self._is_plain()
-        if self._following == "step":
+        if self._following == "step" and self._group is not None:
+            self._tell_scaler_of_all_ranks()
+        elif self._following == "step":
             self._tell_scaler(self._parameters())
         return True
 
     def _tell_scaler(self, params: Iterable[Tensor]) -> None:
         """Make a gradient of the last pass NaN where an earlier one was not finite."""
         scaling.mark(params, self._flats.failed(self._last_slot))
+
+    def _tell_scaler_of_all_ranks(self) -> None:
+        """Likewise where a gradient of any pass was not finite on any rank: scalers must go on alike."""
+        self._read_gradients()
+        self._sum_last_gradients(math.inf)
+        scaling.mark(self._parameters(), self._flats.failed_anywhere(self._group, self._last_slot + 1))
 
     def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
         """Finish a step by hand, or run a whole one with ``closure``.
@@ -301,7 +312,8 @@ class SharpnessAware(Persistent):
         losses = []
         try:
             for call, closure in zip(self._calls, closures, strict=True):
-                losses.append(_evaluate(closure))
+                with self.no_sync():
+                    losses.append(_evaluate(closure))
                 getattr(self, f"_{call}")(losses[-1])
         except BaseException:
             self.restore()
@@ -320,10 +332,13 @@ class SharpnessAware(Persistent):
             scalars = [rule.scalars(group) for group in self.param_groups] if rule else []
             max_norm = groups.check_max_norm(self.max_grad_norm)
             self._read_gradients()
-            self._sum_last_gradients(max_norm)
+            self._sum_last_gradients(max_norm if self._group is None else math.inf)
             self._flats.poison(self._last_slot, loss)
             self._flats.note(self._last_slot, scaled)
-            totals = self._flats.totals()
+            if self._group is None:
+                totals = self._flats.totals()
+            else:
+                totals = self._flats.averaged(self._group, mixed=self._keeps_g)
             if rule:
                 self._flats.update(rule, self.state, scalars, totals, self._from_saved, max_norm)
             else:
@@ -360,6 +375,30 @@ class SharpnessAware(Persistent):
                 raise
             for flat in self._flats:
                 flat.release()
+
+    # ---- several ranks
+
+    def _check_sync(self) -> None:
+        if self.sync not in {"every", "last"}:
+            raise ValueError(f'sync={self.sync!r}: must be "every" or "last"')
+        if self.sync == "last":
+            distributed.ddp_group(self.model)
+
+    @property
+    def _group(self) -> Any:
+        """The ranks over which the direction is averaged, None where DDP averages every pass's gradients."""
+        return distributed.ddp_group(self.model) if self.sync == "last" else None
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Return a context for the coming pass, forward and backward; `step` with a closure enters it itself.
+
+        With ``sync="last"`` DDP reduces no gradient in it that the optimizer wants as it is: in SAM's first pass, in
+        all of BSAM's. Else it does nothing, so that a loop by hand can have every pass in it.
+        """
+        mixes = self._keeps_g or self._following != "step"
+        if self.sync == "last" and self.active and mixes:
+            return self.model.no_sync()  # type: ignore[union-attr, operator, return-value]
+        return nullcontext()
 
     # ---- giving up, and looking at w
 

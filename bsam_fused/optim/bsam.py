@@ -39,6 +39,8 @@ class BSAM(SharpnessAware):
         rounding: as `SAM` has it.
         seed: as `SAM` has it.
         master_weights: as `SAM` has it; not with ``update_from="w_min"``.
+        sync: as `SAM` has it: all passes are local, and d, with each rank's own c, is reduced; not with
+            ``update_from="w_min"``.
         model: as `SAM` has it.
         backend: as `SAM` has it.
         **base_kwargs: options of the base optimizer's class.
@@ -69,6 +71,7 @@ class BSAM(SharpnessAware):
         rounding: str = "stochastic",
         seed: int = 0,
         master_weights: bool = False,
+        sync: str = "every",
         model: nn.Module | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
@@ -77,6 +80,8 @@ class BSAM(SharpnessAware):
             raise ValueError(f'update_from={update_from!r}: must be "w" (the paper) or "w_min" (the released code)')
         if master_weights and update_from == "w_min":
             raise ValueError('master_weights=True with update_from="w_min": master weights are of w; use "w"')
+        if sync == "last" and update_from == "w_min":
+            raise ValueError('sync="last" with update_from="w_min": every rank has another w_min; use "w"')
         self._from_saved = update_from == "w"
         options = {
             "rho": rho,
@@ -97,6 +102,7 @@ class BSAM(SharpnessAware):
             rounding=rounding,
             seed=seed,
             master_weights=master_weights,
+            sync=sync,
             model=model,
             backend=backend,
         )
