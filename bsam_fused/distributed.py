@@ -55,6 +55,15 @@ def shard_index(param: Any) -> int:
     return index
 
 
+def reshard(model: nn.Module) -> None:
+    """Free the weights that FSDP2 keeps gathered, so that it gathers them anew: the shards were written."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def ddp_group(model: nn.Module | None) -> Any:
     """Return the process group of a DistributedDataParallel.
 

@@ -4,9 +4,11 @@ import datetime
 import importlib
 import os
 import queue
+import sys
 import tempfile
 import traceback
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -28,6 +30,19 @@ def _serve(rank, store, orders, reports):
             reports.put((rank, ""))
         except BaseException:
             reports.put((rank, traceback.format_exc()))
+
+
+def on_two_ranks(check):
+    """Make a test that runs ``check`` on two ranks, with the test's parameters as arguments."""
+    name = f"on_a_rank_{check.__name__}"
+    setattr(sys.modules[check.__module__], name, check)
+    parameters = check.__code__.co_varnames[: check.__code__.co_argcount]
+
+    def test(pair, request):
+        pair.run(check.__module__, name, [request.getfixturevalue(parameter) for parameter in parameters])
+
+    test.__name__, test.__doc__ = check.__name__, check.__doc__
+    return pytest.mark.usefixtures(*parameters)(test) if parameters else test
 
 
 class Pair:

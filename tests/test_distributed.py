@@ -7,10 +7,10 @@ import datetime
 import math
 
 import pytest
-import ranks
 import reference as ref
 import torch
 import torch.distributed as dist
+from ranks import on_two_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -18,25 +18,6 @@ from bsam_fused import ASAM, BSAM, SAM
 
 RULES = {"SAM": (SAM, {}), "ASAM": (ASAM, {}), "BSAM": (BSAM, {"rho_min": 0.03})}
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
-
-
-@pytest.fixture(scope="module")
-def pair():
-    pair = ranks.Pair()
-    yield pair
-    pair.stop()
-
-
-def on_two_ranks(check):
-    """Make a test that runs ``check`` on two ranks, with the test's parameters as arguments."""
-    globals()[f"check_{check.__name__}"] = check
-    names = check.__code__.co_varnames[: check.__code__.co_argcount]
-
-    def test(pair, request):
-        pair.run(__name__, f"check_{check.__name__}", [request.getfixturevalue(name) for name in names])
-
-    test.__name__, test.__doc__ = check.__name__, check.__doc__
-    return pytest.mark.usefixtures(*names)(test) if names else test
 
 
 @pytest.fixture(params=["SAM", "BSAM"])

@@ -173,6 +173,12 @@ class SharpnessAware(Persistent):
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
+        self._forget_copies()
+
+    def _forget_copies(self) -> None:
+        """Make the next forward read the weights, not what autocast cast or FSDP gathered of them before."""
+        if self._flats.sharded and self.model is not None:
+            distributed.reshard(self.model)
         torch.clear_autocast_cache()
 
     def _radii(self, option: str, sign: float) -> list[Radius]:
@@ -295,7 +301,7 @@ class SharpnessAware(Persistent):
     def _base_step(self) -> None:
         self._flats.hand_over()
         self.base_optimizer.step()
-        torch.clear_autocast_cache()
+        self._forget_copies()
 
     def _run(self, closures: Sequence[Closure]) -> Any:
         """Run a whole step, one closure a pass."""
@@ -434,7 +440,7 @@ class SharpnessAware(Persistent):
     def _show_w(self, at_w: bool) -> None:
         for flat in self._flats:
             flat.show_w(at_w)
-        torch.clear_autocast_cache()
+        self._forget_copies()
 
     def _clear_gradients(self) -> None:
         if len(self._flats):

@@ -148,11 +148,16 @@ class Flats:
         self._groups += [groups for _, _, groups in kinds]
         return built
 
+    @property
+    def sharded(self) -> bool:
+        """Whether there are DTensors."""
+        return any(self._groups)
+
     def read_gradients(self, *, first: bool) -> None:
         """Read the gradients of a pass, the first one of a step or a later one."""
         for flat in self:
             flat.read_gradients()
-        if self.local_passes or any(self._groups):
+        if self.local_passes or self.sharded:
             present = bytes(p.grad is not None for flat in self for p in flat.params)
             self._fingerprint = zlib.crc32(present, 0 if first else self._fingerprint)
 
@@ -172,7 +177,7 @@ class Flats:
             RuntimeError: where there are shards, as `distributed.Exchange` has it.
         """
         flats = list(self)
-        if len(flats) <= 1 and not any(self._groups):
+        if len(flats) <= 1 and not self.sharded:
             self._latest = [flat.sums for flat in flats]
             return self._latest
         home = flats[0].sums.device
@@ -223,7 +228,7 @@ class Flats:
     @property
     def squared_norms(self) -> Tensor:
         """Of the latest passes; where ranks have to talk for them, of the latest phase."""
-        told = self._latest if self.local_passes or any(self._groups) else self.totals()
+        told = self._latest if self.local_passes or self.sharded else self.totals()
         return told[0][:NORMS]
 
     def _heard(self) -> bool:
