@@ -64,12 +64,16 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def ddp_group(model: nn.Module | None) -> Any:
-    """Return the process group of a DistributedDataParallel.
+def averaging_group(sync: str, model: nn.Module | None) -> Any:
+    """Return the process group of a DistributedDataParallel where ``sync`` is "last", None where it is "every".
 
     Raises:
-        ValueError: ``model`` is none; why, and what to do.
+        ValueError: ``sync`` is neither, or ``model`` is no DistributedDataParallel; why, and what to do.
     """
+    if sync not in {"every", "last"}:
+        raise ValueError(f'sync={sync!r}: must be "every" or "last"')
+    if sync == "every":
+        return None
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.process_group
     uninitialised = "" if dist.is_available() and dist.is_initialized() else (

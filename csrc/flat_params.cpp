@@ -316,6 +316,11 @@ at::Tensor FlatParams::merge(const at::Tensor& sums, double share) {
   return flat.mul_(share);
 }
 
+void FlatParams::write_options(const std::vector<Rows>&) {
+  throw std::runtime_error(
+      "this backend's launches carry their options: a captured step would replay those it began with");
+}
+
 // ---- giving up, and looking at w meanwhile
 
 // saved -> w, for the perturbed. Also right for a parameter that was moved since: torch copies that one.

@@ -33,6 +33,8 @@ class FlatParams {
   template <class Group>
   using Options = std::vector<std::array<double, Group::kOptions>>;  // an entry a param group
 
+  using Rows = std::vector<std::vector<double>>;  // likewise, of any kind
+
   // `seed`: of stochastic rounding, for 16-bit parameters; none: to nearest.
   FlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places,
              std::optional<uint32_t> seed);
@@ -50,6 +52,7 @@ class FlatParams {
                                    double max_norm);
   bool combine(const at::Tensor& sums, bool from_saved, double max_norm);
   at::Tensor merge(const at::Tensor& sums, double share);
+  virtual void write_options(const std::vector<Rows>& tables);
   void restore();
   void release();
   void show_w(bool at_w);

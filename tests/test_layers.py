@@ -47,6 +47,7 @@ MAY_IMPORT = {
     },
     "optim.sam": {"ops.contract", "optim.base"},
     "optim.bsam": {"ops.contract", "optim.base", "optim.sam", "schedules"},
+    "graphs": {"distributed", "optim.base"},
     "sharpness.extras": set(),
     "sharpness.mean_loss": set(),
     "sharpness.neighbourhood": {"optim.sharpness", "sharpness.mean_loss"},
@@ -63,6 +64,7 @@ MAY_IMPORT = {
     "": {
         "_version",
         "batchnorm",
+        "graphs",
         "losses",
         "schedules",
         "sharpness",

@@ -174,6 +174,15 @@ class FlatParams(Protocol):
         was summed over ranks. Parameters without a gradient have zeros there, and no ``.grad``.
         """
 
+    def write_options(self, tables: Sequence[Sequence[Sequence[float]]]) -> None:
+        """Write what the phases of a captured step read from the device in its replays, where it is not there already.
+
+        ``tables``: what `ascend`, `descend` (empty where there is none) and the update would be given.
+
+        Raises:
+            RuntimeError: the launches of this backend carry their options.
+        """
+
     def restore(self) -> None:
         """Put the saved w back, bit for bit, and forget the step."""
 

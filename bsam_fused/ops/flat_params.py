@@ -276,6 +276,12 @@ class PythonFlatParams(ABC):
         self._bilateral, self._g = False, {}
         return buffer
 
+    def write_options(self, tables: Sequence[Sequence[Sequence[float]]]) -> None:
+        """Refuse: options are arguments of what runs over the elements."""
+        raise RuntimeError(
+            "this backend's launches carry their options: a captured step would replay those it began with"
+        )
+
     # ---- giving up, and looking at w
 
     @torch.no_grad()

@@ -82,7 +82,7 @@ class SharpnessAware(Persistent):
             raise TypeError(f"model is a {type(model).__name__}: pass the nn.Module whose BatchNorm to guard")
         self.model = model
         self.sync = sync
-        self._check_sync()
+        _ = self._group  # raises where there must be one
         self.backend = backend
         self.active = True
         self.sharpness: Sharpness | None = None
@@ -354,13 +354,7 @@ class SharpnessAware(Persistent):
         self._entered(Phase.REST)
 
     def _fused_rule(self) -> fused.FusedRule | None:
-        rule = fused.rule_for(self.base_optimizer)
-        if rule is None and self._flats.masters:
-            raise ValueError(
-                f"master_weights=True with base optimizer {type(self.base_optimizer).__name__}: only torch's SGD, Adam "
-                "and AdamW, without amsgrad and hooks of their own, are updated from master weights"
-            )
-        return rule
+        return fused.rule_for(self.base_optimizer, wanted="master_weights=True" if self._flats.masters else "")
 
     def _sum_last_gradients(self, max_norm: float) -> None:
         for flat in self._flats:
@@ -382,18 +376,32 @@ class SharpnessAware(Persistent):
             for flat in self._flats:
                 flat.release()
 
-    # ---- several ranks
+    # ---- captured steps
 
-    def _check_sync(self) -> None:
-        if self.sync not in {"every", "last"}:
-            raise ValueError(f'sync={self.sync!r}: must be "every" or "last"')
-        if self.sync == "last":
-            distributed.ddp_group(self.model)
+    def _all_radii(self) -> list[list[Radius]]:
+        """Return the radii of every phase that moves the weights, in order."""
+        return [self._radii("rho", +1.0)]
+
+    def write_options(self) -> None:
+        """Write the param groups' options to the device, where a step captured in a CUDA graph reads them.
+
+        Eager phases do it themselves, a capture never: call it before one, and before a replay where options changed.
+
+        Raises:
+            RuntimeError: the backend does not read its options from the device.
+            ValueError: the base optimizer is not fused, or a radius is negative or not finite.
+        """
+        rule = fused.rule_for(self.base_optimizer, wanted="a captured step")
+        assert rule  # a missing one raised
+        radii = [*self._all_radii(), []][:2]
+        self._flats.write_options([*radii, [rule.scalars(group) for group in self.param_groups]])
+
+    # ---- several ranks
 
     @property
     def _group(self) -> Any:
         """The ranks over which the direction is averaged, None where DDP averages every pass's gradients."""
-        return distributed.ddp_group(self.model) if self.sync == "last" else None
+        return distributed.averaging_group(self.sync, self.model)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Return a context for the coming pass, forward and backward; `step` with a closure enters it itself.

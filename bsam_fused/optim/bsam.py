@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bsam_fused.ops.contract import MAX, MIN
+from bsam_fused.ops.contract import MAX, MIN, Radius
 from bsam_fused.optim.base import Closure, Phase, SharpnessAware
 from bsam_fused.optim.sam import Base
 from bsam_fused.schedules import decayed_radius, largest_lr
@@ -127,6 +127,9 @@ class BSAM(SharpnessAware):
         for flat, sums in zip(self._flats, totals, strict=True):
             flat.descend(sums, radii, self.norm_eps)
         self._flats.poison(MAX, loss)
+
+    def _all_radii(self) -> list[list[Radius]]:
+        return [*super()._all_radii(), self._radii("rho_min", -1.0)]
 
     def _radius(self, group: dict[str, Any], option: str, index: int) -> float:
         radius = super()._radius(group, option, index)

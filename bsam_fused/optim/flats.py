@@ -277,6 +277,17 @@ class Flats:
         """
         return ~self._exchange(group)(self.totals()[0], [self._fingerprint], [_GRADIENTS])[:, :passes].isfinite().all()
 
+    def write_options(self, tables: Sequence[Sequence[Sequence[float]]]) -> None:
+        """Write the groups' options to where captured phases read them."""
+        for flat in self:
+            flat.write_options(tables)
+
+    def disregard(self, steps: int) -> None:
+        """Do not count the last ``steps`` steps, all skipped."""
+        self._skipped_before -= steps
+        for flat in self:
+            flat.step_count.sub_(steps)
+
     # ---- the base optimizer's state
 
     def update(

@@ -60,15 +60,24 @@ _RULES = {
 }
 
 
-def rule_for(base: torch.optim.Optimizer) -> FusedRule | None:
+def rule_for(base: torch.optim.Optimizer, wanted: str = "") -> FusedRule | None:
     """Return the fused rule of exactly torch's SGD, Adam or AdamW, None for what takes the general path.
 
     The general path is the base optimizer's own ``step()``: for other classes, amsgrad, differentiable
     optimizers, and where hooks or a learning-rate scheduler wait for the ``step()`` of the base itself.
+
+    Raises:
+        ValueError: there is none, but something is ``wanted`` that needs one.
     """
     hooked = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks or "step" in vars(base)
     special = any(group.get("amsgrad") or group.get("differentiable") for group in base.param_groups)
-    return None if hooked or special else _RULES.get(type(base))
+    rule = None if hooked or special else _RULES.get(type(base))
+    if rule is None and wanted:
+        raise ValueError(
+            f"{wanted} with base optimizer {type(base).__name__}: only torch's SGD, Adam and AdamW, without amsgrad "
+            "and hooks of their own, are fused"
+        )
+    return rule
 
 
 def adopt(
