@@ -11,10 +11,12 @@ import reference as ref
 import torch
 import torch.distributed as dist
 from ranks import on_two_ranks
+from samples import assign, gradients, parameters, strided
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from bsam_fused import ASAM, BSAM, SAM
+from bsam_fused.ops.contract import MIN, SCALE, Radius
 
 RULES = {"SAM": (SAM, {}), "ASAM": (ASAM, {}), "BSAM": (BSAM, {"rho_min": 0.03})}
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
@@ -303,3 +305,26 @@ def test_sync_last_needs_ddp():
         SAM(model.parameters(), sync="first", lr=0.1)
     with pytest.raises(ValueError, match="every rank has another w_min"):
         BSAM(model.parameters(), sync="last", update_from="w_min", lr=0.1)
+
+
+@pytest.mark.parametrize("missing", [(), (1,)], ids=["all", "some missing"])
+def test_merge(backend, missing):
+    """A share of d in one flat buffer, whose views are the gradients; the scale is not divided out yet."""
+    params = parameters("odd") + strided()
+    opt = BSAM(params, lr=0.1, rho=0.0, backend=backend)
+    grads = [gradients(params, seed, missing if seed == 2 else ()) for seed in range(3)]
+    for given, call in zip(grads, (opt.ascend, opt.descend, opt._read_gradients)):
+        assign(params, given)
+        call()
+    (flat,) = opt._flats
+    flat.square_norm(MIN, [Radius(0.0)])
+    sums = flat.sums.clone()
+    sums[SCALE] = 1024.0
+    buffer = flat.merge(sums, 0.25)
+    wide = [[None if g is None else g.double() for g in one] for one in grads]
+    norms = ref.norm(wide[1]), ref.norm(wide[2])
+    for p, *g in zip(params, *wide):
+        torch.testing.assert_close(p.grad.double(), 0.25 * ref.bsam_direction(*g, *norms, p), rtol=1e-6, atol=1e-6)
+    buffer.zero_()
+    assert all(not p.grad.any() for p in params)
+    opt.restore()

@@ -117,6 +117,33 @@ def test_restore(rule):  # noqa: F811
 
 
 @on_two_ranks
+def test_storage_that_was_replaced(rule):  # noqa: F811
+    """Between steps, as FSDP does when it pads shards anew."""
+    kind, options = RULES[rule]
+    models = sharded(), sharded()
+    opts = [kind(m.parameters(), model=m, **options, **SGD) for m in models]
+    for step in range(2):
+        for model, opt in zip(models, opts):
+            opt.step(closure_of(model, batch(step)[1]))
+        for p in models[0].parameters():
+            p._local_tensor = p._local_tensor.clone()
+        for opt in opts:
+            opt.zero_grad()
+            for p in opt.param_groups[0]["params"]:
+                p.grad = torch.ones_like(p)
+            opt.ascend()
+        for p, q in zip(*map(full, (models[0].parameters(), models[1].parameters()))):
+            assert torch.equal(p, q)
+        for opt in opts:
+            opt.restore()
+        for module in (models[0][0], models[0][2], models[0]):
+            for param in module._get_fsdp_state()._fsdp_param_group.fsdp_params:
+                param.reset_sharded_param()
+    for p, q in zip(*map(full, (models[0].parameters(), models[1].parameters()))):
+        assert torch.equal(p, q)
+
+
+@on_two_ranks
 def test_weights_that_stay_gathered_after_backward(rule):  # noqa: F811
     """FSDP's forward would go on with the weights that it gathered before the phase."""
     kind, options = RULES[rule]
@@ -157,8 +184,9 @@ def test_inf_in_one_shard_skips_on_all(rule):  # noqa: F811
 def test_a_scaler_backs_off(rule):  # noqa: F811
     kind, options = RULES[rule]
     for wrong in range(len(kind._calls)):
-        model = sharded()
-        opt = kind(model.parameters(), model=model, max_grad_norm=0.5, **options, **SGD)
+        model, alone = sharded(), network()
+        opt = kind(model.parameters(), model=model, max_grad_norm=0.1, **options, **SGD)
+        kind(alone.parameters(), max_grad_norm=0.1, **options, **SGD).step(closure_of(alone, batch(1)[0]))
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
         for step in range(2):
             before = full(model.parameters())
@@ -172,6 +200,7 @@ def test_a_scaler_backs_off(rule):  # noqa: F811
             opt.zero_grad()
             moved = [not torch.equal(p, w) for p, w in zip(full(model.parameters()), before)]
             assert all(moved) if step else not any(moved)
+        assert_equal(model.parameters(), alone.parameters())
         assert scaler.get_scale() == 128.0
         assert opt.skipped_steps == 1
 
