@@ -1,6 +1,6 @@
 """Sharpness-aware optimizers whose own work runs in a handful of fused kernels."""
 
-from bsam_fused import batchnorm, losses, schedules, sharpness
+from bsam_fused import batchnorm, graphs, losses, schedules, sharpness
 from bsam_fused._version import __version__
 from bsam_fused.optim.base import SharpnessAware
 from bsam_fused.optim.bsam import BSAM
@@ -15,6 +15,7 @@ __all__ = [
     "SharpnessAware",
     "__version__",
     "batchnorm",
+    "graphs",
     "losses",
     "schedules",
     "sharpness",

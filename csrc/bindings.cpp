@@ -51,6 +51,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("update_sgd", &FlatParams::update_sgd, no_grad())
       .def("update_adam", &FlatParams::update_adam, no_grad())
       .def("combine", &FlatParams::combine, no_grad())
+      .def("merge", &FlatParams::merge, no_grad())
+      .def("write_options", &FlatParams::write_options, no_grad())
       .def("restore", &FlatParams::restore, no_grad())
       .def("show_w", &FlatParams::show_w, no_grad())
       .def("release", &FlatParams::release)

@@ -58,20 +58,29 @@ const cuda::Items& CudaFlatParams::items(Wanted wanted) {
 }
 
 // The options of all param groups, on the device.
-template <size_t options>
-const double* CudaFlatParams::table(Use use, const std::vector<std::array<double, options>>& groups) {
+const double* CudaFlatParams::table(int use, const double* values, size_t count) {
   Table& t = tables_[use];
-  const double* values = groups.data()->data();
-  const size_t count = options * groups.size();
-  if (t.captured || !std::equal(t.written.begin(), t.written.end(), values, values + count)) {
+  if (!std::equal(t.written.begin(), t.written.end(), values, values + count)) {
     const auto stream = c10::cuda::getCurrentCUDAStream(device_.index()).stream();
+    if (cuda::is_capturing(stream))
+      throw std::runtime_error(
+          "options of the param groups changed since they were last written to the device, which a capture cannot do: "
+          "call optimizer.write_options() before it");
     if (!t.on_device.defined() || t.on_device.numel() < int64_t(count))
       t.on_device = at::empty({int64_t(count)}, at::dtype(at::kDouble).device(device_));
     cuda::write(t.on_device.mutable_data_ptr<double>(), values, count, stream);
     t.written.assign(values, values + count);
-    t.captured |= cuda::is_capturing(stream);
   }
   return t.on_device.const_data_ptr<double>();
+}
+
+void CudaFlatParams::write_options(const std::vector<Rows>& tables) {
+  c10::DeviceGuard guard(device_);
+  for (size_t use : c10::irange(std::min(tables.size(), tables_.size()))) {
+    std::vector<double> values;
+    for (const auto& row : tables[use]) values.insert(values.end(), row.begin(), row.end());
+    if (!values.empty()) table(int(use), values.data(), values.size());
+  }
 }
 
 cuda::Rounding CudaFlatParams::rounding() const {

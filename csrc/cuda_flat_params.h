@@ -15,16 +15,16 @@ class CudaFlatParams final : public FlatParams {
 
   void square_norm(int64_t slot, const Options<RadiusGroup>& radii) override;
   void direction_sums() override;
+  void write_options(const std::vector<Rows>& tables) override;
 
  private:
-  // The options of the param groups on the device: written when they change. Once a graph's replays write it, too,
-  // nobody knows what it holds, and it is written every time.
+  // The options of the param groups on the device: written when they change, but never in a capture, so that a graph's
+  // replays read what was written last.
   struct Table {
     at::Tensor on_device;
     std::vector<double> written;
-    bool captured = false;
   };
-  enum Use { kAscending, kDescending, kUpdating };
+  enum Use { kAscending, kDescending, kUpdating, kUses };
 
   void run_ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) override;
   void run_descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) override;
@@ -40,7 +40,10 @@ class CudaFlatParams final : public FlatParams {
   template <class Wanted>
   const cuda::Items& items(Wanted wanted);
   template <size_t options>
-  const double* table(Use use, const std::vector<std::array<double, options>>& groups);
+  const double* table(int use, const std::vector<std::array<double, options>>& groups) {
+    return table(use, groups.data()->data(), options * groups.size());
+  }
+  const double* table(int use, const double* values, size_t count);
   cuda::Update update(const at::Tensor& sums, const double* groups, bool from_saved, double max_norm);
   cuda::Rounding rounding() const;
   const cuda::Items& members();
@@ -48,7 +51,7 @@ class CudaFlatParams final : public FlatParams {
 
   at::Tensor workspace_;       // the ticket, then the partial sums
   at::Tensor keys_on_device_;  // of stochastic rounding
-  std::array<Table, 3> tables_;
+  std::array<Table, kUses> tables_;
   cuda::Items items_;
 };
 

@@ -267,6 +267,15 @@ void FlatParams::scale_gradients(double factor) {
   if (!gradients.empty()) at::_foreach_mul_(gradients, factor);
 }
 
+// g = g + g_max − c g_min, of all that had a gradient in some pass.
+void FlatParams::mix(const at::Tensor& sums) {
+  for (size_t i : c10::irange(params_.size())) {
+    Entry& e = entries_[i];
+    if (e.now && !e.g.defined()) e.g = at::zeros_like(layout(i).detach());
+  }
+  run_direction(sums);
+}
+
 bool FlatParams::combine(const at::Tensor& sums, bool from_saved, double max_norm) {
   const at::Tensor here = sums.cpu();
   const double* known = here.const_data_ptr<double>();
@@ -274,13 +283,11 @@ bool FlatParams::combine(const at::Tensor& sums, bool from_saved, double max_nor
     skip();
     return false;
   }
-  const auto zeros = [&](size_t i) { return at::zeros_like(layout(i).detach()); };
-  for (size_t i : c10::irange(params_.size())) {
-    Entry& e = entries_[i];
-    if (bilateral_ && e.now && !e.g.defined()) e.g = zeros(i);
-    if (!bilateral_ && e.perturbed && !e.now) params_[i].mutable_grad() = zeros(i);
-  }
-  if (bilateral_) run_direction(sums);
+  if (bilateral_)
+    mix(sums);
+  else
+    for (size_t i : c10::irange(params_.size()))
+      if (entries_[i].perturbed && !entries_[i].now) params_[i].mutable_grad() = at::zeros_like(layout(i).detach());
   if (from_saved) write_saved();
   for (size_t i : c10::irange(params_.size())) {
     Entry& e = entries_[i];
@@ -290,6 +297,28 @@ bool FlatParams::combine(const at::Tensor& sums, bool from_saved, double max_nor
   step_count_.add_(1);
   scale_gradients(DirectionScales::from(known, bilateral_, max_norm).factor);
   return true;
+}
+
+at::Tensor FlatParams::merge(const at::Tensor& sums, double share) {
+  mix(sums);
+  buffer(kDirection);
+  at::Tensor& flat = buffers_[kDirection].zero_();
+  std::vector<at::Tensor> parts, directions;
+  for (size_t i : c10::irange(params_.size())) {
+    Entry& e = entries_[i];
+    if (!e.g.defined()) continue;
+    parts.push_back(view(kDirection, i));
+    directions.push_back(std::move(e.g));
+    params_[i].mutable_grad() = parts.back();
+  }
+  if (!parts.empty()) at::_foreach_copy_(parts, directions);
+  bilateral_ = false;
+  return flat.mul_(share);
+}
+
+void FlatParams::write_options(const std::vector<Rows>&) {
+  throw std::runtime_error(
+      "this backend's launches carry their options: a captured step would replay those it began with");
 }
 
 // ---- giving up, and looking at w meanwhile
@@ -358,7 +387,7 @@ void FlatParams::clear_state(int64_t i) {
   entries_[i].begun = false;
   steps_[i].zero_();
   for (const auto& [key, flat] : buffers_)
-    if (key != "saved") view(key, size_t(i)).zero_();
+    if (key != "saved" && key != kDirection) view(key, size_t(i)).zero_();
 }
 
 int64_t FlatParams::extra_bytes() const {

@@ -21,6 +21,7 @@
 namespace bsam {
 
 constexpr char kMasterWeight[] = "master_weight";
+constexpr char kDirection[] = "direction";  // where `merge` leaves d
 
 // Thrown where a parameter or its gradient cannot be worked with; contract.py's `reject` finds the words.
 struct BadParameter {
@@ -31,6 +32,8 @@ class FlatParams {
  public:
   template <class Group>
   using Options = std::vector<std::array<double, Group::kOptions>>;  // an entry a param group
+
+  using Rows = std::vector<std::vector<double>>;  // likewise, of any kind
 
   // `seed`: of stochastic rounding, for 16-bit parameters; none: to nearest.
   FlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places,
@@ -48,6 +51,8 @@ class FlatParams {
   std::vector<int64_t> update_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved,
                                    double max_norm);
   bool combine(const at::Tensor& sums, bool from_saved, double max_norm);
+  at::Tensor merge(const at::Tensor& sums, double share);
+  virtual void write_options(const std::vector<Rows>& tables);
   void restore();
   void release();
   void show_w(bool at_w);
@@ -130,13 +135,14 @@ class FlatParams {
   std::vector<int64_t> begin_update(Counts counts);
   void end_update();
   void scale_gradients(double factor);
+  void mix(const at::Tensor& sums);
   bool skips(const at::Tensor& sums);
   void skip();
   void write_saved();
   at::Tensor view(const std::string& key, size_t i);
 
   std::vector<int64_t> shapes_;                // sizes and strides of every parameter as recorded, end to end
-  std::map<std::string, at::Tensor> buffers_;  // "saved", and the base optimizer's state
+  std::map<std::string, at::Tensor> buffers_;  // "saved", "direction", and the base optimizer's state
   int64_t groups_ = 0;
   bool at_w_ = false;  // saved holds the perturbed weights meanwhile
 };

@@ -2,6 +2,7 @@
 
 import host_cuda
 import pytest
+import ranks
 import torch
 
 if not torch.cuda.is_available():
@@ -38,6 +39,14 @@ def pytest_runtest_setup(item):
 @pytest.fixture(autouse=True)
 def _seeded(request):
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def pair():
+    """Two ranks; they start with the first test that needs them."""
+    pair = ranks.Pair()
+    yield pair
+    pair.stop()
 
 
 @pytest.fixture(params=BACKENDS)

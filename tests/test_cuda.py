@@ -162,35 +162,31 @@ def test_a_captured_step_is_replayed(name, base):
     assert opts[0].skipped_steps == 0
 
 
-def test_options_written_in_a_capture_do_not_count_as_written():
-    """A captured write happens with every replay, and none with the capture: eager steps write their own."""
+def test_a_graph_replays_the_options_written_last():
+    """By an eager step or `write_options`; a capture writes none, and says so where it would have to."""
     params, twins = ([nn.Parameter(torch.ones(100))] for _ in range(2))
     opt, twin = optimizer("SAM", params), optimizer("SAM", twins)
     graph = torch.cuda.CUDAGraph()
 
-    def eager(lr):
-        for o, ps in ((opt, params), (twin, twins)):
-            o.param_groups[0]["lr"] = lr
-            walk(o, ps)
-        assert torch.equal(params[0], twins[0])
+    def step(o, ps, lr):
+        o.param_groups[0]["lr"] = lr
+        for call in o._calls:
+            ps[0].grad = torch.ones_like(ps[0])
+            getattr(o, call)()
 
-    eager(0.05)
-    for o in (opt, twin):
-        o.param_groups[0]["lr"] = 0.01
+    step(opt, params, 0.05)
+    step(twin, twins, 0.05)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        for call in opt._calls:
-            params[0].grad = torch.ones_like(params[0])
-            getattr(opt, call)()
-    eager(0.01)  # captured, but not written yet
-    eager(0.02)
-    graph.replay()  # writes 0.01
-    for call in twin._calls:
-        twins[0].grad = torch.ones_like(twins[0])
-        twin.param_groups[0]["lr"] = 0.01
-        getattr(twin, call)()
-    assert torch.equal(params[0], twins[0])
-    eager(0.02)
+        step(opt, params, 0.05)
+    for lr in (0.05, 0.01):
+        opt.param_groups[0]["lr"] = lr
+        opt.write_options()
+        graph.replay()
+        step(twin, twins, lr)
+        assert torch.equal(params[0], twins[0])
+    with pytest.raises(RuntimeError, match=r"write_options\(\) before"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        step(opt, params, 0.02)
 
 
 def test_a_first_step_is_not_captured():

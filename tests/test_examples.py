@@ -1,11 +1,15 @@
-"""Every example's picture is there, and shown on the page that says which optimizer to use."""
+"""Every example's picture is there, and shown on the page that says which optimizer to use; torchrun's run."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WITHOUT = {"training", "three_steps"}
+WITHOUT = {"training", "three_steps", "ddp", "fsdp"}
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem not in WITHOUT)
 
 
@@ -13,3 +17,20 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.
 def test_picture(script):
     assert (ROOT / "docs" / f"{script}.png").stat().st_size < 150_000
     assert f"({script}.png)" in (ROOT / "docs" / "which.md").read_text()
+
+
+@pytest.mark.parametrize("script", ["ddp", "fsdp"])
+def test_on_two_processes(script):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*command, f"examples/{script}.py"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert float(re.search(r"named rightly: ([\d.]+)%", result.stdout)[1]) > 80

@@ -14,6 +14,8 @@ from typing import NamedTuple, NoReturn, Protocol
 import torch
 from torch import Tensor
 
+from bsam_fused import distributed
+
 ASCENT, MAX, MIN, SCALE, SO_FAR, CROSS = range(6)
 """Slots of the sums: of T g at w, of g_max, of g_min; the loss's scale; of g + g_max, and of that with g_min."""
 
@@ -165,6 +167,22 @@ class FlatParams(Protocol):
         sums. The step goes on until `release`, so that `restore` can still undo what the base does to the weights.
         """
 
+    def merge(self, sums: Tensor, share: float) -> Tensor:
+        """After `descend`, put share · d, d = g + g_max − c g_min, into a flat buffer, each ``.grad`` a view of it.
+
+        The step then goes on as if that were its last gradient, g_max of SAM: with `read_gradients`, after the buffer
+        was summed over ranks. Parameters without a gradient have zeros there, and no ``.grad``.
+        """
+
+    def write_options(self, tables: Sequence[Sequence[Sequence[float]]]) -> None:
+        """Write what the phases of a captured step read from the device in its replays, where it is not there already.
+
+        ``tables``: what `ascend`, `descend` (empty where there is none) and the update would be given.
+
+        Raises:
+            RuntimeError: the launches of this backend carry their options.
+        """
+
     def restore(self) -> None:
         """Put the saved w back, bit for bit, and forget the step."""
 
@@ -240,8 +258,8 @@ def check_param(param: Tensor, place: tuple[int, int]) -> None:
     """Raise where no backend can optimize ``param``.
 
     Raises:
-        TypeError: for sparse, complex, integer and other unsupported parameters, and for tensor subclasses that
-            hold no storage of their own (DTensor).
+        TypeError: for sparse, complex, integer and other unsupported parameters, for tensor subclasses that
+            hold no storage of their own, but DTensors, and for DTensors that are partial sums.
     """
     name = describe(param, place)
     if param.layout != torch.strided:
@@ -253,10 +271,13 @@ def check_param(param: Tensor, place: tuple[int, int]) -> None:
     if param.dtype not in DTYPES:
         names = ", ".join(str(dtype) for dtype in DTYPES)
         raise TypeError(f"{name}: dtype must be one of {names}: cast it, or leave it out of params")
-    if hasattr(param, "__tensor_flatten__"):
+    if distributed.is_dtensor(param):
+        if any(placement.is_partial() for placement in param.placements):  # type: ignore[attr-defined]
+            raise TypeError(f"{name} is placed {param.placements}, a partial sum: redistribute it")  # type: ignore[attr-defined]
+    elif hasattr(param, "__tensor_flatten__"):
         raise TypeError(
-            f"{name} is a {type(param).__name__}, which has no storage of its own: sharded and wrapped "
-            "parameters are not supported in this version"
+            f"{name} is a {type(param).__name__}, which has no storage of its own: of wrapped parameters only DTensors "
+            "are supported"
         )
 
 

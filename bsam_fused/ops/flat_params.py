@@ -6,6 +6,7 @@ What runs over the elements is a backend's own: torch_flat.py, triton_flat.py.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeGuard
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from bsam_fused.ops import contract, rounding
-from bsam_fused.ops.contract import CHECKED, SLOTS, AdamScalars, Radius, SGDScalars
+from bsam_fused.ops.contract import CHECKED, SCALE, SLOTS, AdamScalars, Radius, SGDScalars
 
+DIRECTION = "direction"  # the flat buffer in which `merge` leaves d
 ALIGNMENT = 64  # bytes: every tensor starts on a cache line of the flat buffers
 
 
@@ -215,7 +217,7 @@ class PythonFlatParams(ABC):
         self._begun.discard(i)
         self._steps[i].zero_()
         for key in self._buffers:
-            if key != "saved":
+            if key not in {"saved", DIRECTION}:
                 self._view(key, i).zero_()
 
     # ---- phases
@@ -277,6 +279,23 @@ class PythonFlatParams(ABC):
         for i, d in directions.items():
             self.params[i].grad = d
         return True
+
+    @torch.no_grad()
+    def merge(self, sums: Tensor, share: float) -> Tensor:
+        """Put share · d into a flat buffer, of which .grad are views."""
+        scaled = sums.clone()  # as the loss still is
+        scaled[SCALE] = 0
+        buffer = self._buffer(DIRECTION).zero_()
+        for i, d in self._run_direction(scaled, math.inf).items():
+            self.params[i].grad = self._view(DIRECTION, i).copy_(d).mul_(share)
+        self._bilateral, self._g = False, {}
+        return buffer
+
+    def write_options(self, tables: Sequence[Sequence[Sequence[float]]]) -> None:
+        """Refuse: options are arguments of what runs over the elements."""
+        raise RuntimeError(
+            "this backend's launches carry their options: a captured step would replay those it began with"
+        )
 
     # ---- giving up, and looking at w
 

@@ -61,35 +61,60 @@ def why_not(device_type: str) -> str:
 
 
 class _Table:
-    """Numbers on the device, written without waiting, and only where they changed.
-
-    A graph's capture always writes them, from host memory that then stays as it is: its replays use the numbers of the
-    capture. Afterwards nobody here knows what is on the device, and every step writes.
-    """
+    """Rows of numbers on the device, written without waiting, and only where they changed."""
 
     def __init__(self, rows: Rows, dtype: torch.dtype, device: torch.device) -> None:
-        self._rows: Rows | None = None
-        self._captured: list[Tensor] = []
+        self.rows: Rows = []
         self._on_device = torch.empty(len(rows), len(rows[0]), dtype=dtype, device=device)
-        self._spare: Tensor | None = self._on_host(rows)  # for a capture, within which no pinned memory can be had
+
+    def write(self, rows: Rows) -> Tensor:
+        """Return the tensor on the device, with these rows.
+
+        Raises:
+            RuntimeError: they changed, within a graph's capture: its replays would write them again.
+        """
+        if rows != self.rows:
+            if self._capturing():
+                raise RuntimeError(
+                    "options of the param groups changed since they were last written to the device, which a capture "
+                    "cannot do: call optimizer.write_options() before it"
+                )
+            self._copy(self._on_host(rows))
+            self.rows = rows
+        return self._on_device
+
+    def _capturing(self) -> bool:
+        return self._on_device.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _on_host(self, rows: Rows) -> Tensor:
         return torch.tensor(rows, dtype=self._on_device.dtype, pin_memory=self._on_device.is_cuda)
 
+    def _copy(self, host: Tensor) -> None:
+        self._on_device.copy_(host, non_blocking=True)
+
+
+class _Pointers(_Table):
+    """A table that a capture always writes, from host memory that then stays as it is: a graph has its own tensors.
+
+    Afterwards nobody here knows what is on the device, and every step writes.
+    """
+
+    def __init__(self, rows: Rows, device: torch.device) -> None:
+        super().__init__(rows, torch.int64, device)
+        self._spare: Tensor | None = self._on_host(rows)  # within a capture no pinned memory can be had
+        self._captured: list[Tensor] = []
+
     def write(self, rows: Rows) -> Tensor:
         """Return the tensor on the device, with these rows."""
-        capturing = self._on_device.is_cuda and torch.cuda.is_current_stream_capturing()
-        if rows == self._rows and not capturing and not self._captured:
-            return self._on_device
-        if capturing and self._spare is not None:
-            host, self._spare = self._spare, None
-            host.copy_(torch.tensor(rows, dtype=host.dtype))
-        else:
-            host = self._on_host(rows)
-        if capturing:
+        if self._capturing():
+            host = self._on_host(rows) if self._spare is None else self._spare.copy_(torch.tensor(rows))
+            self._spare = None
             self._captured.append(host)
-        self._rows = rows
-        return self._on_device.copy_(host, non_blocking=True)
+            self._copy(host)
+            return self._on_device
+        if self._captured:
+            self.rows = []
+        return super().write(rows)
 
 
 class TritonFlatParams(PythonFlatParams):
@@ -115,6 +140,7 @@ class TritonFlatParams(PythonFlatParams):
         self._reduction = {"partials": partials, "ticket": ticket}
         self._rounding = {"step_count": self.step_count, "STOCHASTIC": bool(self._keys)}
         self._tables: dict[str, _Table] = {}
+        self._pointers: dict[str, _Pointers] = {}
         names = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
         self._how = {
             "S": names.get(self.dtype, tl.float32),
@@ -130,18 +156,30 @@ class TritonFlatParams(PythonFlatParams):
 
     # ---- launches
 
-    def _table(self, name: str, rows: Rows, dtype: torch.dtype = torch.float64) -> Tensor:
+    def _table(self, name: str, rows: Rows) -> Tensor:
+        """Return options, on the device."""
         if name not in self._tables:
             self._refuse_capture()
-            self._tables[name] = _Table(rows, dtype, self.device)
+            self._tables[name] = _Table(rows, torch.float64, self.device)
         return self._tables[name].write(rows)
+
+    def write_options(self, tables: Sequence[Sequence[Sequence[float]]]) -> None:
+        """Write what captured phases read."""
+        for name, rows in zip(("ascend", "descend", "update"), tables, strict=True):
+            if rows and name in self._tables:
+                (*_, last), *_ = self._tables[name].rows  # norm_eps or max_norm
+                self._table(name, [(*row, last) for row in rows])
 
     def _launch(self, name: str, wanted: Iterable[int], pointers: Callable[[int], Pointers], **arguments: Any) -> None:
         """Launch a kernel over the ``wanted`` parameters."""
         rows: list[Pointers] = [(0, 0, 0, 0)] * len(self.params)
         for i in wanted:
             rows[i] = pointers(i)
-        table = self._table(f"pointers of {name} {arguments.get('slot', '')}", rows, torch.int64)
+        launch = f"{name} {arguments.get('slot', '')}"
+        if launch not in self._pointers:
+            self._refuse_capture()
+            self._pointers[launch] = _Pointers(rows, self.device)
+        table = self._pointers[launch].write(rows)
         kernel = getattr(self._kernels, name)[self._grid]
         with torch.cuda.device_of(self._tensors):
             kernel(self._tensors, table, self._map, len(self._map), **arguments, **self._how)
@@ -251,13 +289,13 @@ class TritonFlatParams(PythonFlatParams):
         )
 
     def _run_sgd(self, update: Update, groups: Sequence[SGDScalars], members: list[int]) -> None:
-        options = self._table("sgd", [(*o, update.max_norm) for o in groups])
+        options = self._table("update", [(*o, update.max_norm) for o in groups])
         counted = {i for i in members if groups[self.places[i][0]].stateful}
         momentum_buffer = self._at("momentum_buffer") if counted else 0
         self._run_update("update_sgd", update, options, members, counted, momentum_buffer=momentum_buffer)
 
     def _run_adam(self, update: Update, groups: Sequence[AdamScalars], members: list[int]) -> None:
-        options = self._table("adam", [(*o, update.max_norm) for o in groups])
+        options = self._table("update", [(*o, update.max_norm) for o in groups])
         state = {key: self._at(key) for key in ("exp_avg", "exp_avg_sq")}
         self._run_update("update_adam", update, options, members, set(members), **state)
 

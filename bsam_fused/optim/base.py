@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from numbers import Real
 from typing import Any, ClassVar, NoReturn
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bsam_fused import distributed
 from bsam_fused.batchnorm import frozen_running_stats
 from bsam_fused.ops import contract, dispatch
 from bsam_fused.ops.contract import ASCENT, NORMS, Radius
@@ -68,10 +69,11 @@ class SharpnessAware(Persistent):
         rounding: str,
         seed: int,
         master_weights: bool,
+        sync: str,
         model: nn.Module | None,
         backend: str,
     ) -> None:
-        self._flats = Flats(groups.check_rounding(rounding, seed), master_weights)
+        self._flats = Flats(groups.check_rounding(rounding, seed), master_weights, sync == "last")
         self._batchnorm = ExitStack()
         self.norm_eps = groups.check_non_negative("norm_eps", norm_eps)
         groups.check_max_norm(max_grad_norm)
@@ -79,6 +81,8 @@ class SharpnessAware(Persistent):
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}: pass the nn.Module whose BatchNorm to guard")
         self.model = model
+        self.sync = sync
+        _ = self._group  # raises where there must be one
         self.backend = backend
         self.active = True
         self.sharpness: Sharpness | None = None
@@ -117,11 +121,11 @@ class SharpnessAware(Persistent):
     def norms(self) -> Tensor:
         """‖T g‖, ‖g_max‖, ‖g_min‖ of the latest passes: float64 (3,), on the first parameter's device.
 
-        Of the gradients as they came: times the scale of a GradScaler.
+        Of the gradients as they came: times the scale of a GradScaler; with ``sync="last"`` this rank's own.
         """
         if not len(self._flats):
             return torch.zeros(NORMS, dtype=torch.float64)
-        return self._flats.totals()[0][:NORMS].sqrt()
+        return self._flats.squared_norms.sqrt()
 
     @property
     def skipped_steps(self) -> int:
@@ -171,6 +175,12 @@ class SharpnessAware(Persistent):
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
+        self._forget_copies()
+
+    def _forget_copies(self) -> None:
+        """Make the next forward read the weights, not what autocast cast or FSDP gathered of them before."""
+        if self._flats.sharded and self.model is not None:
+            distributed.reshard(self.model)
         torch.clear_autocast_cache()
 
     def _radii(self, option: str, sign: float) -> list[Radius]:
@@ -197,8 +207,7 @@ class SharpnessAware(Persistent):
         added = self._flats.gather(self.param_groups, self.backend, at_rest=self._phase is Phase.REST)
         for flat in added:  # nothing to perturb: they only learn which kind of step this is
             flat.ascend(flat.sums, self._plain_radii(), self.norm_eps, self._keeps_g)
-        for flat in self._flats:
-            flat.read_gradients()
+        self._flats.read_gradients(first=self._phase is Phase.REST)
 
     def ascend(self) -> None:
         """After backward at w: w becomes w_max = w + ρ T² g / (‖T g‖ + norm_eps). Gradients become None.
@@ -244,13 +253,21 @@ class SharpnessAware(Persistent):
         """Whether a GradScaler leaves unscaling and skipping to `step`; it asks before it looks at the gradients."""
         if self._phase is Phase.REST:
             return not self._is_plain()
-        if self._following == "step":
+        if self._following == "step" and self._group is not None:
+            self._tell_scaler_of_all_ranks()
+        elif self._following == "step":
             self._tell_scaler(self._parameters())
         return True
 
     def _tell_scaler(self, params: Iterable[Tensor]) -> None:
         """Make a gradient of the last pass NaN where an earlier one was not finite."""
         scaling.mark(params, self._flats.failed(self._last_slot))
+
+    def _tell_scaler_of_all_ranks(self) -> None:
+        """Likewise where a gradient of any pass was not finite on any rank: scalers must go on alike."""
+        self._read_gradients()
+        self._sum_last_gradients(math.inf)
+        scaling.mark(self._parameters(), self._flats.failed_anywhere(self._group, self._last_slot + 1))
 
     def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
         """Finish a step by hand, or run a whole one with ``closure``.
@@ -286,7 +303,7 @@ class SharpnessAware(Persistent):
     def _base_step(self) -> None:
         self._flats.hand_over()
         self.base_optimizer.step()
-        torch.clear_autocast_cache()
+        self._forget_copies()
 
     def _run(self, closures: Sequence[Closure]) -> Any:
         """Run a whole step, one closure a pass."""
@@ -304,7 +321,8 @@ class SharpnessAware(Persistent):
         losses = []
         try:
             for call, closure in zip(self._calls, closures, strict=True):
-                losses.append(_evaluate(closure))
+                with self.no_sync():
+                    losses.append(_evaluate(closure))
                 getattr(self, f"_{call}")(losses[-1])
         except BaseException:
             self.restore()
@@ -323,10 +341,13 @@ class SharpnessAware(Persistent):
             scalars = [rule.scalars(group) for group in self.param_groups] if rule else []
             max_norm = groups.check_max_norm(self.max_grad_norm)
             self._read_gradients()
-            self._sum_last_gradients(max_norm)
+            self._sum_last_gradients(max_norm if self._group is None else math.inf)
             self._flats.poison(self._last_slot, loss)
             self._flats.note(self._last_slot, scaled)
-            totals = self._flats.totals()
+            if self._group is None:
+                totals = self._flats.totals()
+            else:
+                totals = self._flats.averaged(self._group, mixed=self._keeps_g)
             if rule:
                 self._flats.update(rule, self.state, scalars, totals, self._from_saved, max_norm)
             else:
@@ -336,13 +357,7 @@ class SharpnessAware(Persistent):
         self._entered(Phase.REST)
 
     def _fused_rule(self) -> fused.FusedRule | None:
-        rule = fused.rule_for(self.base_optimizer)
-        if rule is None and self._flats.masters:
-            raise ValueError(
-                f"master_weights=True with base optimizer {type(self.base_optimizer).__name__}: only torch's SGD, Adam "
-                "and AdamW, without amsgrad and hooks of their own, are updated from master weights"
-            )
-        return rule
+        return fused.rule_for(self.base_optimizer, wanted="master_weights=True" if self._flats.masters else "")
 
     def _sum_last_gradients(self, max_norm: float) -> None:
         for flat in self._flats:
@@ -363,6 +378,44 @@ class SharpnessAware(Persistent):
                 raise
             for flat in self._flats:
                 flat.release()
+
+    # ---- captured steps
+
+    def _all_radii(self) -> list[list[Radius]]:
+        """Return the radii of every phase that moves the weights, in order."""
+        return [self._radii("rho", +1.0)]
+
+    def write_options(self) -> None:
+        """Write the param groups' options to the device, where a step captured in a CUDA graph reads them.
+
+        Eager phases do it themselves, a capture never: call it before one, and before a replay where options changed.
+
+        Raises:
+            RuntimeError: the backend does not read its options from the device.
+            ValueError: the base optimizer is not fused, or a radius is negative or not finite.
+        """
+        rule = fused.rule_for(self.base_optimizer, wanted="a captured step")
+        assert rule  # a missing one raised
+        radii = [*self._all_radii(), []][:2]
+        self._flats.write_options([*radii, [rule.scalars(group) for group in self.param_groups]])
+
+    # ---- several ranks
+
+    @property
+    def _group(self) -> Any:
+        """The ranks over which the direction is averaged, None where DDP averages every pass's gradients."""
+        return distributed.averaging_group(self.sync, self.model)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Return a context for the coming pass, forward and backward; `step` with a closure enters it itself.
+
+        With ``sync="last"`` DDP reduces no gradient in it that the optimizer wants as it is: in SAM's first pass, in
+        all of BSAM's. Else it does nothing, so that a loop by hand can have every pass in it.
+        """
+        mixes = self._keeps_g or self._following != "step"
+        if self.sync == "last" and self.active and mixes:
+            return self.model.no_sync()  # type: ignore[union-attr, operator, return-value]
+        return nullcontext()
 
     # ---- giving up, and looking at w
 
@@ -398,7 +451,7 @@ class SharpnessAware(Persistent):
     def _show_w(self, at_w: bool) -> None:
         for flat in self._flats:
             flat.show_w(at_w)
-        torch.clear_autocast_cache()
+        self._forget_copies()
 
     def _clear_gradients(self) -> None:
         if len(self._flats):

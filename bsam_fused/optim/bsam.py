@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bsam_fused.ops.contract import MAX, MIN
+from bsam_fused.ops.contract import MAX, MIN, Radius
 from bsam_fused.optim.base import Closure, Phase, SharpnessAware
 from bsam_fused.optim.sam import Base
 from bsam_fused.schedules import decayed_radius, largest_lr
@@ -39,6 +39,8 @@ class BSAM(SharpnessAware):
         rounding: as `SAM` has it.
         seed: as `SAM` has it.
         master_weights: as `SAM` has it; not with ``update_from="w_min"``.
+        sync: as `SAM` has it: all passes are local, and d, with each rank's own c, is reduced; not with
+            ``update_from="w_min"``.
         model: as `SAM` has it.
         backend: as `SAM` has it.
         **base_kwargs: options of the base optimizer's class.
@@ -69,6 +71,7 @@ class BSAM(SharpnessAware):
         rounding: str = "stochastic",
         seed: int = 0,
         master_weights: bool = False,
+        sync: str = "every",
         model: nn.Module | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
@@ -77,6 +80,8 @@ class BSAM(SharpnessAware):
             raise ValueError(f'update_from={update_from!r}: must be "w" (the paper) or "w_min" (the released code)')
         if master_weights and update_from == "w_min":
             raise ValueError('master_weights=True with update_from="w_min": master weights are of w; use "w"')
+        if sync == "last" and update_from == "w_min":
+            raise ValueError('sync="last" with update_from="w_min": every rank has another w_min; use "w"')
         self._from_saved = update_from == "w"
         options = {
             "rho": rho,
@@ -97,6 +102,7 @@ class BSAM(SharpnessAware):
             rounding=rounding,
             seed=seed,
             master_weights=master_weights,
+            sync=sync,
             model=model,
             backend=backend,
         )
@@ -121,6 +127,9 @@ class BSAM(SharpnessAware):
         for flat, sums in zip(self._flats, totals, strict=True):
             flat.descend(sums, radii, self.norm_eps)
         self._flats.poison(MAX, loss)
+
+    def _all_radii(self) -> list[list[Radius]]:
+        return [*super()._all_radii(), self._radii("rho_min", -1.0)]
 
     def _radius(self, group: dict[str, Any], option: str, index: int) -> float:
         radius = super()._radius(group, option, index)

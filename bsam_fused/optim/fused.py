@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bsam_fused import distributed
 from bsam_fused.ops import contract
 from bsam_fused.ops.contract import MASTER_WEIGHT, AdamScalars, FlatParams, SGDScalars
 
@@ -59,15 +60,24 @@ _RULES = {
 }
 
 
-def rule_for(base: torch.optim.Optimizer) -> FusedRule | None:
+def rule_for(base: torch.optim.Optimizer, wanted: str = "") -> FusedRule | None:
     """Return the fused rule of exactly torch's SGD, Adam or AdamW, None for what takes the general path.
 
     The general path is the base optimizer's own ``step()``: for other classes, amsgrad, differentiable
     optimizers, and where hooks or a learning-rate scheduler wait for the ``step()`` of the base itself.
+
+    Raises:
+        ValueError: there is none, but something is ``wanted`` that needs one.
     """
     hooked = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks or "step" in vars(base)
     special = any(group.get("amsgrad") or group.get("differentiable") for group in base.param_groups)
-    return None if hooked or special else _RULES.get(type(base))
+    rule = None if hooked or special else _RULES.get(type(base))
+    if rule is None and wanted:
+        raise ValueError(
+            f"{wanted} with base optimizer {type(base).__name__}: only torch's SGD, Adam and AdamW, without amsgrad "
+            "and hooks of their own, are fused"
+        )
+    return rule
 
 
 def adopt(
@@ -94,7 +104,7 @@ def adopt(
             if given.shape != buffers[i].shape:
                 name = contract.describe(param, flat.places[i])
                 raise ValueError(f"{name} has state {key} of shape {tuple(given.shape)}: load a matching state dict")
-            if given.data_ptr() != buffers[i].data_ptr():
+            if _address(given) != _address(buffers[i]):
                 buffers[i].copy_(given)
                 held[key] = buffers[i]
                 if "step" not in rule.keys:
@@ -105,10 +115,14 @@ def adopt_masters(flat: FlatParams, state: MutableMapping[Tensor, dict[str, Any]
     """Bring master weights into a flat buffer, likewise; where there are none yet, the update makes them."""
     for param, master in zip(flat.params, flat.state(MASTER_WEIGHT), strict=True):
         given = state.get(param, {}).get(MASTER_WEIGHT)
-        if given is not None and given.data_ptr() != master.data_ptr():
+        if given is not None and _address(given) != _address(master):
             master.copy_(given)
         if given is not None or not rule.always:
             state[param][MASTER_WEIGHT] = master
+
+
+def _address(tensor: Tensor) -> int:
+    return distributed.local(tensor).data_ptr()
 
 
 def _has(flat: FlatParams, state: MutableMapping[Tensor, dict[str, Any]], key: str) -> bool:

@@ -85,7 +85,7 @@ class Persistent(torch.optim.Optimizer):
         base = {**self.base_optimizer.__getstate__(), "state": state, "param_groups": self.param_groups}
         ours = {
             name: self.__dict__[name]
-            for name in ("norm_eps", "max_grad_norm", "model", "backend", "active", "sharpness")
+            for name in ("norm_eps", "max_grad_norm", "sync", "model", "backend", "active", "sharpness")
         }
         return {
             **super().__getstate__(),

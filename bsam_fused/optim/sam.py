@@ -38,6 +38,9 @@ class SAM(SharpnessAware):
         seed: of stochastic rounding, in [0, 2³²): the same gradients then give the same bits on every backend.
         master_weights: update 16-bit parameters from and to a float32 copy, ``state[p]["master_weight"]``, of which the
             weights are the rounding to nearest; a weight set from outside counts from there on. Fused bases only.
+        sync: what DistributedDataParallel averages: "every" pass's gradients, or only what comes "last", the direction:
+            each rank then perturbs by the gradient of its own batch (m-sharpness), and one all-reduce a step is left.
+            Needs ``model=`` to be the DDP module; passes by hand go into ``with optimizer.no_sync():``.
         model: whose BatchNorm running statistics shall move in the first pass only.
         backend: "auto", "cuda", "triton", "cpp" or "torch".
         **base_kwargs: options of the base optimizer's class.
@@ -64,6 +67,7 @@ class SAM(SharpnessAware):
         rounding: str = "stochastic",
         seed: int = 0,
         master_weights: bool = False,
+        sync: str = "every",
         model: nn.Module | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
@@ -79,6 +83,7 @@ class SAM(SharpnessAware):
             rounding=rounding,
             seed=seed,
             master_weights=master_weights,
+            sync=sync,
             model=model,
             backend=backend,
         )
@@ -128,6 +133,7 @@ class ASAM(SAM):
         rounding: as `SAM` has it.
         seed: as `SAM` has it.
         master_weights: as `SAM` has it.
+        sync: as `SAM` has it.
         model: as `SAM` has it.
         backend: as `SAM` has it.
         **base_kwargs: options of the base optimizer's class.
@@ -148,6 +154,7 @@ class ASAM(SAM):
         rounding: str = "stochastic",
         seed: int = 0,
         master_weights: bool = False,
+        sync: str = "every",
         model: nn.Module | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
@@ -163,6 +170,7 @@ class ASAM(SAM):
             rounding=rounding,
             seed=seed,
             master_weights=master_weights,
+            sync=sync,
             model=model,
             backend=backend,
             **base_kwargs,

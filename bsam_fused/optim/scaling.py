@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from bsam_fused import distributed
+
 
 class Scaled(NamedTuple):
     """What GradScaler says of this step's gradients."""
@@ -60,7 +62,7 @@ def refuse_unscaled(scaled: Scaled, name: str) -> None:
 def mark(params: Iterable[Tensor], bad: Tensor) -> None:
     """Make an element of one gradient NaN where ``bad`` (bool, 0-dim), without asking the device."""
     for param in params:
-        grad = param.grad
+        grad = distributed.local(param.grad)
         if grad is not None and grad.numel():
             grad.detach()[(0,) * grad.dim()].masked_fill_(bad.to(grad.device), math.nan)
             return

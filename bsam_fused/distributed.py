@@ -1,0 +1,164 @@
+"""What the ranks of a process group tell each other: small vectors of sums, and what they must agree on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def world_size() -> int:
+    """Return how many ranks there are: 1 without an initialised process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Return whether ``tensor`` is a DTensor, without importing what makes them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Any:
+    """Return this rank's shard of a DTensor, anything else as it is."""
+    if not (isinstance(tensor, Tensor) and is_dtensor(tensor)):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local().detach()  # type: ignore[attr-defined]
+
+
+def like(shard: Tensor, param: Any) -> Any:
+    """Return the DTensor of which ``shard`` is this rank's part, placed as ``param`` is."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        shard, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
+
+
+def shard_groups(param: Any) -> tuple[Any, ...]:
+    """Return the process groups, one after the other, over which sums over ``param``'s shards are to be added up."""
+    if not is_dtensor(param):
+        return ()
+    mesh, placements = param.device_mesh, param.placements
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
+
+
+def shard_index(param: Any) -> int:
+    """Return which of all shards this rank's is: 0 to their number."""
+    index = 0
+    for group in shard_groups(param):
+        index = index * dist.get_world_size(group) + dist.get_rank(group)
+    return index
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the weights that FSDP2 keeps gathered, so that it gathers them anew: the shards were written."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def averaging_group(sync: str, model: nn.Module | None) -> Any:
+    """Return the process group of a DistributedDataParallel where ``sync`` is "last", None where it is "every".
+
+    Raises:
+        ValueError: ``sync`` is neither, or ``model`` is no DistributedDataParallel; why, and what to do.
+    """
+    if sync not in {"every", "last"}:
+        raise ValueError(f'sync={sync!r}: must be "every" or "last"')
+    if sync == "every":
+        return None
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.process_group
+    uninitialised = "" if dist.is_available() and dist.is_initialized() else (
+        " (torch.distributed is not initialised: start with torchrun, and call init_process_group() first)"
+    )  # fmt: skip
+    raise ValueError(
+        f'sync="last" with model={type(model).__name__}: pass model=DistributedDataParallel(...), whose gradients to '
+        f"keep local until the last pass{uninitialised}"
+    )
+
+
+def average(buffer: Tensor, group: Any) -> None:
+    """Add up every rank's share of a mean, in place, the same bits on all ranks.
+
+    Raises:
+        RuntimeError: a rank did not take part.
+    """
+    try:
+        dist.all_reduce(buffer, group=group)
+    except RuntimeError as error:
+        raise _absent(error) from error
+
+
+def _absent(error: RuntimeError) -> RuntimeError:
+    return RuntimeError(
+        "a rank did not take part in the optimizer's collective: it raised, ended, or called other phases; see its own "
+        f"error. restore() gives up this step. ({error})"
+    )
+
+
+class Exchange:
+    """A row of numbers from every rank of a group, of which the last must be the same on all.
+
+    On a CPU a disagreement raises. On a GPU, which is not waited for, all rows become NaN, so that every rank skips
+    its step, and a later call raises, when the host has learned of it.
+
+    Args:
+        group: the process group.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.ranks = dist.get_world_size(group)
+        self._told: tuple[Tensor, Any] | None = None  # on its way from a GPU, and the event of its arrival
+
+    def __call__(self, row: Tensor, alike: Sequence[Tensor | float], meaning: Sequence[str]) -> Tensor:
+        """Return every rank's row: (ranks, len(row)), the same bits on all ranks.
+
+        Args:
+            row: float64, of one length on all ranks.
+            alike: numbers that must be the same on all ranks; NaN is the same as any.
+            meaning: of each, what a difference means.
+
+        Raises:
+            RuntimeError: ranks differ in ``alike``, on each of them; or a rank did not take part within the group's
+                timeout.
+        """
+        self._raise_what_came()
+        tail = [x if isinstance(x, Tensor) else row.new_full((), x) for x in alike]
+        rows = self._gather(torch.cat([row, torch.stack(tail)]))
+        said = rows[:, len(row) :]
+        differ = (said != said[0]) & ~said.isnan() & ~said[0].isnan()
+        if rows.is_cpu:
+            self._raise(differ.any(0).tolist(), meaning)
+            return rows[:, : len(row)]
+        arrived, event = torch.empty(len(alike), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+        arrived.copy_(differ.any(0), non_blocking=True)
+        event.record()
+        self._told, self._meaning = (arrived, event), meaning
+        return rows[:, : len(row)].masked_fill(differ.any(), torch.nan)
+
+    def _gather(self, row: Tensor) -> Tensor:
+        rows = row.new_empty(self.ranks, len(row))
+        try:
+            dist.all_gather(list(rows), row, group=self.group)
+        except RuntimeError as error:
+            raise _absent(error) from error
+        return rows
+
+    def _raise_what_came(self) -> None:
+        if self._told and self._told[1].query():
+            arrived, self._told = self._told[0].tolist(), None
+            self._raise(arrived, self._meaning)
+
+    def _raise(self, differ: Sequence[bool], meaning: Sequence[str]) -> None:
+        wrong = "; ".join(what for found, what in zip(differ, meaning, strict=True) if found)
+        if wrong:
+            raise RuntimeError(f"the {self.ranks} ranks disagree: {wrong}")

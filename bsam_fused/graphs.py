@@ -1,0 +1,181 @@
+"""A whole sharpness-aware step, all passes and the update, in one CUDA graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bsam_fused import distributed
+from bsam_fused.optim.base import SharpnessAware
+
+_WARM_UP = 3
+
+
+class GraphedStep:
+    """Replays one step of ``optimizer`` on new data: what the host had to do for it was done once.
+
+    A step of hundreds of launches is replayed by one call. Learning rates, radii and the other numbers in the param
+    groups are read from the device, so schedules go on; everything else stays as it was when this was built. Building
+    trains nothing: the warm-up's steps are skipped ones, and running statistics and random generators are put back.
+
+    Args:
+        model: in the mode, training or evaluation, in which it is to stay; on one GPU, as the optimizer's parameters.
+        loss_fn: of (model's output, target): a scalar Tensor. Nothing in model and loss may wait for the device.
+        optimizer: at rest, active, with a fused base on the "cuda" or the "triton" backend; its closures are made here.
+        sample_inputs: the model's inputs (at least one), then the target: tensors on the model's device, of the shapes
+            and dtypes of all that will come; they are copied.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: a shape, dtype or device that cannot be captured.
+        RuntimeError: the step cannot be captured: why, and what to do.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Tensor], Tensor],
+        optimizer: SharpnessAware,
+        sample_inputs: Sequence[Tensor],
+    ) -> None:
+        _check(model, optimizer, sample_inputs)
+        self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
+        self._inputs = [sample.detach().clone() for sample in sample_inputs]
+        self._warm_up()
+        optimizer.write_options()
+        self._captured = self._structure()
+        try:
+            self._replay = _capture(self._step)
+        finally:  # nothing of a step was done, however far it was captured
+            for flat in optimizer._flats:
+                flat.release()
+            optimizer.restore()
+            optimizer.zero_grad()
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Make a step; does not wait for the device.
+
+        Args:
+            *inputs: as ``sample_inputs``, on any device.
+
+        Returns:
+            The loss at w: 0-dim, a copy.
+
+        Raises:
+            ValueError: an input of another shape or dtype than the sample, or another number of them.
+            RuntimeError: what the graph has fixed was changed since: what, and what to do.
+        """
+        self._check_inputs(inputs)
+        self._check_structure()
+        for here, given in zip(self._inputs, inputs, strict=True):
+            here.copy_(given, non_blocking=True)
+        self._optimizer.write_options()
+        self._replay()
+        return self._loss.clone()
+
+    def _step(self, factor: float = 1.0) -> None:
+        def closure() -> Tensor:
+            *inputs, target = self._inputs
+            loss = self._loss_fn(self._model(*inputs), target)
+            loss.backward()
+            return loss.detach() * factor
+
+        self._loss = self._optimizer.step(closure)
+
+    def _warm_up(self) -> None:
+        """Allocate, compile and write all that a capture cannot: in steps that are skipped, as their loss is NaN."""
+        buffers = [buffer.clone() for buffer in self._model.buffers()]
+        skipped = self._optimizer.skipped_steps
+        try:
+            with torch.random.fork_rng(_devices(self._inputs)):
+                _on_side_stream(lambda: [self._step(math.nan) for _ in range(_WARM_UP)])
+        finally:
+            for buffer, before in zip(self._model.buffers(), buffers, strict=True):
+                buffer.detach().copy_(before)
+            self._optimizer._flats.disregard(self._optimizer.skipped_steps - skipped)
+
+    def _structure(self) -> dict[str, Any]:
+        """Return what replays have fixed, by the name under which the user knows it."""
+        groups, key = self._optimizer.param_groups, self._optimizer._key
+        return {
+            "active": self._optimizer.active,
+            "norm_eps": self._optimizer.norm_eps,
+            "max_grad_norm": self._optimizer.max_grad_norm,
+            "model.training": self._model.training,
+            "parameters": [len(group["params"]) for group in groups],
+            "adaptive": [bool(group[key("adaptive")]) for group in groups],
+            "whether there is momentum": [group.get("momentum", 0) != 0 for group in groups],
+        }
+
+    def _check_structure(self) -> None:
+        now = self._structure()
+        for name, value in self._captured.items():
+            if now[name] != value:
+                raise RuntimeError(
+                    f"{name} was {value} when this step was captured and is {now[name]}: use optimizer.step(closure) "
+                    "meanwhile, or build another GraphedStep"
+                )
+
+    def _check_inputs(self, inputs: Sequence[Tensor]) -> None:
+        if len(inputs) != len(self._inputs):
+            raise ValueError(f"{len(inputs)} inputs, but sample_inputs had {len(self._inputs)}")
+        for i, (here, given) in enumerate(zip(self._inputs, inputs, strict=True)):
+            if (given.shape, given.dtype) != (here.shape, here.dtype):
+                raise ValueError(
+                    f"input {i} has shape {tuple(given.shape)} and {given.dtype}, but the step was captured with "
+                    f"{tuple(here.shape)} and {here.dtype}: pad it, or use optimizer.step(closure) for it"
+                )
+
+
+def _check(model: nn.Module, optimizer: SharpnessAware, samples: Sequence[Tensor]) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: pass the nn.Module")
+    if not isinstance(optimizer, SharpnessAware):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}: pass a SAM, ASAM or BSAM")
+    if isinstance(samples, Tensor) or len(samples) < 2 or not all(isinstance(x, Tensor) for x in samples):
+        raise TypeError("sample_inputs: pass a sequence of tensors, the model's inputs and then the target")
+    if not optimizer.active:
+        raise RuntimeError(
+            "optimizer.active is False: capture while it is True, and use optimizer.step(closure) meanwhile"
+        )
+    if distributed.world_size() > 1:
+        raise RuntimeError(f"there are {distributed.world_size()} ranks: steps that communicate are not captured")
+    _check_devices(model, optimizer, samples)
+
+
+def _check_devices(model: nn.Module, optimizer: SharpnessAware, samples: Sequence[Tensor]) -> None:
+    where = {
+        "model": {str(t.device) for t in [*model.parameters(), *model.buffers()]},
+        "optimizer": {str(p.device) for p in optimizer._parameters()},
+        "sample_inputs": {str(x.device) for x in samples},
+    }
+    devices = set().union(*where.values())
+    said = ", ".join(f"{name} on {' and '.join(sorted(on)) or 'none'}" for name, on in where.items())
+    if len(devices) != 1 or not all(device.startswith("cuda") for device in devices):
+        missing = "" if torch.cuda.is_available() else "; torch sees no NVIDIA GPU"
+        raise ValueError(f"a CUDA graph needs all tensors on one GPU, but there is {said}{missing}")
+
+
+def _devices(inputs: Sequence[Tensor]) -> list[torch.device]:
+    return [inputs[0].device]
+
+
+def _on_side_stream(work: Callable[[], Any]) -> None:
+    """Warm up where a capture will run: not on the default stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def _capture(work: Callable[[], Any]) -> Callable[[], None]:
+    """Return what replays ``work``."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay

@@ -1,0 +1,115 @@
+"""FlatParams over DTensors, such as FSDP2's parameters: a backend's own, over this rank's shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bsam_fused import distributed
+from bsam_fused.ops import contract
+
+_SEED_STEP = 0x9E3779B9  # shards of one parameter draw other random bits
+
+
+class ShardedFlatParams:
+    """`contract.FlatParams`, whose parameters, gradients and state are DTensors to others and shards to the operators.
+
+    The operators see plain tensors that share the shards' storage. Sums are of this rank's shards. Stochastic
+    rounding draws from a stream of its own on every shard.
+
+    Args:
+        params: DTensors of one mesh, sharded alike.
+        places: as `contract.FlatParams` has it.
+        seed: likewise.
+        build: makes the FlatParams of a backend.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Any],
+        places: Sequence[tuple[int, int]],
+        seed: int | None,
+        build: Callable[..., contract.FlatParams],
+    ) -> None:
+        self.params = list(params)
+        self._shards = [distributed.local(param) for param in self.params]
+        if seed is not None:
+            seed = (seed + _SEED_STEP * distributed.shard_index(params[0])) % 2**32
+        self._flat = build(self._shards, places, seed)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the shards' FlatParams has: all that needs no parameter."""
+        return getattr(self._flat, name)
+
+    def _attach(self) -> None:
+        """Follow parameters whose storage was replaced."""
+        for param, shard in zip(self.params, self._shards, strict=True):
+            now = distributed.local(param)
+            if now.data_ptr() != shard.data_ptr():
+                shard.data = now
+
+    def read_gradients(self) -> None:
+        """Note the gradients of this pass.
+
+        Raises:
+            RuntimeError: a gradient is not sharded as its parameter is; or as `contract.reject` has it.
+        """
+        self._attach()
+        for i, (param, shard) in enumerate(zip(self.params, self._shards, strict=True)):
+            grad = param.grad
+            if grad is not None and getattr(grad, "placements", None) != param.placements:
+                raise RuntimeError(
+                    f"{contract.describe(param, self._flat.places[i])} is placed {param.placements}, but its gradient "
+                    f"{getattr(grad, 'placements', 'is no DTensor')}: redistribute it before the phase"
+                )
+            shard.grad = None if grad is None else distributed.local(grad)
+        self._flat.read_gradients()
+
+    def _return_gradients(self) -> None:
+        for param, shard in zip(self.params, self._shards, strict=True):
+            if shard.grad is None:
+                param.grad = None
+            elif param.grad is None or distributed.local(param.grad).data_ptr() != shard.grad.data_ptr():
+                param.grad = distributed.like(shard.grad, param)
+
+    def clear_gradients(self) -> None:
+        """Set every .grad to None."""
+        self._flat.clear_gradients()
+        self._return_gradients()
+
+    def ascend(self, *args: Any) -> None:
+        """Save w, then w = w_max."""
+        self._flat.ascend(*args)
+        self._return_gradients()
+
+    def descend(self, *args: Any) -> None:
+        """From the saved w, w = w_min; g = g + g_max."""
+        self._flat.descend(*args)
+        self._return_gradients()
+
+    def combine(self, *args: Any) -> bool:
+        """Put d into .grad, w into the weights."""
+        went = self._flat.combine(*args)
+        self._return_gradients()
+        return went
+
+    def restore(self) -> None:
+        """Saved w back into the weights."""
+        self._attach()
+        self._flat.restore()
+
+    def show_w(self, at_w: bool) -> None:
+        """Exchange perturbed weights and saved w."""
+        self._attach()
+        self._flat.show_w(at_w)
+
+    def state(self, key: str) -> list[Tensor]:
+        """Views of the flat buffer ``key``, as DTensors; "step" is each rank's own."""
+        views = self._flat.state(key)
+        if key == "step":
+            return views
+        with torch.no_grad():
+            return [distributed.like(view, param) for view, param in zip(views, self.params, strict=True)]

@@ -1,0 +1,265 @@
+"""GraphedStep: on a GPU against eager steps; elsewhere what it refuses, and all that it does but the capture itself.
+
+The stand-in for a graph runs the step with the CUDA backend on the host, whose stream says that it is capturing: so it
+allocates nothing, and raises where options are not on the device yet.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from bsam_fused import ASAM, BSAM, SAM, graphs, schedules
+from bsam_fused.graphs import GraphedStep
+
+KINDS = {"SAM": SAM, "ASAM": ASAM, "BSAM": BSAM}
+BASES = {"SGD": (torch.optim.SGD, {"momentum": 0.9}), "AdamW": (torch.optim.AdamW, {"eps": 1e-3})}
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+every_base = pytest.mark.parametrize("base", BASES)
+where = pytest.mark.parametrize(
+    "backend", ["cuda-on-host", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
+)
+loss_fn = nn.functional.cross_entropy
+
+
+@pytest.fixture
+def captures(backend, monkeypatch):
+    """With the graph's stand-in, where there is no GPU."""
+    if torch.get_default_device().type == "cuda":
+        return
+
+    def replay(work):
+        with monkeypatch.context() as patch:
+            patch.setitem(os.environ, "SHIM_CAPTURING", "1")
+            work()
+
+    monkeypatch.setattr(graphs, "_check_devices", lambda *_: None)
+    monkeypatch.setattr(graphs, "_devices", lambda _: [])
+    monkeypatch.setattr(graphs, "_on_side_stream", lambda work: work())
+    monkeypatch.setattr(graphs, "_capture", lambda work: lambda: replay(work))
+
+
+def network():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 40), nn.BatchNorm1d(40), nn.Dropout(0.2), nn.Tanh(), nn.Linear(40, 3))
+
+
+def data(seed, n=8):
+    torch.manual_seed(seed)
+    return torch.randn(n, 6), torch.randint(3, (n,))
+
+
+def optimizer(kind, model, base="SGD", **options):
+    kind_of_base, base_options = BASES[base]
+    return kind(model.parameters(), kind_of_base, lr=0.05, backend="cuda", model=model, **base_options, **options)
+
+
+def eager_step(model, opt, batch):
+    def closure():
+        loss = loss_fn(model(batch[0]), batch[1])
+        loss.backward()
+        return loss
+
+    return opt.step(closure)
+
+
+def assert_equal(model, other):
+    for (name, value), expected in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@where
+@every_kind
+@every_base
+@pytest.mark.usefixtures("captures")
+def test_replays_train_as_eager_steps_do(kind, base):
+    """With new data, and learning rate, ρ and so ρ_min scheduled."""
+    models = [network() for _ in range(2)]
+    for model in models:
+        model[2].p = 0.0  # a graph draws other numbers than eager steps do
+    opts = [optimizer(kind, model, base, weight_decay=0.01) for model in models]
+    rates = [LambdaLR(opt, lambda t: 0.7**t) for opt in opts]
+    radii = [schedules.LinearRadius(opt, 6, end=0.01) for opt in opts]
+    graphed = GraphedStep(models[0], loss_fn, opts[0], data(0))
+    for t in range(5):
+        loss = graphed(*data(t))
+        expected = eager_step(models[1], opts[1], data(t))
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=1e-6)
+        assert_equal(*models)
+        for schedule in (*rates, *radii):
+            schedule.step()
+    assert opts[0].skipped_steps == 0
+    eager_step(models[0], opts[0], data(9))  # goes on from there, eagerly
+    eager_step(models[1], opts[1], data(9))
+    assert_equal(*models)
+
+
+@where
+@every_kind
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.usefixtures("captures")
+def test_building_trains_nothing(kind, steps):
+    model = network().bfloat16()
+    opt = optimizer(kind, model, "AdamW")
+    x, y = data(0)
+    batch = x.bfloat16(), y
+    for _ in range(steps):
+        eager_step(model, opt, batch)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    state = opt.state_dict()
+    before = [[v.clone() for v in values.values()] for values in state["state"].values()]
+    torch.manual_seed(5)
+    GraphedStep(model, loss_fn, opt, batch)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    after = opt.state_dict()
+    assert after["param_groups"][0]["rounded_steps"] == steps
+    assert [len(values) for values in after["state"].values()] == [len(values) for values in before]
+    for values, kept in zip(after["state"].values(), before, strict=True):
+        assert all(torch.equal(v, w) for v, w in zip(values.values(), kept, strict=True))
+    assert opt.skipped_steps == 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+@where
+@pytest.mark.usefixtures("captures")
+def test_an_input_that_is_not_as_the_sample():
+    model = network()
+    graphed = GraphedStep(model, loss_fn, optimizer(SAM, model), data(0))
+    x, y = data(0)
+    with pytest.raises(ValueError, match=r"input 0 has shape \(7, 6\).*captured with \(8, 6\)"):
+        graphed(*data(0, n=7))
+    with pytest.raises(ValueError, match=r"input 0 has shape \(8, 6\) and torch.float64"):
+        graphed(x.double(), y)
+    with pytest.raises(ValueError, match="1 inputs, but sample_inputs had 2"):
+        graphed(x)
+
+
+@where
+@pytest.mark.usefixtures("captures")
+def test_what_a_graph_has_fixed():
+    """LatePhase sets `active`: raise, rather than train otherwise than asked to."""
+    model = network()
+    opt = optimizer(SAM, model)
+    graphed = GraphedStep(model, loss_fn, opt, data(0))
+    changes = [
+        ("active", lambda: setattr(opt, "active", False), lambda: setattr(opt, "active", True)),
+        ("max_grad_norm", lambda: setattr(opt, "max_grad_norm", 1.0), lambda: setattr(opt, "max_grad_norm", None)),
+        ("model.training", model.eval, model.train),
+        (
+            "adaptive",
+            lambda: opt.param_groups[0].update(adaptive=True),
+            lambda: opt.param_groups[0].update(adaptive=False),
+        ),
+        (
+            "momentum",
+            lambda: opt.param_groups[0].update(momentum=0.0),
+            lambda: opt.param_groups[0].update(momentum=0.9),
+        ),
+    ]
+    for name, change, back in changes:
+        change()
+        with pytest.raises(RuntimeError, match=f"{name} was .* when this step was captured"):
+            graphed(*data(1))
+        back()
+    graphed(*data(1))
+    opt.active = False
+    with pytest.raises(RuntimeError, match="active is False"):
+        GraphedStep(model, loss_fn, opt, data(0))
+
+
+@where
+@pytest.mark.usefixtures("captures")
+def test_what_cannot_be_captured():
+    model = network()
+    with pytest.raises(ValueError, match="a captured step with base optimizer RMSprop: only torch's"):
+        GraphedStep(model, loss_fn, SAM(model.parameters(), torch.optim.RMSprop, backend="cuda"), data(0))
+    with pytest.raises(RuntimeError, match="launches carry their options"):
+        GraphedStep(model, loss_fn, SAM(model.parameters(), lr=0.1, backend="torch"), data(0))
+    opt = optimizer(SAM, model)
+    eager_step(model, opt, data(0))
+    loss_fn(model(data(0)[0]), data(0)[1]).backward()
+    opt.ascend()
+    with pytest.raises(RuntimeError, match="out of order"):
+        GraphedStep(model, loss_fn, opt, data(0))
+    opt.restore()
+    opt.grad_scale, opt.found_inf = torch.ones(()), torch.zeros(())
+    with pytest.raises(RuntimeError, match=r"GradScaler.step\(\) with a closure"):
+        GraphedStep(model, loss_fn, opt, data(0))
+
+
+@where
+@pytest.mark.usefixtures("captures")
+def test_options_are_written_before_a_capture_and_not_in_it(monkeypatch):
+    """Else all replays would write those of the capture."""
+    model = network()
+    opt = optimizer(BSAM, model)
+    graphed = GraphedStep(model, loss_fn, opt, data(0))
+    opt.param_groups[0]["rho_min"] = 0.2
+    monkeypatch.setattr(BSAM, "write_options", lambda self: None)
+    if torch.get_default_device().type == "cpu":  # as the stand-in shows it; a GPU's replay would use the old one
+        with pytest.raises(RuntimeError, match=r"optimizer.write_options\(\) before"):
+            graphed(*data(1))
+
+
+def test_only_tensors_on_one_gpu():
+    model = network()
+    opt = SAM(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="needs all tensors on one GPU, but there is model on cpu, optimizer on cpu"):
+        GraphedStep(model, loss_fn, opt, data(0))
+    elsewhere = [x.to("meta") for x in data(0)]
+    with pytest.raises(ValueError, match="sample_inputs on meta"):
+        GraphedStep(model, loss_fn, opt, elsewhere)
+    with pytest.raises(TypeError, match="pass a SAM, ASAM or BSAM"):
+        GraphedStep(model, loss_fn, torch.optim.SGD(model.parameters()), data(0))
+    with pytest.raises(TypeError, match="sample_inputs: pass a sequence"):
+        GraphedStep(model, loss_fn, opt, data(0)[0])
+    with pytest.raises(TypeError, match="model is a function"):
+        GraphedStep(network, loss_fn, opt, data(0))
+
+
+@pytest.mark.cuda
+def test_a_capture_that_fails_does_nothing():
+    """Here in the second pass: what the first one was to do was never done."""
+    with torch.device("cuda"):
+        model = network()
+        opt = optimizer(SAM, model)
+        eager_step(model, opt, data(0))
+        weights = [p.detach().clone() for p in model.parameters()]
+        passes = iter(range(100))
+
+        def waits(output, target):
+            loss = loss_fn(output, target)
+            if next(passes) >= 7:
+                loss.item()
+            return loss
+
+        with pytest.raises(RuntimeError):
+            GraphedStep(model, waits, opt, data(0))
+        assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+        eager_step(model, opt, data(0))
+        assert opt.skipped_steps == 0
+
+
+@where
+@pytest.mark.usefixtures("captures")
+def test_a_warm_up_that_fails_trains_nothing():
+    model = network()
+    opt = optimizer(SAM, model)
+    eager_step(model, opt, data(0))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    passes = iter(range(100))
+
+    def fails(output, target):
+        if next(passes) == 3:
+            raise KeyboardInterrupt
+        return loss_fn(output, target)
+
+    with pytest.raises(KeyboardInterrupt):
+        GraphedStep(model, fails, opt, data(0))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert opt.skipped_steps == 0
