@@ -225,13 +225,46 @@ class Manual(Plain):
         optimizer.zero_grad()
 
 
-def test_manual_optimization():
-    module = Manual(BSAM)
-    scaler, plugin = half(2.0**8)
-    plugin.autocast_context_manager = lambda: torch.autocast("cpu", enabled=False)
-    trainer = fit(module, 96, plugins=[plugin])
-    assert (trainer.global_step, scaler.get_scale()) == (3, 256.0)
+@pytest.mark.parametrize("scale", [None, 2.0**8])
+def test_manual_optimization(scale):
+    """In 32 bits Lightning puts a closure of its own, which does nothing, in place of none."""
+    stepped = []
+    module, plugins = Manual(BSAM), []
+    module.on_before_optimizer_step = lambda optimizer: stepped.append(optimizer)
+    if scale:
+        scaler, plugin = half(scale)
+        plugin.autocast_context_manager = lambda: torch.autocast("cpu", enabled=False)
+        plugins = [plugin]
+    assert fit(module, 96, plugins=plugins).global_step == 3
+    assert stepped == [module.optimizer] * 3
+    assert scale is None or scaler.get_scale() == scale
     assert trainers.same(module.net, trainers.by_hand(BSAM, list(trainers.loader(96)), 1))
+
+
+def test_manual_optimization_with_a_closure():
+    class WithClosure(Plain):
+        automatic_optimization = False
+
+        def training_step(self, batch):
+            self.optimizers().step(closure=lambda: self.manual_backward(super(WithClosure, self).training_step(batch)))
+
+    module = WithClosure(BSAM)
+    fit(module, 96)
+    assert trainers.same(module.net, trainers.by_hand(BSAM, list(trainers.loader(96)), 1))
+
+
+def test_manual_optimization_as_with_other_optimizers_is_named():
+    """Not a step of no gradients."""
+
+    class OnePass(Plain):
+        automatic_optimization = False
+
+        def training_step(self, batch):
+            self.manual_backward(super().training_step(batch))
+            self.optimizers().step()
+
+    with pytest.raises(RuntimeError, match=r"step\(\) out of order: the optimizer is at rest.*all passes by hand"):
+        fit(OnePass(SAM), 32)
 
 
 def test_phases_of_the_wrapper_are_refused():

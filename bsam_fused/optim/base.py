@@ -284,6 +284,7 @@ class SharpnessAware(Persistent):
             RuntimeError: out of order, or a gradient that cannot be used, by name. Whatever a closure raises
                 passes through, with the weights back at w.
         """
+        closure = trainers.without_empty(closure)
         if closure is not None:
             return self._run([closure] * len(self._calls))
         if self._phase is Phase.REST and not self._looking_at_w and self._is_plain():

@@ -1,4 +1,4 @@
-"""What trainers do that a sharpness-aware step would not survive unseen: errors that say what to do instead."""
+"""What trainers do to ``step``: understood where it can be, else an error that says what to do instead."""
 
 from __future__ import annotations
 
@@ -13,11 +13,21 @@ ALONE = (
 """What to add where step() comes first."""
 
 
+def without_empty(closure: Any) -> Any:
+    """Return None, once its hooks were called, for the closure that Lightning's wrapper puts where there is none.
+
+    Args:
+        closure: what ``step`` was given; Lightning's precision plugins bind the wrapper's to theirs.
+    """
+    bound = closure.args if isinstance(closure, partial) else ()
+    return closure() if bound and getattr(bound[-1], "__name__", None) == "do_nothing_closure" else closure
+
+
 def refuse_lightning(closure: Any) -> None:
     """Raise RuntimeError where Lightning accumulates or clips, and the closure knows only of the last micro-batch.
 
     Args:
-        closure: what ``step`` was given; Lightning's precision plugins bind the LightningModule to theirs.
+        closure: what ``step`` was given; the LightningModule is bound to it.
     """
     module = closure.args[0] if isinstance(closure, partial) and closure.args else None
     trainer = getattr(module, "_trainer", None)
