@@ -137,6 +137,19 @@ def test_intervals_hold_the_median_as_often_as_they_say():
     assert outside / 2000 < 0.015
 
 
+def test_the_interval_is_that_of_the_tables():
+    """The sign test's tables: for 30 values the 8th from either end, at 99 % and more."""
+    assert compare.interval(range(1, 31)) == (15.5, 8, 23)
+
+
+def test_ratios_are_of_b_over_a():
+    class Told:
+        def __init__(self, seconds):
+            self.ask = lambda question: seconds
+
+    assert compare.compare(Told(2.0), Told(3.0), "bsam-sgd-tiny500", 20) == (1.5, 1.5, 1.5)
+
+
 def test_workers_take_the_steps_of_their_checkout():
     """Two processes of this checkout, as two commits would be: the same rows, answered in turns."""
     workers = [compare.Worker(performance.ROOT) for _ in range(2)]
