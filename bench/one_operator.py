@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -13,8 +14,8 @@ from bench.operators import OPERATORS, OperatorRun
 from bsam_fused.report.clock import Clock, copy_bandwidth
 from bsam_fused.report.contestant import Shapes
 
-REPEAT = 20
-WARM_UP = 3
+REPEAT, REPEAT_ON_CPU = 20, 7
+WARM_UP = 2
 ON_CPU = ("cpp", "torch")
 
 Measured = dict[str, dict[str, Any]]
@@ -33,20 +34,20 @@ def measure(backend: str, shapes: Shapes, clock: Clock, copy: float) -> Measured
     Raises:
         RuntimeError: the backend cannot be had here, with the reason.
     """
-    return _measure([backend], shapes, clock, copy)[backend]
+    return _measure([backend], shapes, clock, copy, REPEAT)[backend]
 
 
 def on_cpu(shapes: Shapes, clock: Clock) -> dict[str, Measured]:
     """Return the same of both backends on a CPU, measured in turns."""
-    return _measure(ON_CPU, shapes, clock, copy_bandwidth(clock, copies=5))
+    return _measure(ON_CPU, shapes, clock, copy_bandwidth(clock, copies=5), REPEAT_ON_CPU)
 
 
-def _measure(backends: tuple[str, ...] | list[str], shapes: Shapes, clock: Clock, copy: float) -> dict[str, Measured]:
+def _measure(backends: Sequence[str], shapes: Shapes, clock: Clock, copy: float, repeat: int) -> dict[str, Measured]:
     runs = {backend: OperatorRun(backend, shapes, clock.device) for backend in backends}
     n_bytes = sum(map(math.prod, shapes)) * torch.float32.itemsize
     found: dict[str, Measured] = {backend: {} for backend in backends}
     for name, (_, moves) in OPERATORS.items():
-        for backend, seconds in _seconds(runs, name, clock).items():
+        for backend, seconds in _seconds(runs, name, clock, repeat).items():
             rate = moves * n_bytes / median(seconds)
             found[backend][name] = {
                 "moves": moves,
@@ -57,9 +58,9 @@ def _measure(backends: tuple[str, ...] | list[str], shapes: Shapes, clock: Clock
     return found
 
 
-def _seconds(runs: dict[str, OperatorRun], name: str, clock: Clock) -> dict[str, list[float]]:
+def _seconds(runs: dict[str, OperatorRun], name: str, clock: Clock, repeat: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {backend: [] for backend in runs}
-    for _ in range(WARM_UP + REPEAT):
+    for _ in range(WARM_UP + repeat):
         for backend, run in runs.items():
             run.come_to(name)
             seconds[backend].append(clock.busy(partial(run.run, name)))

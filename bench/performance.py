@@ -32,7 +32,7 @@ PAGE = ROOT / "docs" / "performance.md"
 TRAINED = {"digits": 50, "resnet18": 5}
 """Networks whose training steps are timed, and how many."""
 CASES = [(algorithm, base) for algorithm in ("bsam", "sam") for base in BASES]
-OPERATORS_ON = ("resnet18", "gpt2")
+OPERATORS_ON = ("resnet18", "wrn28_10")
 
 
 def measure(shapes: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from bench.cases import SHAPES
 from bench.gpu.page import table
 
 Content = Mapping[str, Any]
@@ -41,6 +42,9 @@ OTHERS = ("loops", "foreach", "compiled", "pytorch_optimizer", "torch")
 def page(content: Content) -> str:
     """Return the whole page."""
     parts = [HEAD, _about(content["about"]), _bars(content), *_training(content["training"])]
+    missing = [name for name in SHAPES if name not in {it["shapes"] for it in content["steps"]}]
+    if missing:
+        parts.insert(1, f"**Not measured yet: the shapes of {', '.join(missing)}.**")
     groups = dict.fromkeys((it["algorithm"], it["base"]) for it in content["steps"])
     parts.append("## The optimizer's own step\n\nPasses excluded. Ratios: the other's time over that of cpp.")
     parts += [_group(content["steps"], *group) for group in groups]

@@ -25,7 +25,7 @@ from bsam_fused.report.implementations import ALGORITHMS, BASES, implementations
 TENSORS = (10, 30, 100, 300, 1000, 3000, 10_000)
 """Of `EACH` elements, on one thread: what is measured is the host's time."""
 EACH = 64
-ELEMENTS = tuple(10**power for power in range(4, 10))
+ELEMENTS = (10**4, 10**5, 10**6, 10**7, 3 * 10**7, 10**8, 3 * 10**8, 10**9)
 """In one tensor."""
 STREAMED = 10**7
 """Elements from which on nothing of a step stays in a cache, so that its cost can be seen to be linear."""

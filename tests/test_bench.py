@@ -11,9 +11,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import on_cpu
+from bench import on_cpu, one_operator
 from bench.cases import SHAPES, Case, cpu_case
 from bench.test_steps import CASES
+from bsam_fused.report.clock import HostClock
 from bsam_fused.report.implementations import ALGORITHMS, BASES, PACKAGE, implementations
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +70,21 @@ def test_a_case(side):
     assert figures["cpp, a tensor"]["value"] == pytest.approx(1e3 * cpp["step_ms"]["median"] / len(FEW))
     assert figures[f"{PACKAGE} / cpp"]["target"].startswith(">= 80.00")
     assert "loops / cpp" in on_cpu.told(side)
+
+
+def test_operators_move_what_the_design_says():
+    class Clock(HostClock):
+        copied = 1 << 10
+
+        def busy(self, work):
+            work()
+            return 1e-6
+
+    for found in one_operator.on_cpu(FEW, Clock()).values():
+        rates = {name: it["gb_per_s"] for name, it in found.items()}
+        moves = {"square_norm": 1, "ascend": 4, "descend": 5, "update_sgd": 6, "update_adam": 8, "restore": 2}
+        assert rates == pytest.approx({name: 1e-9 * n * 25 * 4 / 1e-6 for name, n in {**moves, "combine": 5}.items()})
+        assert found["ascend"]["copy_percent"] == pytest.approx(100 * 4 * 25 / (2 * 1024))
 
 
 def test_the_pytest_benchmark_command(tmp_path):

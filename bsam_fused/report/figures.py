@@ -12,7 +12,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from bsam_fused.report.results import Report
 from bsam_fused.report.sweep import Point
@@ -91,7 +91,7 @@ def steps(axes: Axes, report: Report) -> None:
 def overhead(axes: Axes, report: Report) -> None:
     """The optimizer's own time of a step against the number of parameters, by implementation."""
     _lines(axes, report.points, lambda point: point.optimizer_ms)
-    axes.set(xlabel="parameters", ylabel="optimizer time of a step, ms", xscale="log", yscale="log")
+    axes.set(ylabel="optimizer time of a step, ms")
 
 
 @_svg
@@ -108,7 +108,7 @@ def roofline(axes: Axes, report: Report) -> None:
             textcoords="offset points",
             fontsize=9,
         )
-    axes.set(xlabel="parameters", ylabel="bytes to move over time, GB/s", xscale="log", yscale="log")
+    axes.set(ylabel="bytes to move over time, GB/s")
 
 
 @_svg
@@ -140,6 +140,8 @@ def losses(axes: Axes, report: Report) -> None:
 
 def _lines(axes: Axes, points: Sequence[Point], value: Callable[[Point], float]) -> None:
     """Draw a line an implementation; of several algorithms the last, which costs most, in full and others dashed."""
+    axes.set(xlabel="parameters", xscale="log", yscale="log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     named: set[str] = set()
     algorithms = list(dict.fromkeys(point.algorithm for point in points))
     for algorithm, implementation in dict.fromkeys((point.algorithm, point.implementation) for point in points):

@@ -20,7 +20,7 @@ from bsam_fused.report.machine import this_machine
 from bsam_fused.report.models import Workload
 from bsam_fused.report.results import Report
 
-COPIES = 5
+COPIES = 15
 
 
 @dataclass(frozen=True)
