@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import subprocess
 import sys
 import time
 from functools import partial
@@ -353,6 +354,14 @@ def test_results_are_copied_where_they_come_back_from(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["host.json", "host.md"]
     assert all(re.fullmatch(r"[\w.-]+", stage.log.name) for stage in stages.plan(Path("host.json"), tmp_path))
     assert len({stage.log for stage in stages.plan(Path("host.json"), tmp_path)}) + 2 <= 8
+
+
+def test_torch_alone_is_needed():
+    """The machine with the GPU has what it has: nothing is installed there."""
+    extras = ("matplotlib", "jinja2", "rich", "sklearn", "scipy", "pytorch_optimizer", "pytest")
+    hidden = "; ".join(f"sys.modules[{name!r}] = None" for name in extras)
+    code = f"import sys; {hidden}; import bench.gpu.measure, bench.gpu.training, bench.gpu.sanitize, bench.gpu.page"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
 def test_the_plan_ends_within_eight_minutes():
