@@ -14,6 +14,7 @@ from bsam_fused.ops import dispatch
 from bsam_fused.report import make, results, train, write
 
 METHODS = ["SGD", "SAM", "SAM", "BSAM", "BSAM"]
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the command has it by default
 FEW = 96  # images: three batches of 32
 RECIPE = train.Recipe(epochs=1, batch_size=32)
 
@@ -27,15 +28,6 @@ def _little_data(monkeypatch):
         return train.Digits(*(part[:FEW] for part in digits(dtype)))
 
     monkeypatch.setattr(train, "digits", few)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """As the command has it by default."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
