@@ -76,3 +76,12 @@ def backend(request, monkeypatch):
         return
     with torch.device(device), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         yield request.param
+
+
+@pytest.fixture
+def one_thread():
+    """For small networks: threads would wait for each other, the longer the busier the machine is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from bsam_fused import BSAM, SAM
 from bsam_fused.report import loops
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = {SAM: loops.PlainSAM, BSAM: loops.PlainBSAM}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 STEPS, PEAK, RHO = 12, 0.4, 0.3

@@ -16,6 +16,7 @@ from torch import nn
 from bsam_fused import BSAM, SAM
 from bsam_fused.integrations.lightning import SharpnessAwareMixin
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_kind = pytest.mark.parametrize("kind", trainers.KINDS)
 
 

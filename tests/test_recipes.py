@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-pytestmark = pytest.mark.recipe
+pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("one_thread")]
 
 PAGE = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
 RECIPES = re.findall(r"^##+ (.+?)$|^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

@@ -25,6 +25,7 @@ from bsam_fused.report.implementations import ALGORITHMS, BASES, implementations
 from bsam_fused.report.timing import Timed
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the command has it by default
 FEW = 96  # images: three batches of 32
 RECIPE = learning.Recipe(epochs=1, batch_size=32)
 ALONE = ["loops", "foreach", "pytorch_optimizer", "torch", "cpp"]
@@ -37,15 +38,6 @@ def _little_work(monkeypatch):
     monkeypatch.setattr(learning, "digits", lambda: learning.Digits(*(part[:FEW] for part in digits())))
     monkeypatch.setattr(sweep, "SECONDS", 0.0)
     monkeypatch.setattr(HostClock, "copied", 1 << 16)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """As the command has it by default."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def report(tmp_path, *arguments, status=0):

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 from bsam_fused import BSAM, SAM
 from bsam_fused.integrations.transformers import SharpnessAwareMixin
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_kind = pytest.mark.parametrize("kind", trainers.KINDS)
 
 
