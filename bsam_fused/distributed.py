@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,7 +118,7 @@ class Exchange:
     def __init__(self, group: Any) -> None:
         self.group = group
         self.ranks = dist.get_world_size(group)
-        self._told: tuple[Tensor, Any] | None = None  # on its way from a GPU, and the event of its arrival
+        self._told: deque[tuple[Any, Tensor, Sequence[str]]] = deque()  # on its way from a GPU: arrival, which differ
 
     def __call__(self, row: Tensor, alike: Sequence[Tensor | float], meaning: Sequence[str]) -> Tensor:
         """Return every rank's row: (ranks, len(row)), the same bits on all ranks.
@@ -142,7 +143,7 @@ class Exchange:
         arrived, event = torch.empty(len(alike), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
         arrived.copy_(differ.any(0), non_blocking=True)
         event.record()
-        self._told, self._meaning = (arrived, event), meaning
+        self._told.append((event, arrived, meaning))
         return rows[:, : len(row)].masked_fill(differ.any(), torch.nan)
 
     def _gather(self, row: Tensor) -> Tensor:
@@ -154,9 +155,9 @@ class Exchange:
         return rows
 
     def _raise_what_came(self) -> None:
-        if self._told and self._told[1].query():
-            arrived, self._told = self._told[0].tolist(), None
-            self._raise(arrived, self._meaning)
+        while self._told and self._told[0][0].query():
+            _, arrived, meaning = self._told.popleft()
+            self._raise(arrived.tolist(), meaning)
 
     def _raise(self, differ: Sequence[bool], meaning: Sequence[str]) -> None:
         wrong = "; ".join(what for found, what in zip(differ, meaning, strict=True) if found)

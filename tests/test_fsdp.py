@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from bsam_fused import SAM
@@ -308,3 +308,22 @@ def test_checkpoint(rule, base, tmp_path):  # noqa: F811
         for key, value in opt.state[p].items():
             if isinstance(value, DTensor):
                 assert torch.equal(plain.state[q][key].full_tensor(), value.full_tensor())
+
+
+@on_two_ranks
+def test_what_is_refused():
+    """Partial sums, and gradients that are not sharded as their parameter is."""
+    mesh = init_device_mesh("cpu", (2,))
+    partial = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()]))
+    with pytest.raises(TypeError, match="a partial sum: redistribute it"):
+        SAM([partial], lr=0.1)
+    w = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    opt = SAM([w], lr=0.1)
+    w.grad = distribute_tensor(torch.ones(4), mesh, [Replicate()])
+    with pytest.raises(RuntimeError, match=r"but its gradient .*Replicate.*: redistribute it before the phase"):
+        opt.ascend()
+    model = DDP(network())
+    opt = SAM([w, *model.parameters()], lr=0.1, model=model, sync="last")
+    w.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+    with pytest.raises(ValueError, match='is a DTensor, with sync="last"'):
+        opt.ascend()

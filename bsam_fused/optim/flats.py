@@ -138,6 +138,10 @@ class Flats:
         for (device, *_), (params, places) in kinds.items():
             build = dispatch.choose(backend, device).build
             if distributed.is_dtensor(params[0]):
+                if self.local_passes:
+                    raise ValueError(
+                        f'{contract.describe(params[0], places[0])} is a DTensor, with sync="last": use "every"'
+                    )
                 built.append(cast(FlatParams, ShardedFlatParams(params, places, self._seed, build)))
             else:
                 built.append(build(params, places, self._seed))

@@ -41,7 +41,8 @@ class SAM(SharpnessAware):
         sync: what DistributedDataParallel averages: "every" pass's gradients, or only what comes "last", the direction:
             each rank then perturbs by the gradient of its own batch (m-sharpness), and one all-reduce a step is left.
             Needs ``model=`` to be the DDP module; passes by hand go into ``with optimizer.no_sync():``.
-        model: whose BatchNorm running statistics shall move in the first pass only.
+        model: whose BatchNorm running statistics shall move in the first pass only, and which FSDP2 is to gather anew
+            for every pass.
         backend: "auto", "cuda", "triton", "cpp" or "torch".
         **base_kwargs: options of the base optimizer's class.
 
