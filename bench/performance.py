@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +44,7 @@ def measure(shapes: Sequence[str]) -> Iterator[dict[str, Any]]:
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             **asdict(this_machine()),
             "instruction_set": module.instruction_set() if module else None,
+            "load": round(os.getloadavg()[0], 2),
         },
         "scaling": _scaling(),
         "training": [_training(name, steps) for name, steps in TRAINED.items()],
