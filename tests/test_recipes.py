@@ -1,6 +1,7 @@
 """Every snippet of docs/recipes.md runs as it stands, after the first, and trains its model."""
 
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,19 @@ def snippets():
 (_, SETUP), *SNIPPETS = snippets()
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.mark.parametrize("code", [pytest.param(code, id=heading) for heading, code in SNIPPETS])
-def test_snippet(code):
+def test_snippet(code, monkeypatch):
+    """Those for several processes in a group of one."""
+    if "init_process_group" in code:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        for name, value in alone.items():
+            monkeypatch.setenv(name, value)
     AcceleratorState._reset_state(reset_partial_state=True)
     names = {"__name__": "__recipe__"}
     exec(compile(SETUP, "docs/recipes.md, setup", "exec"), names)
