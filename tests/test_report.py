@@ -146,6 +146,8 @@ def test_ctrl_c_from_outside(tmp_path):
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # A shell's background jobs, such as these tests may be, ignore it, and so would the command.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert b"Ctrl-C" in process.stderr.readline()
     time.sleep(1)
