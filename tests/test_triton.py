@@ -128,3 +128,18 @@ def test_a_gradient_is_taken_where_nobody_else_holds_it(held):
     assert (flat._g[0].data_ptr() == address) == (held == "nobody")
     assert p.grad is None
     del keeper
+
+
+def test_options_are_written_where_captured_phases_read_them():
+    """Also η, of which the norm has a table of its own."""
+    p = torch.nn.Parameter(torch.randn(9))
+    opt = bsam_fused.BSAM([p], lr=0.1, momentum=0.9, adaptive=True, eta=0.1, backend="triton")
+    steps(opt, [p], 1)
+    opt.param_groups[0].update(lr=0.05, eta=0.3, rho=0.7)
+    opt.write_options()
+    (flat,) = opt._flats
+    rows = {name: table.rows[0] for name, table in flat._tables.items()}
+    assert rows["square_norm 0"] == (0.0, True, 0.3, 0.0)
+    assert rows["ascend"] == (0.7, True, 0.3, opt.norm_eps)
+    assert rows["descend"] == (pytest.approx(-0.05 * 0.5), True, 0.3, opt.norm_eps)
+    assert rows["update"][0] == 0.05

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bsam_fused.ops import holders
-from bsam_fused.ops.contract import MASTER_WEIGHT, AdamScalars, Radius, SGDScalars
+from bsam_fused.ops.contract import ASCENT, MASTER_WEIGHT, AdamScalars, Radius, SGDScalars
 from bsam_fused.ops.flat_params import PythonFlatParams, Update
 
 OLDEST = "3.4"
@@ -165,6 +165,7 @@ class TritonFlatParams(PythonFlatParams):
 
     def write_options(self, tables: Sequence[Sequence[Sequence[float]]]) -> None:
         """Write what captured phases read."""
+        self._norm_options(ASCENT, [Radius(*row) for row in tables[0]])
         for name, rows in zip(("ascend", "descend", "update"), tables, strict=True):
             if rows and name in self._tables:
                 (*_, last), *_ = self._tables[name].rows  # norm_eps or max_norm
@@ -190,11 +191,14 @@ class TritonFlatParams(PythonFlatParams):
     def _reach(self, name: str, radii: Sequence[Radius], norm_eps: float) -> Tensor:
         return self._table(name, [(*radius, norm_eps) for radius in radii])
 
+    def _norm_options(self, slot: int, radii: Sequence[Radius]) -> Tensor:
+        return self._reach(f"square_norm {slot}", [radius._replace(radius=0.0) for radius in radii], 0.0)
+
     @torch.no_grad()
     def square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
         """Σ (T g)²."""
         adaptive = any(radius.adaptive for radius in radii)
-        options = self._reach(f"square_norm {slot}", [radius._replace(radius=0.0) for radius in radii], 0.0)
+        options = self._norm_options(slot, radii)
 
         def pointers(i: int) -> Pointers:
             return self._weights(i).data_ptr() if adaptive else 0, 0, self._now[i].data_ptr(), WANTED
