@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bsam_fused.ops import contract
 from bsam_fused.ops.triton_math import (
     adam,
     adam_rule,
@@ -58,12 +59,12 @@ RADIUS_OPTIONS = tl.constexpr(4)  # radius, adaptive, eta, norm_eps
 SGD_OPTIONS = tl.constexpr(7)  # lr, momentum, dampening, weight_decay, nesterov, maximize, max_norm
 ADAM_OPTIONS = tl.constexpr(8)  # lr, beta1, beta2, eps, weight_decay, decoupled, maximize, max_norm
 
-ASCENT = tl.constexpr(0)  # contract.py's slots
-MAX = tl.constexpr(1)
-MIN = tl.constexpr(2)
-SCALE = tl.constexpr(3)
-SO_FAR = tl.constexpr(4)
-CROSS = tl.constexpr(5)
+ASCENT = tl.constexpr(contract.ASCENT)
+MAX = tl.constexpr(contract.MAX)
+MIN = tl.constexpr(contract.MIN)
+SCALE = tl.constexpr(contract.SCALE)
+SO_FAR = tl.constexpr(contract.SO_FAR)
+CROSS = tl.constexpr(contract.CROSS)
 
 NOT_SPECIALIZED = ["chunks", "count", "slot"]
 

@@ -19,6 +19,7 @@ PERTURBED = tl.constexpr(2)  # w is not w, but saved is
 COUNTED = tl.constexpr(4)  # the base optimizer keeps state for it
 
 PARTIALS = tl.constexpr(1024)  # partial sums that are added up at a time
+
 # ---- a chunk
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TO_MAX = tl.constexpr(0)
-TO_MIN = tl.constexpr(1)
-WEIGHT = tl.constexpr(2)
-FIRST_STATE = tl.constexpr(3)
-SECOND_STATE = tl.constexpr(4)
+from bsam_fused.ops import rounding
+
+TO_MAX = tl.constexpr(rounding.TO_MAX)
+TO_MIN = tl.constexpr(rounding.TO_MIN)
+WEIGHT = tl.constexpr(rounding.WEIGHT)
+FIRST_STATE = tl.constexpr(rounding.FIRST_STATE)
+SECOND_STATE = tl.constexpr(rounding.SECOND_STATE)
 
 
 @triton.jit
