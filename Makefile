@@ -1,7 +1,7 @@
 # make report   train on the digits and show what sharpness-aware steps cost
 # make test     the tests
 # make test-triton   those of the Triton kernels, in Triton's interpreter
-# make test-recipes  the snippets of docs/recipes.md, each in a process of its own
+# make test-recipes  the snippets of docs/recipes.md
 # make bench    optimizer time of a step, side by side with other implementations (about 15 minutes)
 # make bench-check   the smallest part of it, which fails where the fused step is slow
 # make performance   measure everything on this CPU, and write docs/performance.md
