@@ -91,7 +91,7 @@ Site CpuFlatParams::site(const Segment& s) const {
 // Copies g where it is taken so; before the segment's gradient or g is worked on.
 void CpuFlatParams::copy_taken(const Entry& e, const Segment& s) const {
   const int64_t at = s.begin * itemsize_;
-  if (e.copying) loops_.copy(data(e.g, at), e.now + at, stream_, s.count);
+  if (e.copying) loops_.copy(e.g + at, e.now + at, stream_, s.count);
 }
 
 void CpuFlatParams::square_norm(int64_t slot, const Options<RadiusGroup>& radii) {
@@ -108,10 +108,9 @@ void CpuFlatParams::square_norm(int64_t slot, const Options<RadiusGroup>& radii)
 void CpuFlatParams::direction_sums() {
   sum_segments({kMin, kSoFar, kCross}, [&](const Segment& s, double* sums) {
     const Entry& e = entries_[s.tensor];
-    if (!e.now && !e.g.defined()) return;
+    if (!e.now && !e.g) return;
     const int64_t at = s.begin * itemsize_;
-    const char* g = data(e.g, at);
-    loops_.direction_sums(g ? g : kZeros, e.now ? e.now + at : kZeros, sums, s.count);
+    loops_.direction_sums(e.g ? e.g + at : kZeros, e.now ? e.now + at : kZeros, sums, s.count);
   });
 }
 
@@ -139,7 +138,7 @@ void CpuFlatParams::run_descend(const at::Tensor& sums, const Options<RadiusGrou
     const int64_t at = s.begin * itemsize_;
     const char* g_max = e.now ? e.now + at : kZeros;
     copy_taken(e, s);
-    *sum += e.perturbed ? loops_.descend(e.w + at, data(e.g, at), g_max, saved + s.flat * itemsize_, groups[e.group],
+    *sum += e.perturbed ? loops_.descend(e.w + at, e.g + at, g_max, saved + s.flat * itemsize_, groups[e.group],
                                          site(s), stream_, s.count)
                         : loops_.square_norm(nullptr, g_max, Reach{}, s.count);
   });
@@ -159,7 +158,7 @@ void CpuFlatParams::update(const at::Tensor& sums, bool from_saved, double max_n
     if (!e.member) return;
     const int64_t at = s.begin * itemsize_;
     const char* now = e.now ? e.now + at : nullptr;
-    const char* g = bilateral_ ? static_cast<const char*>(data(e.g, at)) : now;
+    const char* g = !bilateral_ ? now : e.g ? e.g + at : nullptr;
     rule(Update{e.w + at, master ? master + s.flat : nullptr,
                 e.perturbed && saved ? saved + s.flat * itemsize_ : e.w + at, g ? g : kZeros,
                 bilateral_ ? now : nullptr, scales, site(s), stream_, s.count},
@@ -192,7 +191,7 @@ void CpuFlatParams::run_direction(const at::Tensor& sums) {
   for_segments([&](const Segment& s) {
     const Entry& e = entries_[s.tensor];
     const int64_t at = s.begin * itemsize_;
-    if (e.now) loops_.direction(data(e.g, at), e.now + at, c, s.count);
+    if (e.now) loops_.direction(e.g + at, e.now + at, c, s.count);
   });
 }
 

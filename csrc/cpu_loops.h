@@ -89,9 +89,9 @@ BSAM_INLINE double square_sum(const S* w, const S* g, double eta, int64_t n) {
           plus_square<T>(lanes[j], value(g[i + j]), adaptive ? adaptivity<true, T>(value(w[i + j]), T(eta)) : T(1));
   for (int64_t j = 0; i < n; ++i, ++j)
     lanes[j] = plus_square<T>(lanes[j], value(g[i]), adaptive ? adaptivity<true, T>(value(w[i]), T(eta)) : T(1));
-  double sum = 0;
-  for (double lane : lanes) sum += lane;
-  return sum;
+  for (int64_t width = kLanes / 2; width > 0; width /= 2)
+    for (int64_t j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+  return lanes[0];
 }
 
 // Adds Σ g_min², Σ s² and Σ s g_min.

@@ -48,7 +48,7 @@ const cuda::Items& CudaFlatParams::items(Wanted wanted) {
     const Entry& e = entries_[i];
     cuda::Item& item = items_[i];
     item.w = e.w;
-    item.g = data(e.g, 0);
+    item.g = e.g;
     item.now = e.now;
     item.perturbed = e.perturbed;
     item.counted = e.counted;
@@ -100,7 +100,7 @@ void CudaFlatParams::square_norm(int64_t slot, const Options<RadiusGroup>& radii
 
 void CudaFlatParams::direction_sums() {
   c10::DeviceGuard guard(device_);
-  cuda::direction_sums(context(), items([](const Entry& e, cuda::Item&) { return e.now || e.g.defined(); }),
+  cuda::direction_sums(context(), items([](const Entry& e, cuda::Item&) { return e.now || e.g; }),
                        {sum(kMin), sum(kSoFar), sum(kCross)});
 }
 

@@ -12,8 +12,10 @@ namespace {
 
 constexpr int64_t kSmallBytes = 4096;  // up to here a gradient is copied rather than taken
 
-// What stands for the address of a gradient without elements.
-const char kNothing[1] = {};
+// What stands for the address of a gradient without elements: it has none, yet is one.
+char kNothing[1] = {};
+
+char* address(const at::Tensor& t) { return t.numel() == 0 ? kNothing : static_cast<char*>(t.mutable_data_ptr()); }
 
 std::vector<int64_t> numels(const std::vector<at::Tensor>& params) {
   std::vector<int64_t> result;
@@ -116,7 +118,7 @@ void FlatParams::read_gradients() {
       e.now = data(e.staged, 0);
     }
     if (grad.numel() == 0)
-      e.now = kNothing;  // without elements it has no address, yet it is one
+      e.now = kNothing;
     else if (e.now == nullptr || e.w == nullptr)
       throw BadParameter{i};
   }
@@ -133,17 +135,27 @@ void FlatParams::clear_gradients() {
 void FlatParams::take_gradients() {
   for (size_t i : c10::irange(params_.size())) {
     Entry& e = entries_[i];
-    if (!e.now || e.g.defined()) continue;
+    if (!e.now || e.g) continue;
     const bool small = index_.numel(int64_t(i)) * itemsize_ <= kSmallBytes;
     e.copying = small || e.staged.defined() || e.grad->requires_grad() || held_elsewhere(*e.grad);
     if (!e.copying) {
-      e.g = std::move(*e.grad);
+      take(e, std::move(*e.grad));
       continue;
     }
-    if (!e.own.defined())
-      e.own = at::empty_strided(layout(i).sizes(), layout(i).strides(), at::dtype(dtype_).device(device_));
-    e.g = e.own;
+    if (!e.copy) make_own(i);
+    e.g = e.copy;
   }
+}
+
+void FlatParams::make_own(size_t i) {
+  Entry& e = entries_[i];
+  e.own = at::empty_strided(layout(i).sizes(), layout(i).strides(), at::dtype(dtype_).device(device_));
+  e.copy = address(e.own);
+}
+
+void FlatParams::take(Entry& e, at::Tensor g) {
+  e.g = address(g);
+  e.taken = std::move(g);
 }
 
 void FlatParams::forget_gradient(Entry& e) {
@@ -191,7 +203,7 @@ void FlatParams::ascend(const at::Tensor& sums, const Options<RadiusGroup>& radi
 void FlatParams::descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) {
   check_groups(radii.size());
   for (size_t i : c10::irange(params_.size()))
-    if (entries_[i].perturbed) read_weights(i);
+    if (entries_[i].perturbed && !entries_[i].now) read_weights(i);
   take_gradients();
   run_descend(sums, radii, norm_eps);
   end_pass();
@@ -223,9 +235,9 @@ std::vector<int64_t> FlatParams::begin_update(Counts counts) {
   std::vector<int64_t> begun;
   for (size_t i : c10::irange(params_.size())) {
     Entry& e = entries_[i];
-    e.member = e.perturbed || e.now || e.g.defined();
+    e.member = e.perturbed || e.now || e.g;
     e.counted = e.member && counts(e.group);
-    if (e.member) read_weights(i);
+    if (e.member && !e.now) read_weights(i);
     if (e.counted && !e.begun) begun.push_back(int64_t(i));
   }
   return begun;
@@ -271,7 +283,7 @@ void FlatParams::scale_gradients(double factor) {
 void FlatParams::mix(const at::Tensor& sums) {
   for (size_t i : c10::irange(params_.size())) {
     Entry& e = entries_[i];
-    if (e.now && !e.g.defined()) e.g = at::zeros_like(layout(i).detach());
+    if (e.now && !e.g) take(e, at::zeros_like(layout(i).detach()));
   }
   run_direction(sums);
 }
@@ -291,7 +303,8 @@ bool FlatParams::combine(const at::Tensor& sums, bool from_saved, double max_nor
   if (from_saved) write_saved();
   for (size_t i : c10::irange(params_.size())) {
     Entry& e = entries_[i];
-    if (e.g.defined()) params_[i].mutable_grad() = std::move(e.g);
+    if (e.g) params_[i].mutable_grad() = std::move(holder_of_g(e));
+    e.g = e.copy = nullptr;
     e.own.reset();  // it may be the gradient now
   }
   step_count_.add_(1);
@@ -306,9 +319,10 @@ at::Tensor FlatParams::merge(const at::Tensor& sums, double share) {
   std::vector<at::Tensor> parts, directions;
   for (size_t i : c10::irange(params_.size())) {
     Entry& e = entries_[i];
-    if (!e.g.defined()) continue;
+    if (!e.g) continue;
     parts.push_back(view(kDirection, i));
-    directions.push_back(std::move(e.g));
+    directions.push_back(e.taken.defined() ? std::move(e.taken) : e.own);
+    e.g = nullptr;
     params_[i].mutable_grad() = parts.back();
   }
   if (!parts.empty()) at::_foreach_copy_(parts, directions);
@@ -350,7 +364,8 @@ void FlatParams::release() {
     e.perturbed = false;
     e.now = nullptr;
     e.copying = false;
-    e.g.reset();
+    e.g = nullptr;
+    e.taken.reset();
     e.staged.reset();
   }
 }
@@ -396,7 +411,7 @@ int64_t FlatParams::extra_bytes() const {
   for (const Entry& e : entries_) {
     if (e.packed.defined()) bytes += int64_t(e.packed.nbytes());
     if (e.own.defined()) bytes += int64_t(e.own.nbytes());
-    if (e.g.defined() && !e.g.is_same(e.own)) bytes += int64_t(e.g.nbytes());
+    if (e.taken.defined()) bytes += int64_t(e.taken.nbytes());
   }
   return bytes;
 }

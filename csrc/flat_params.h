@@ -74,6 +74,8 @@ class FlatParams {
   struct Entry {
     char* w = nullptr;           // the weights, in `layout()`'s strides
     const char* now = nullptr;   // this pass's gradient, in the same strides; null without one
+    char* g = nullptr;           // BSAM: g, then g + g_max, likewise; in `taken` or `own`
+    char* copy = nullptr;        // where g is copied to, the elements of `own`
     at::Tensor* grad = nullptr;  // .grad itself, in this pass
     int32_t group, dim;
     int64_t shape;           // where in shapes_ it is
@@ -83,8 +85,8 @@ class FlatParams {
     bool member = false;     // had a gradient in some pass of this step
     bool counted = false;    // and the base optimizer keeps state for it
     bool begun = false;      // whose state Python has been told of
-    at::Tensor g;            // BSAM: g, then g + g_max
-    at::Tensor own;          // where g is kept when it had to be copied
+    at::Tensor taken;        // holds g, where that is the gradient itself
+    at::Tensor own;          // where it is not, but a copy: holds g, and stays for the next steps
     at::Tensor staged;       // holds `now` where the gradient had other strides
     at::Tensor packed;       // where not dense: its elements, packed
   };
@@ -124,6 +126,9 @@ class FlatParams {
   bool bilateral_ = false;  // this step's ascend kept g
 
  private:
+  static at::Tensor& holder_of_g(Entry& e) { return e.taken.defined() ? e.taken : e.own; }
+  static void take(Entry& e, at::Tensor g);
+  void make_own(size_t i);
   static void forget_gradient(Entry& e);
   const at::Tensor& layout(size_t i) const { return entries_[i].dense ? params_[i] : entries_[i].packed; }
   bool unmoved(size_t i) const;
