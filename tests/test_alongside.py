@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bsam_fused import BSAM, SAM
@@ -136,3 +137,77 @@ def test_compiled_code_is_compiled_once(kind, what):
     assert compilations[1:] == [compilations[1]] * 4
     for p, q in zip(*(net.state_dict().values() for net in nets)):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+# ---- what torch wraps step() in
+
+
+@pytest.fixture
+def no_labels(monkeypatch):
+    """Fails a step that is labelled for profilers."""
+    label = torch.autograd.profiler.record_function
+
+    def refuse(name, *rest):
+        assert not name.startswith("Optimizer.step#")
+        return label(name, *rest)
+
+    monkeypatch.setattr(torch.autograd.profiler, "record_function", refuse)
+
+
+def one_step(kind, **options):
+    p = nn.Parameter(torch.ones(3))
+    opt = kind([p], lr=0.1, **options)
+
+    def closure():
+        opt.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    return opt, closure
+
+
+@pytest.mark.usefixtures("no_labels")
+@pytest.mark.parametrize("kind", [SAM, BSAM])
+def test_step_has_no_label_where_nobody_watches(kind):
+    opt, closure = one_step(kind)
+    opt.step(closure)
+
+
+@pytest.mark.parametrize("kind", [SAM, BSAM])
+def test_a_profiler_sees_the_step(kind):
+    opt, closure = one_step(kind)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        opt.step(closure)
+    labels = [event.name for event in profiler.events() if event.name.startswith("Optimizer.step#")]
+    assert labels == [f"Optimizer.step#{kind.__name__}.step"]
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["of this optimizer", "of all"])
+@pytest.mark.parametrize("kind", [SAM, BSAM])
+def test_step_hooks_are_called_once(kind, everywhere):
+    """Before and after the whole step, and a pre-hook's arguments are used, as torch has it."""
+    opt, closure = one_step(kind)
+    called = []
+
+    def before(optimizer, args, kwargs):
+        called.append("before")
+        _, closure = args
+        return (optimizer, lambda: called.append("pass") or closure()), kwargs
+
+    def after(*_):
+        called.append("after")
+
+    if everywhere:
+        handles = [
+            register_optimizer_step_pre_hook(before),
+            register_optimizer_step_post_hook(after),
+        ]
+    else:
+        handles = [opt.register_step_pre_hook(before), opt.register_step_post_hook(after)]
+    try:
+        opt.step(closure)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert called == ["before", *["pass"] * (2 if kind is SAM else 3), "after"]

@@ -21,7 +21,7 @@ from bsam_fused import distributed
 from bsam_fused.batchnorm import frozen_running_stats
 from bsam_fused.ops import contract, dispatch
 from bsam_fused.ops.contract import ASCENT, NORMS, Radius
-from bsam_fused.optim import fused, groups, scaling, trainers
+from bsam_fused.optim import fused, groups, hooks, scaling, trainers
 from bsam_fused.optim.flats import Flats
 from bsam_fused.optim.persistence import Persistent
 from bsam_fused.optim.sharpness import Sharpness
@@ -103,6 +103,8 @@ class SharpnessAware(Persistent):
     def _key(self, option: str) -> str:
         """Return where param groups keep ``option``: elsewhere if the base has one of that name (Adadelta's rho)."""
         return f"sharpness_{option}" if option in self.base_optimizer.defaults else option
+
+    profile_hook_step = staticmethod(hooks.hooked_where_watched)
 
     # ---- what runs where
 
@@ -219,11 +221,13 @@ class SharpnessAware(Persistent):
             RuntimeError: out of order, ``active`` is False, or a gradient that cannot be used, by name.
             ValueError: a radius is negative or not finite.
         """
-        first = next((p for p in self._parameters() if p.grad is not None and p.requires_grad), None)
+        watched = None
+        if not self._keeps_g and self._scaler_seen is not False:
+            watched = next((p for p in self._parameters() if p.grad is not None and p.requires_grad), None)
         self._ascend()
         # Whoever calls GradScaler.unscale_ lets it look at the last gradients before step() is heard of.
-        if first is not None and not self._keeps_g and self._scaler_seen is not False:
-            self._watch = first.register_post_accumulate_grad_hook(lambda p: self._tell_scaler([p]))
+        if watched is not None:
+            self._watch = watched.register_post_accumulate_grad_hook(lambda p: self._tell_scaler([p]))
 
     def _ascend(self, loss: Any = None) -> None:
         self._expect("ascend")

@@ -245,7 +245,7 @@ class Flats:
 
         But not where other ranks would not hear of it: they would make a step that this one skips.
         """
-        if not self._built or not self._heard():
+        if loss is None or not self._built or not self._heard():
             return
         sums = self._built[0].sums
         if isinstance(loss, Tensor):
