@@ -1,5 +1,6 @@
 """The report's figures are those of the runs, its page stands alone, and its check catches a wrong formula."""
 
+import gc
 import json
 import math
 import os
@@ -277,6 +278,21 @@ def test_the_clock_weighs_what_the_design_says(name):
     of_base = clock.peak_bytes(lambda: steps(partial(base.build, fused=True), ("step",)))[1]
     own = clock.peak_bytes(lambda: steps(build, algorithm.calls))[1]
     assert (own - of_base) / (4 << 18) == pytest.approx(algorithm.extra, abs=0.01)
+
+
+def test_gradients_are_as_autograd_leaves_them():
+    """Python has no object for them, which would be freed with them and timed."""
+
+    def objects():
+        return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+
+    curvatures = coefficients(((3,), (2, 2)))
+    contestant = Contestant(lambda params: torch.optim.SGD(params, lr=0.1), ("step",), curvatures)
+    before = objects()
+    contestant._backward()
+    assert objects() == before
+    for p, t in zip(contestant.params, curvatures, strict=True):
+        torch.testing.assert_close(p.grad, t + t * t)
 
 
 def test_sizes_hold_shares_of_the_elements():
