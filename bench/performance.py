@@ -9,6 +9,7 @@ import argparse
 import datetime
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -44,7 +45,7 @@ def measure(shapes: Sequence[str]) -> Iterator[dict[str, Any]]:
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             **asdict(this_machine()),
             "instruction_set": module.instruction_set() if module else None,
-            "load": round(os.getloadavg()[0], 2),
+            "busy_cores": _busy_cores(),
         },
         "scaling": _scaling(),
         "training": [_training(name, steps) for name, steps in TRAINED.items()],
@@ -53,8 +54,21 @@ def measure(shapes: Sequence[str]) -> Iterator[dict[str, Any]]:
     }
     for name in shapes:
         for algorithm, base in CASES:
+            found["about"]["busy_cores"] = max(found["about"]["busy_cores"], _busy_cores())
             found["steps"].append(_steps(name, algorithm, base))
             yield found
+
+
+def _busy_cores(seconds: float = 1.0) -> float:
+    """Return how many cores others keep busy, other machines on the same host included: this process sleeps."""
+
+    def spent() -> int:
+        user, nice, system, _idle, _wait, *more = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        return sum(map(int, (user, nice, system, *more)))  # in clock ticks, of all cores
+
+    begin = spent()
+    time.sleep(seconds)
+    return round((spent() - begin) / os.sysconf("SC_CLK_TCK") / seconds, 2)
 
 
 def _training(name: str, steps: int) -> dict[str, Any]:

@@ -35,8 +35,8 @@ or clears itself is timed. Before the timing all must have the same weights as t
 
 A bar that was set for the project and is missed is said to be missed; nothing is left out for it."""
 
-QUIET = 0.5
-"""Load average up to which a machine does nothing else."""
+QUIET = 0.2
+"""Cores that others may keep busy on a machine that does nothing else."""
 TITLES = {"bsam": "BSAM", "sam": "SAM", "sgd": "SGD with momentum", "adamw": "AdamW"}
 OTHERS = ("loops", "foreach", "compiled", "pytorch_optimizer", "torch")
 
@@ -61,10 +61,10 @@ def _about(about: Content) -> str:
         f"torch {about['torch']}, Python {about['python']}, bsam_fused {about['bsam_fused']}, "
         f"commit {about['git_commit']}."
     )
-    if about["load"] <= QUIET:
-        return said
+    if about["busy_cores"] <= QUIET:
+        return f"{said} Between the measurements others kept at most {about['busy_cores']} cores busy."
     return (
-        f"{said}\n\n**The machine was busy with other work** (load average {about['load']} before the first figure): "
+        f"{said}\n\n**The machine was busy with other work** ({about['busy_cores']} cores, between measurements): "
         "times are longer than on a quiet one, by different factors, so ratios are only rough, too. Measure anew "
         "before quoting any."
     )

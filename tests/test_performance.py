@@ -40,6 +40,21 @@ def test_the_page_hides_nothing(figures):
             assert f"| {row['loops_ratio']:.2f} |" in text
 
 
+@pytest.mark.parametrize(("cores", "busy"), [(0.1, False), (0.5, True)])
+def test_the_page_says_where_the_machine_was_busy(figures, cores, busy):
+    text = page({**figures, "about": {**figures["about"], "busy_cores": cores}})
+    assert ("The machine was busy" in text) is busy
+    assert f"{cores} cores" in text
+
+
+def test_busy_cores_are_those_of_others():
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            assert performance._busy_cores() > 0.4
+        finally:
+            other.kill()
+
+
 def test_every_case_is_measured_or_said_not_to_be(figures):
     measured = [(it["shapes"], it["algorithm"], it["base"]) for it in figures["steps"]]
     names = [name for name in SHAPES if any(name == it[0] for it in measured)]
