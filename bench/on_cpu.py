@@ -19,6 +19,9 @@ SUBJECT = "cpp"
 """The implementation that the targets are about."""
 THREADS = 2
 """Of torch, in all figures."""
+CLEARING = 2
+"""Copies before the one that counts: the first has to write back up to all of the caches, and may take five times as
+long."""
 READY_SECONDS = 600.0
 """For all implementations of a case to get ready; one may take half of what is left."""
 
@@ -31,16 +34,20 @@ class Side(NamedTuple):
     host: steps.Found
     """The same on as many tensors of one element each: what a step costs the host."""
     bytes_a_second: float
-    """Of the copy, in the same repetitions."""
+    """Of the copy, in the same repetitions, once it has written back what others left in the caches."""
 
 
 def measure(case: Case, seconds: float = READY_SECONDS) -> Side:
     """Measure a case; small ones without copies in between, which would empty their caches."""
     clock = HostClock()
     copy, copies = Copy(clock), []
-    between = (lambda: None) if case.small else (lambda: copies.append(copy.seconds()))
-    found = steps.measure(case, clock, Deadline(seconds), between=between)
-    copies = copies or [copy.seconds() for _ in range(5)]
+
+    def between() -> None:
+        copies.append([copy.seconds() for _ in range(1 + CLEARING)][-1])
+
+    found = steps.measure(case, clock, Deadline(seconds), between=(lambda: None) if case.small else between)
+    if case.small:
+        between()
     host = found if case.small else steps.measure(_of_ones(case, found), clock, Deadline(seconds))
     return Side(case, found, host, copy.bytes / median(copies))
 

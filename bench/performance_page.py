@@ -29,7 +29,9 @@ or clears itself is timed. Before the timing all must have the same weights as t
   compiling takes minutes); **pytorch_optimizer**: that package's SAM from the registry, as it is by default (its BSAM
   is another algorithm); **cpp**, **torch**: backends of `bsam_fused`.
 - **byte budget**: the time in which `Tensor.copy_` over 64 M elements moves as many bytes, read and written, as a step
-  must move (`docs/design.md`), measured in the same repetitions. **of copy** is the budget over the time.
+  must move (`docs/design.md`), measured in the same repetitions, after two copies that are not counted: they write back
+  what others left in the caches. **of copy** is the budget over the time. It can exceed 100 %: `copy_` reads what it is
+  going to write, which stores around the cache save, and this CPU's last cache holds a part of what a step moves.
 - **host**: the time of the same step on as many tensors of one element each.
 - **extra memory**: the peak of torch's allocator beside that of the base optimizer alone, in N elements.
 

@@ -74,6 +74,27 @@ def test_a_case(side):
     assert "loops / cpp" in on_cpu.told(side)
 
 
+def test_the_copy_that_counts_finds_the_caches_written_back(monkeypatch):
+    """The copies after a repetition take 5, 3 and 1 seconds, as others' writes that they have to write back grow few."""
+
+    class SlowAtFirst:
+        bytes = 7
+
+        def __init__(self, clock):
+            self.took = []
+
+        def seconds(self):
+            self.took.append((5.0, 3.0, 1.0)[len(self.took) % 3])
+            return self.took[-1]
+
+    monkeypatch.setattr(on_cpu, "Copy", SlowAtFirst)
+    builds = implementations(ALGORITHMS["sam"], BASES["sgd"], "cpu")
+    few = {name: builds[name] for name in ("loops", "cpp")}
+    for shapes in (FEW, ((1 << 12,),)):  # also without copies between the repetitions
+        side = on_cpu.measure(Case(ALGORITHMS["sam"], BASES["sgd"], shapes, few, repeat=2))
+        assert side.bytes_a_second == 7
+
+
 def test_operators_move_what_the_design_says():
     class Clock(HostClock):
         copied = 1 << 10
