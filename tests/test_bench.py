@@ -75,7 +75,7 @@ def test_a_case(side):
 
 
 def test_the_copy_that_counts_finds_the_caches_written_back(monkeypatch):
-    """The copies after a repetition take 5, 3 and 1 seconds, as others' writes grow few that they have to write back."""
+    """The copies after a repetition take 5, 3 and 1 seconds: ever fewer writes of others are left to write back."""
 
     class SlowAtFirst:
         bytes = 7
