@@ -39,13 +39,21 @@ A bar that was set for the project and is missed is said to be missed; nothing i
 
 QUIET = 0.2
 """Cores that others may keep busy on a machine that does nothing else."""
+STEADY = 0.8
+"""Of the highest bandwidth: above, all cases had the same."""
 TITLES = {"bsam": "BSAM", "sam": "SAM", "sgd": "SGD with momentum", "adamw": "AdamW"}
 OTHERS = ("loops", "foreach", "compiled", "pytorch_optimizer", "torch")
 
 
 def page(content: Content) -> str:
     """Return the whole page."""
-    parts = [HEAD, _about(content["about"]), _bars(content), *_training(content["training"])]
+    parts = [
+        HEAD,
+        _about(content["about"]),
+        _bandwidth(content["steps"]),
+        _bars(content),
+        *_training(content["training"]),
+    ]
     missing = [name for name in SHAPES if name not in {it["shapes"] for it in content["steps"]}]
     if missing:
         parts.insert(1, f"**Not measured yet: the shapes of {', '.join(missing)}.**")
@@ -69,6 +77,17 @@ def _about(about: Content) -> str:
         f"{said}\n\n**The machine was busy with other work** ({about['busy_cores']} cores, between measurements): "
         "times are longer than on a quiet one, by different factors, so ratios are only rough, too. Measure anew "
         "before quoting any."
+    )
+
+
+def _bandwidth(cases: Sequence[Content]) -> str:
+    rates = [case["copy_gb_per_s"] for case in cases]
+    said = f"`Tensor.copy_` moved {min(rates):.1f} to {max(rates):.1f} GB/s, from case to case"
+    if min(rates) > STEADY * max(rates):
+        return f"{said}."
+    return (
+        f"{said}: **others on the same host took memory bandwidth meanwhile**, more and less of it within a case, "
+        "too. The large shapes' times and shares of the copy are rough for that."
     )
 
 

@@ -47,6 +47,15 @@ def test_the_page_says_where_the_machine_was_busy(figures, cores, busy):
     assert f"{cores} cores" in text
 
 
+@pytest.mark.parametrize(("slowest", "shared"), [(20.0, False), (10.0, True)])
+def test_the_page_says_where_others_took_bandwidth(figures, slowest, shared):
+    rates = [slowest, *[24.0] * (len(figures["steps"]) - 1)]
+    steps = [{**case, "copy_gb_per_s": rate} for case, rate in zip(figures["steps"], rates, strict=True)]
+    text = page({**figures, "steps": steps})
+    assert f"{slowest} to 24.0 GB/s" in text
+    assert ("took memory bandwidth" in text) is shared
+
+
 def test_busy_cores_are_those_of_others():
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
         try:
