@@ -210,6 +210,15 @@ def nothing():
     return nn.Linear(1, 1)
 
 
+def test_a_module_in_the_current_directory(tmp_path, monkeypatch):
+    """The installed command's path has its own folder, not the current one; `python -m` does."""
+    source = "import torch\n\n\ndef build():\n    return torch.nn.Linear(3, 2), (torch.ones(4, 3), torch.ones(4, 2))\n"
+    (tmp_path / "in_no_package.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each not in ("", str(tmp_path))])
+    assert models.workload("in_no_package:build", None, torch.device("cpu"), torch.float32).inputs.shape == (4, 3)
+
+
 def test_a_users_model(tmp_path):
     found = report(tmp_path, "--model", f"{__name__}:own", "--optimizer", "sam")
     assert (found["parameters"], found["batch"]) == (5, "inputs (3, 4)")

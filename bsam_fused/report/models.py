@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -243,10 +245,13 @@ def _built_in(name: str, batch_size: int | None) -> Workload:
 
 def _user(name: str, batch_size: int | None) -> Workload:
     module, _, function = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` has it, and the installed command has not
     try:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--model {name}: {error}; run where Python finds the module (PYTHONPATH=.)") from error
+        raise ValueError(f"--model {name}: {error}; run in the module's folder, or name it in PYTHONPATH") from error
     accepts = "batch_size" in inspect.signature(make).parameters
     if batch_size is not None and not accepts:
         raise ValueError(f"--batch-size {batch_size}: {name}() has no parameter batch_size; leave the option out")
