@@ -21,7 +21,7 @@ import bsam_fused
 from bsam_fused import cli
 from bsam_fused.report import learning, make, models, rows, sweep, timing, write
 from bsam_fused.report.clock import HostClock, Laps
-from bsam_fused.report.contestant import Contestant, coefficients
+from bsam_fused.report.contestant import Contestant, after_two_steps, coefficients
 from bsam_fused.report.implementations import ALGORITHMS, BASES, implementations
 from bsam_fused.report.timing import Timed
 
@@ -287,6 +287,23 @@ def test_the_clock_weighs_what_the_design_says(name):
     of_base = clock.peak_bytes(lambda: steps(partial(base.build, fused=True), ("step",)))[1]
     own = clock.peak_bytes(lambda: steps(build, algorithm.calls))[1]
     assert (own - of_base) / (4 << 18) == pytest.approx(algorithm.extra, abs=0.01)
+
+
+def test_the_clock_sees_what_a_phase_allocates_for_a_moment():
+    """A step that clones its one gradient: N more than the base; what the pass allocates must not hide it."""
+
+    class Clones(torch.optim.SGD):
+        def step(self, closure=None):
+            copies = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+            super().step()
+            del copies
+
+    clock, curvatures = HostClock(), coefficients(((1 << 18,),))
+
+    def peak(kind):
+        return clock.peak_bytes(lambda: after_two_steps(partial(kind, lr=0.1), ("step",), curvatures))[1]
+
+    assert (peak(Clones) - peak(torch.optim.SGD)) / (4 << 18) == pytest.approx(1, abs=0.01)
 
 
 def test_gradients_are_as_autograd_leaves_them():

@@ -36,6 +36,8 @@ class Contestant:
     ) -> None:
         self.curvatures = curvatures
         self.params = [t.clone().requires_grad_() for t in curvatures]
+        # Stays, as what a pass allocated beside the gradients would hide what phases allocate from whoever weighs them.
+        self._scratch = torch.empty_like(max(curvatures, key=torch.numel)).flatten()
         optimizer = build(self.params)
         self.phases = [getattr(optimizer, call) for call in calls]
 
@@ -55,7 +57,8 @@ class Contestant:
         Autograd does it itself: the copy it makes has no Python object that would be freed with it.
         """
         for p, t in zip(self.params, self.curvatures, strict=True):
-            torch.autograd.backward(p, torch.addcmul(t, t, p.detach()))
+            gradient = self._scratch[: t.numel()].view_as(t)
+            torch.autograd.backward(p, torch.addcmul(t, t, p.detach(), out=gradient))
 
 
 def after_two_steps(
