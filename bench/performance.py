@@ -66,6 +66,8 @@ def _busy_cores(seconds: float = 1.0) -> float:
         user, nice, system, _idle, _wait, *more = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
         return sum(map(int, (user, nice, system, *more)))  # in clock ticks, of all cores
 
+    if not Path("/proc/stat").exists():
+        return round(os.getloadavg()[0], 2)  # of the minute before, with this process's own
     begin = spent()
     time.sleep(seconds)
     return round((spent() - begin) / os.sysconf("SC_CLK_TCK") / seconds, 2)

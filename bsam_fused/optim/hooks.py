@@ -14,6 +14,7 @@ def hooked_where_watched(step: Callable[..., Any]) -> Callable[..., Any]:
     """Return what torch makes of ``step``, but ``step`` itself as long as no hook and no profiler waits for it.
 
     The label alone takes as long as the fused steps of some hundred tensors: its code is in no cache after a backward.
+    It is also left out where torch says of no profiler: under an ExecutionTraceObserver alone, or Kineto on demand.
     """
     hooked = torch.optim.Optimizer.profile_hook_step(step)
 
@@ -26,7 +27,8 @@ def hooked_where_watched(step: Callable[..., Any]) -> Callable[..., Any]:
 
 def _watched(optimizer: torch.optim.Optimizer) -> bool:
     return bool(
-        torch.autograd._profiler_enabled()
+        torch.autograd._profiler_enabled()  # in this thread
+        or torch.autograd.profiler._is_profiler_enabled  # in any
         or optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         or torchs._global_optimizer_pre_hooks
