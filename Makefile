@@ -4,7 +4,7 @@
 # make test-recipes  the snippets of docs/recipes.md
 # make bench    optimizer time of a step, side by side with other implementations (about 15 minutes)
 # make bench-check   the smallest part of it, which fails where the fused step is slow
-# make performance   measure everything on this CPU, and write docs/performance.md (about 30 minutes; quiet, please)
+# make performance   measure everything on this CPU, and write docs/performance.md (half an hour to an hour; quiet, please)
 # make lint     ruff and clang-format
 # make cuda-build-check   the CUDA build against a CUDA build of torch (5 GB, in .venv-cuda); needs nvcc and no GPU
 # make gpu      with PYTHON's own torch, this machine's nvcc and no network: build, CUDA tests, benchmarks, sanitizer
