@@ -158,6 +158,12 @@ void FlatParams::take(Entry& e, at::Tensor g) {
   e.taken = std::move(g);
 }
 
+// Gives g away, which is then nowhere.
+at::Tensor FlatParams::give(Entry& e) {
+  e.g = nullptr;
+  return e.taken.defined() ? std::move(e.taken) : e.own;
+}
+
 void FlatParams::forget_gradient(Entry& e) {
   e.now = nullptr;
   e.copying = false;
@@ -303,8 +309,8 @@ bool FlatParams::combine(const at::Tensor& sums, bool from_saved, double max_nor
   if (from_saved) write_saved();
   for (size_t i : c10::irange(params_.size())) {
     Entry& e = entries_[i];
-    if (e.g) params_[i].mutable_grad() = std::move(holder_of_g(e));
-    e.g = e.copy = nullptr;
+    if (e.g) params_[i].mutable_grad() = give(e);
+    e.copy = nullptr;
     e.own.reset();  // it may be the gradient now
   }
   step_count_.add_(1);
@@ -321,8 +327,7 @@ at::Tensor FlatParams::merge(const at::Tensor& sums, double share) {
     Entry& e = entries_[i];
     if (!e.g) continue;
     parts.push_back(view(kDirection, i));
-    directions.push_back(e.taken.defined() ? std::move(e.taken) : e.own);
-    e.g = nullptr;
+    directions.push_back(give(e));
     params_[i].mutable_grad() = parts.back();
   }
   if (!parts.empty()) at::_foreach_copy_(parts, directions);

@@ -126,8 +126,8 @@ class FlatParams {
   bool bilateral_ = false;  // this step's ascend kept g
 
  private:
-  static at::Tensor& holder_of_g(Entry& e) { return e.taken.defined() ? e.taken : e.own; }
   static void take(Entry& e, at::Tensor g);
+  static at::Tensor give(Entry& e);
   void make_own(size_t i);
   static void forget_gradient(Entry& e);
   const at::Tensor& layout(size_t i) const { return entries_[i].dense ? params_[i] : entries_[i].packed; }
