@@ -22,6 +22,8 @@ THREADS = 2
 CLEARING = 2
 """Copies before the one that counts: the first has to write back up to all of the caches, and may take five times as
 long."""
+AFTER_SMALL = 5
+"""Copies that count for a small case, all of them after its repetitions."""
 READY_SECONDS = 600.0
 """For all implementations of a case to get ready; one may take half of what is left."""
 
@@ -46,7 +48,7 @@ def measure(case: Case, seconds: float = READY_SECONDS) -> Side:
         copies.append([copy.seconds() for _ in range(1 + CLEARING)][-1])
 
     found = steps.measure(case, clock, Deadline(seconds), between=(lambda: None) if case.small else between)
-    if case.small:
+    for _ in range(AFTER_SMALL if case.small else 0):
         between()
     host = found if case.small else steps.measure(_of_ones(case, found), clock, Deadline(seconds))
     return Side(case, found, host, copy.bytes / median(copies))
