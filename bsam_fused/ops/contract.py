@@ -81,6 +81,14 @@ class FlatParams(Protocol):
     ``sums`` arguments are the sums over *all* FlatParams of the optimizer, on this one's device.
 
     Weights and state of a step with a sum that is not finite stay as they were before it.
+
+    What is read and decided comes before the first write, and what can raise before that, so an error leaves a phase
+    as it was; an update is one call that Python cannot interrupt, and `updated` says whether it was made. ``saved``
+    keeps the layout that the parameters had when this was built. Parameters are known by their Python objects, whose
+    tensors others may exchange (torch.utils.swap_tensors): nothing here counts as a holder of one.
+
+    A gradient is taken only where nobody else can see its memory, which torch itself must have allocated; else it is
+    copied, and never written to. One that lies in the storage of a parameter or of state is copied as it is read.
     """
 
     @property
@@ -115,11 +123,18 @@ class FlatParams(Protocol):
     def extra_bytes(self) -> int:
         """Bytes held beside parameters and gradients: saved, g while kept, the base optimizer's state."""
 
+    @property
+    def updated(self) -> bool:
+        """Whether an update, or `combine` that gave the step up, was made of the gradients read last."""
+
     def read_gradients(self) -> None:
         """Note every ``.grad`` of this pass, before anything is written.
 
         Raises what `reject` raises, with nothing changed.
         """
+
+    def begin_plain(self) -> None:
+        """Begin a step without perturbations, d = g: all sums 0, to be followed by `square_norm` of g in ``MAX``."""
 
     def clear_gradients(self) -> None:
         """Set every ``.grad`` to None."""
@@ -148,23 +163,34 @@ class FlatParams(Protocol):
         Moves 5 N.
         """
 
-    def update_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], from_saved: bool, max_norm: float) -> list[int]:
-        """torch.optim.SGD's rule with d = g_max, or g + g_max − c g_min after `descend`, c = ‖g_max‖ / ‖g_min‖.
+    def beginning(self, stateful: Sequence[bool]) -> list[int]:
+        """Return the parameters with a gradient in some pass of this step whose state has not begun.
 
-        d is divided by the loss's scale, and then scaled down to a norm of ``max_norm``, as
-        torch.nn.utils.clip_grad_norm_ does it; after `descend` a finite one needs `direction_sums`. From the saved
-        w, or (``from_saved=False``) from the weights as they are. Ends the step: saved and g are free again.
-        Returns the parameters whose state begins with this step. Moves 6 N (SAM 5 N).
+        Of groups that keep state alone: ``stateful``, one a param group.
         """
 
-    def update_adam(self, sums: Tensor, groups: Sequence[AdamScalars], from_saved: bool, max_norm: float) -> list[int]:
+    def begin_state(self, members: Sequence[int]) -> None:
+        """Note that the state of these parameters has begun: `beginning` leaves them out."""
+
+    def update_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], from_saved: bool, max_norm: float) -> None:
+        """torch.optim.SGD's rule with d = g (plain), g_max, or g + g_max − c g_min after `descend`.
+
+        c = ‖g_max‖ / ‖g_min‖. d is divided by the loss's scale, and then scaled down to a norm of ``max_norm``, as
+        torch.nn.utils.clip_grad_norm_ does it; after `descend` a finite one needs `direction_sums`. From the saved
+        w, or (``from_saved=False``) from the weights as they are. Ends the step: saved and g are free again.
+        Moves 6 N (SAM and plain 5 N).
+        """
+
+    def update_adam(self, sums: Tensor, groups: Sequence[AdamScalars], from_saved: bool, max_norm: float) -> None:
         """torch.optim.Adam's and AdamW's rule; otherwise as `update_sgd`. Moves 8 N (SAM 7 N)."""
 
     def combine(self, sums: Tensor, from_saved: bool, max_norm: float) -> bool:
         """Put d, as `update_sgd` has it, into ``.grad``, and the saved w into the weights (``from_saved``).
 
         For any base optimizer. Returns False, with the step given up, where a sum is not finite: waits for the
-        sums. The step goes on until `release`, so that `restore` can still undo what the base does to the weights.
+        sums. The step goes on until `release`: every parameter's w is saved now, with or without a gradient, so that
+        `restore` can still undo whatever the base does to the weights. Where d is not the gradient as it is, it is
+        another tensor: what lies in ``.grad`` is not written to.
         """
 
     def merge(self, sums: Tensor, share: float) -> Tensor:
@@ -184,7 +210,14 @@ class FlatParams(Protocol):
         """
 
     def restore(self) -> None:
-        """Put the saved w back, bit for bit, and forget the step."""
+        """Put the saved w back, bit for bit, and forget the step; where it is `updated`, only forget it.
+
+        Right for parameters whose strides, dtype or device were changed meanwhile.
+
+        Raises:
+            RuntimeError: a parameter has another shape than when it was saved; then nothing was written, and saved
+                is kept.
+        """
 
     def release(self) -> None:
         """Forget the step: saved and g are free again, the weights stay."""
@@ -192,7 +225,8 @@ class FlatParams(Protocol):
     def show_w(self, at_w: bool) -> None:
         """Exchange perturbed weights with the saved w (``at_w``), or back, if that is not so already.
 
-        `restore` meanwhile keeps what the weights are.
+        `restore` meanwhile keeps what the weights are. Raises as `restore` does, and where memory is short before
+        anything is written.
         """
 
     def state(self, key: str) -> list[Tensor]:
@@ -206,6 +240,9 @@ class FlatParams(Protocol):
 
     def clear_state(self, i: int) -> None:
         """Zero the base optimizer's state of the i-th parameter: the next update begins it."""
+
+    def drop_state(self) -> None:
+        """Let go of the base optimizer's state, and begin with new buffers: old views stay as they are, others' now."""
 
 
 def describe(param: Tensor, place: tuple[int, int]) -> str:
