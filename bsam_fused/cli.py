@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from bsam_fused.ops import dispatch, native_flat
+from bsam_fused.report import ctrl_c
 
 _DEVICE_TYPES = {"cuda": "cuda", "triton": "cuda", "cpp": "cpu", "torch": "cpu"}
 
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         return _report(options) if options.command == "report" else _info()
     except KeyboardInterrupt:
         print("bsam-fused: interrupted", file=sys.stderr)
-        return 130
+        return ctrl_c.STATUS
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,6 +131,11 @@ def _choices() -> Iterator[tuple[str, str]]:
 
 
 def _report(options: argparse.Namespace) -> int:
+    with ctrl_c.noted():
+        return _make(options)
+
+
+def _make(options: argparse.Namespace) -> int:
     try:
         from bsam_fused.report.make import Options, make
     except ModuleNotFoundError as error:

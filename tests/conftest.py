@@ -1,5 +1,7 @@
 """What all tests share."""
 
+import zlib
+
 import host_cuda
 import pytest
 import ranks
@@ -15,12 +17,21 @@ INTERPRETED = pytest.param("triton-interpreted", marks=pytest.mark.interpreter)
 BACKENDS = ["torch", "cpp", "cuda-on-host", INTERPRETED, *ON_GPU]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--whole", action="store_true", help="all combinations of arguments, also of tests marked `part`")
+
+
 def pytest_collection_modifyitems(config, items):
-    """Of a test marked `pairwise` the interpreter, which is slow, runs a part in which all pairs of arguments meet."""
+    """Leave out what would take too long.
+
+    Of a test marked `pairwise` the interpreter, which is slow, runs a part in which all pairs of arguments meet; of one
+    marked `part(n)` one in n combinations runs, always the same ones, others on each backend; all with --whole.
+    """
     left_out = [
         item
         for item in items
-        if item.get_closest_marker("pairwise") and item.get_closest_marker("interpreter") and _is_extra(item.callspec)
+        if (item.get_closest_marker("pairwise") and item.get_closest_marker("interpreter") and _is_extra(item.callspec))
+        or (not config.getoption("whole") and _is_left_out(item))
     ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
@@ -29,6 +40,11 @@ def pytest_collection_modifyitems(config, items):
 def _is_extra(callspec):
     indices = [index for name, index in callspec.indices.items() if name != "backend"]
     return sum(indices) % 4 != 0
+
+
+def _is_left_out(item):
+    part = item.get_closest_marker("part")
+    return part is not None and hasattr(item, "callspec") and zlib.crc32(item.nodeid.encode()) % part.args[0] != 0
 
 
 def pytest_runtest_setup(item):

@@ -3,10 +3,10 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -115,13 +115,7 @@ def test_the_pytest_benchmark_command(tmp_path):
     out = tmp_path / "bench.json"
     command = [sys.executable, "-m", "pytest", "-q", "bench", "-k", "tiny500-sam-sgd or (ascend and tiny500)"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", f"--benchmark-json={out}"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = processes.run([*command, "-p", "no:cacheprovider", f"--benchmark-json={out}"], cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {each["name"]: each for each in json.loads(out.read_text())["benchmarks"]}
     assert len(found) == 5 + 2

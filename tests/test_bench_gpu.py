@@ -3,12 +3,12 @@
 import contextlib
 import json
 import re
-import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -361,7 +361,7 @@ def test_torch_alone_is_needed():
     extras = ("matplotlib", "jinja2", "rich", "sklearn", "scipy", "pytorch_optimizer", "pytest")
     hidden = "; ".join(f"sys.modules[{name!r}] = None" for name in extras)
     code = f"import sys; {hidden}; import bench.gpu.measure, bench.gpu.training, bench.gpu.sanitize, bench.gpu.page"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    processes.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
 def test_the_plan_ends_within_eight_minutes():

@@ -3,13 +3,13 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import types
 import warnings
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from setuptools import Distribution, Extension
@@ -39,14 +39,7 @@ def run_setup(source, *command, without_torch=False, **env):
     hide = "sys.modules['torch'] = None; " if without_torch else ""
     arguments = f"sys.argv = ['setup.py', *{list(command)}]"
     code = f"import sys, runpy; {hide}{arguments}; runpy.run_path('setup.py', run_name='__main__')"
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=source,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return processes.run([sys.executable, "-c", code], timeout=900, cwd=source, env={**os.environ, **env})
 
 
 @pytest.mark.parametrize("build", ["auto", "cpu", "cuda", "none"])
@@ -329,9 +322,7 @@ for dtype in DTYPES:
 def test_loops_of_every_instruction_set(capability, name):
     """Each compiled variant beside the torch backend; one that this CPU lacks runs as the next lower one."""
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    result = subprocess.run(
-        [sys.executable, "-c", STEP], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
+    result = processes.run([sys.executable, "-c", STEP], cwd=ROOT, env=env)
     assert result.returncode == 0, result.stderr
     order = ["baseline", "AVX2", "AVX-512"]
     assert order.index(result.stdout.strip()) <= order.index(name)

@@ -2,10 +2,10 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -85,7 +85,7 @@ def test_without_extras_info_works_and_report_names_the_command(tmp_path):
     blocked = "".join(f"sys.modules[{name!r}] = None; " for name in EXTRAS)
     code = f"import sys; {blocked}from bsam_fused.cli import main; sys.exit(main(['info']) or main(['report']))"
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True)
+    done = processes.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT})
     assert done.returncode == 1
     assert "Backends" in done.stdout
     assert re.fullmatch(r"bsam-fused report: needs \w+: pip install 'bsam_fused\[report\]'\n", done.stderr)

@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import processes
 import pytest
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
@@ -83,17 +85,12 @@ def compiled(tmp_path_factory):
     """The kernels of each architecture, compiled at the same time."""
     folder = tmp_path_factory.mktemp("cubin")
     cubins = {architecture: folder / f"{architecture}.cubin" for architecture in ARCHITECTURES}
-    runs = [
-        subprocess.Popen(
-            [NVCC, *FLAGS, f"-arch={architecture}", "-o", cubin, SOURCE],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for architecture, cubin in cubins.items()
-    ]
-    kernels = {}
-    for run, (architecture, cubin) in zip(runs, cubins.items()):
-        report = run.communicate()[1]
+    kernels, pipe = {}, {"stderr": subprocess.PIPE, "text": True}
+    with ExitStack() as running:
+        commands = ([NVCC, *FLAGS, f"-arch={each}", "-o", cubin, SOURCE] for each, cubin in cubins.items())
+        runs = [running.enter_context(processes.started(command, **pipe)) for command in commands]
+        reports = [run.communicate(timeout=900)[1] for run in runs]
+    for run, report, (architecture, cubin) in zip(runs, reports, cubins.items()):
         assert run.returncode == 0, report
         code = instructions(cubin)
         kernels[architecture] = [

@@ -1,7 +1,8 @@
 """How a launch cuts tensors into pieces, where int32 would not do: no tensor is allocated for it."""
 
-import subprocess
 from pathlib import Path
+
+import processes
 
 SHIM = Path(__file__).parent / "shim"
 CHUNK = 2048  # elements of 16 bits: csrc/cuda_pieces.cuh's 256 threads of 16 bytes
@@ -11,9 +12,9 @@ LINE = 32  # elements of 16 bits in csrc/flat.h's 64 bytes
 def test_elements_beyond_int32(tmp_path):
     numels = [2**31 + 3, 5, 5 * 10**9, CHUNK, 2**33 + 1]
     command = ["c++", "-std=c++17", "-Wno-unknown-pragmas", f"-I{SHIM}", str(SHIM / "pieces.cpp"), "-o", "pieces"]
-    subprocess.run(command, cwd=tmp_path, check=True)
+    processes.run(command, cwd=tmp_path, check=True)
     arguments = [str(numel) for numel in numels]
-    printed = subprocess.run(["./pieces", *arguments], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    printed = processes.run(["./pieces", *arguments], cwd=tmp_path, check=True).stdout
     pieces = [tuple(map(int, line.split())) for line in printed.splitlines()]
     expected, flat = [], 0
     for tensor, numel in enumerate(numels):

@@ -2,10 +2,10 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -23,14 +23,6 @@ def test_picture(script):
 def test_on_two_processes(script):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [*command, f"examples/{script}.py"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        timeout=120,
-        check=False,
-    )
+    result = processes.run([*command, f"examples/{script}.py"], cwd=ROOT, env=environment, timeout=120)
     assert result.returncode == 0, result.stderr
     assert float(re.search(r"named rightly: ([\d.]+)%", result.stdout)[1]) > 80

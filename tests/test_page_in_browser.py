@@ -4,9 +4,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
+import processes
 import pytest
 from rich.progress import Progress
 
@@ -43,7 +43,7 @@ def browse(look, *arguments):
     command += ["--disable-background-networking", "--disable-sync", "--virtual-time-budget=3000", "--timeout=20000"]
     command += [f"--window-size={width},{height}", f"--blink-settings=preferredColorScheme={scheme}"]
     command += ["--enable-logging=stderr", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+    return processes.run(command, timeout=90, check=True)
 
 
 @pytest.fixture(scope="module")

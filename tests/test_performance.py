@@ -5,8 +5,10 @@ import random
 import re
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
+import processes
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -57,11 +59,8 @@ def test_the_page_says_where_others_took_bandwidth(figures, slowest, shared):
 
 
 def test_busy_cores_are_those_of_others():
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
-        try:
-            assert performance._busy_cores() > 0.4
-        finally:
-            other.kill()
+    with processes.started([sys.executable, "-c", "while True: pass"]):
+        assert performance._busy_cores() > 0.4
 
 
 def test_every_case_is_measured_or_said_not_to_be(figures):
@@ -181,10 +180,8 @@ def test_ratios_are_of_b_over_a():
 
 def test_workers_take_the_steps_of_their_checkout():
     """Two processes of this checkout, as two commits would be: the same rows, answered in turns."""
-    workers = [compare.Worker(performance.ROOT) for _ in range(2)]
-    found = compare.compare(*workers, "sam-adamw-tiny500", 8)
-    for worker in workers:
-        worker.close()
+    with closing(compare.Worker(performance.ROOT)) as a, closing(compare.Worker(performance.ROOT)) as b:
+        found = compare.compare(a, b, "sam-adamw-tiny500", 8)
     assert 0.1 < found.median < 10
 
 

@@ -3,15 +3,10 @@
 import gc
 import json
 import math
-import os
 import re
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +20,6 @@ from bsam_fused.report.contestant import Contestant, after_two_steps, coefficien
 from bsam_fused.report.implementations import ALGORITHMS, BASES, implementations
 from bsam_fused.report.timing import Timed
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the command has it by default
 FEW = 96  # images: three batches of 32
 RECIPE = learning.Recipe(epochs=1, batch_size=32)
@@ -111,53 +105,6 @@ def test_what_cannot_be_had_is_told(tmp_path, monkeypatch, capsys):
     assert "pytorch_optimizer" not in [row["implementation"] for row in found["rows"]]
     assert "Not measured: SAM, pytorch_optimizer: ModuleNotFoundError" in capsys.readouterr().out
     assert "Not measured" in (tmp_path / "out" / "index.html").read_text()
-
-
-@pytest.mark.parametrize("interruption", [1, 4])
-def test_sigint_leaves_a_partial_report(tmp_path, interruption):
-    """A real signal, before any timed step and between them."""
-    code = (
-        "import os, signal, sys; from bsam_fused import cli; from bsam_fused.report import timing\n"
-        "run = timing.Training.run\n"
-        "def interrupted(self, steps):\n"
-        f"    for i, _ in enumerate(run(self, steps)):\n"
-        f"        if i == {interruption}: os.kill(os.getpid(), signal.SIGINT)\n"
-        "        yield\n"
-        "timing.Training.run = interrupted\n"
-        "sys.exit(cli.main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, "report", "--model", "tiny500", "--optimizer", "sam", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 130, done.stderr
-    found = json.loads((tmp_path / "report.json").read_text())
-    assert found["partial"] is True
-    taken = interruption + 1 - timing.WARM_UP
-    assert [row["steps"] for row in found["rows"]] == [taken] * (6 if taken > 0 else 0)
-    page = (tmp_path / "index.html").read_text()
-    assert "This report is partial" in page
-    assert page.rstrip().endswith("</html>")
-    assert "partial" in done.stdout
-
-
-def test_ctrl_c_from_outside(tmp_path):
-    """As a user does it: whenever it comes once the work has begun, both files are whole."""
-    command = [sys.executable, "-m", "bsam_fused", "report", "--model", "tiny500", "--steps", "100000"]
-    process = subprocess.Popen(
-        [*command, "--out", str(tmp_path)],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        # A shell's background jobs, such as these tests may be, ignore it, and so would the command.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert b"Ctrl-C" in process.stderr.readline()
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    # Python ends itself by the signal, and not by exit(130), if it came within an exec() (of namedtuple, say).
-    assert process.returncode in {130, -signal.SIGINT}, said
-    assert json.loads((tmp_path / "report.json").read_text())["partial"] is True
-    assert "This report is partial" in (tmp_path / "index.html").read_text()
 
 
 def test_a_failed_write_keeps_the_old_report(monkeypatch, tmp_path):

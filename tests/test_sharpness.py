@@ -2,10 +2,10 @@
 
 import copy
 import math
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -489,5 +489,5 @@ net, loss, data = torch.nn.Linear(2, 2), torch.nn.functional.mse_loss, [(torch.o
 sharpness.measure(net, loss, data), sharpness.hessian_trace(net, loss, data, max_samples=2)
 {call}
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    done = processes.run([sys.executable, "-c", code], cwd=ROOT)
     assert f"ModuleNotFoundError: this needs {missing}: pip install 'bsam_fused[sharpness]'" in done.stderr

@@ -1,10 +1,10 @@
 """The Triton backend's host side: what it imports, why it cannot be had, how often it launches and writes tables."""
 
 import importlib.util
-import subprocess
 import sys
 import textwrap
 
+import processes
 import pytest
 import torch
 from samples import assign, gradients
@@ -29,7 +29,7 @@ def test_no_kernels_are_imported_before_they_are_used():
         bsam_fused.SAM([torch.nn.Parameter(torch.ones(2))], lr=1.0)
         raise SystemExit("bsam_fused.ops.triton_kernels" in sys.modules)
     """
-    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False).returncode == 0
+    assert processes.run([sys.executable, "-c", textwrap.dedent(code)]).returncode == 0
 
 
 @pytest.mark.parametrize(

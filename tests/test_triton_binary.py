@@ -2,10 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,7 @@ OPERANDS = {
 def compiled():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tests" / "compile_triton.py"), *TARGETS]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    result = processes.run(command, timeout=900, env=environment)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

@@ -1,4 +1,7 @@
-"""Times, counts and weighs work, on a CPU or on a CUDA device. Needs torch alone."""
+"""Times, counts and weighs work, on a CPU or on a CUDA device. Needs torch alone.
+
+Ctrl-C is looked at before all of it (`ctrl_c.look`).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from bsam_fused.report import ctrl_c
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own reports of its starts and stops
 
@@ -80,6 +85,7 @@ def clock_of(device: torch.device) -> Clock:
 
 def seconds_of(work: Work) -> float:
     """Return how long ``work()`` takes."""
+    ctrl_c.look()
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
@@ -111,6 +117,7 @@ class HostClock:
 
     def peak_bytes(self, work: Callable[[], Result]) -> tuple[Result, int]:
         """Return what ``work()`` returns, and the most bytes that torch's allocator lent it meanwhile."""
+        ctrl_c.look()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             result = work()
         events = profiler.profiler.kineto_results.events()  # profiler.events() takes seconds for many operators
@@ -156,6 +163,7 @@ class CudaClock:
 
     def launches(self, work: Work) -> int | None:
         """Return how many kernels, copies and fills ``work()`` launches; None where the profiler sees none."""
+        ctrl_c.look()
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             work()
@@ -165,6 +173,7 @@ class CudaClock:
 
     def peak_bytes(self, work: Callable[[], Result]) -> tuple[Result, int]:
         """Return what ``work()`` returns, and the most bytes of tensors that there were beside those before it."""
+        ctrl_c.look()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -173,6 +182,7 @@ class CudaClock:
 
     def _host_and_wall(self, work: Work) -> tuple[float, float]:
         """Return the seconds until ``work()`` returns, and until the device is done too; it is idle at first."""
+        ctrl_c.look()
         self._empty_cache()
         torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -183,6 +193,7 @@ class CudaClock:
 
     def _device_seconds(self, pieces: Sequence[Work], ahead: float) -> list[float]:
         """Return the device's seconds of each piece, the host ``ahead`` of it."""
+        ctrl_c.look()
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(pieces) + 1)]
         torch.cuda._sleep(int(min(ahead, MOST_AHEAD) * CYCLES_A_SECOND))
         marks[0].record()

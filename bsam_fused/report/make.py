@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bsam_fused.ops import dispatch
-from bsam_fused.report import learning, models, rows, sweep, timing, write
+from bsam_fused.report import ctrl_c, learning, models, rows, sweep, timing, write
 from bsam_fused.report.clock import clock_of, copy_bandwidth
 from bsam_fused.report.implementations import BASES
 from bsam_fused.report.machine import this_machine
@@ -150,9 +150,10 @@ def make(out: Path, options: Options) -> bool:
         OSError: ``out`` cannot be written to.
     """
     draft, interrupted = Draft(options), False
+    ctrl_c.defer()
     try:
         with Progress(console=Console(stderr=True), refresh_per_second=2) as progress:
-            progress.console.print("Ctrl-C ends the measuring and writes a report of what there is.")
+            progress.console.print("Ctrl-C ends the measuring and writes what there is; a second one ends at once.")
             draft.run(progress)
     except KeyboardInterrupt:
         interrupted = True
@@ -173,6 +174,7 @@ def make(out: Path, options: Options) -> bool:
 def _all(steps: Iterator[Any], progress: Progress, task: Any) -> None:
     for _ in steps:
         progress.advance(task)
+        ctrl_c.look()
 
 
 def _elements(shape: tuple[int, ...]) -> int:

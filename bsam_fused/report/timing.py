@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bsam_fused.report import ctrl_c
 from bsam_fused.report.clock import Clock, Laps
 from bsam_fused.report.implementations import ALGORITHMS, Base, Build, implementations, reason
 from bsam_fused.report.models import Workload
@@ -87,7 +88,8 @@ class Training:
             self.timed.append(Timed(algorithm, f"{implementation}, graph", it.calls, it.optimizer, step))
 
     def a_pass(self) -> None:
-        """Run forward and backward on the batch."""
+        """Run forward and backward on the batch, unless Ctrl-C came."""
+        ctrl_c.look()
         model, inputs, targets, loss = self.workload
         loss(model(inputs), targets).backward()
 
