@@ -6,10 +6,51 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
+
+
+class RunningStats:
+    """The running statistics of a model, which can be frozen: batches are still normalised by their own.
+
+    Those of BatchNorm, SyncBatchNorm and InstanceNorm, also of lazy layers, which may meet their first input meanwhile.
+    Whoever freezes a layer is noted before it is frozen, so that `thaw` is right whatever interrupted either; it is
+    frozen as long as somebody wants it.
+
+    Args:
+        model: whose normalisation layers to freeze.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = [
+            m for m in model.modules() if isinstance(m, _NormBase) and m._buffers.get("running_mean") is not None
+        ]
+        self._who = object()
+
+    def freeze(self) -> None:
+        """Keep the statistics where they are."""
+        for layer in self._layers:
+            _wanted_frozen.setdefault(layer, set()).add(self._who)
+            if not _is_frozen(layer):
+                layer.__class__ = _frozen(type(layer))  # type: ignore[arg-type]  # mypy thinks classes unhashable
+
+    def thaw(self) -> None:
+        """Let them move again; can be called again."""
+        for layer in self._layers:
+            wanted = _wanted_frozen.get(layer, set())
+            wanted.discard(self._who)
+            if not wanted and _is_frozen(layer):
+                layer.__class__ = type(layer).thawed
+
+
+_wanted_frozen: WeakKeyDictionary[nn.Module, set[object]] = WeakKeyDictionary()
+
+
+def _is_frozen(layer: nn.Module) -> bool:
+    return hasattr(type(layer), "thawed")
 
 
 @contextmanager
@@ -24,16 +65,12 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
     Args:
         model: whose normalisation layers to freeze.
     """
-    layers = [m for m in model.modules() if isinstance(m, _NormBase) and m._buffers.get("running_mean") is not None]
-    frozen = []
+    stats = RunningStats(model)
     try:
-        for layer in layers:
-            layer.__class__ = _frozen(type(layer))  # type: ignore[arg-type]  # mypy thinks classes unhashable
-            frozen.append(layer)
+        stats.freeze()
         yield
     finally:
-        for layer in frozen:
-            layer.__class__ = type(layer).__bases__[0]
+        stats.thaw()
 
 
 @cache
@@ -44,10 +81,11 @@ def _frozen(kind: Any) -> type[_NormBase]:
     """
 
     class Frozen(kind):
+        thawed = kind
+
         def __reduce_ex__(self, protocol: Any) -> Any:
-            _, (cls, *args), *state = super().__reduce_ex__(protocol)
-            thawed = kind if cls is type(self) else cls  # nested, kind has said it already
-            return (thawed.__new__, (thawed, *args), *state)
+            _, (_, *args), *state = super().__reduce_ex__(protocol)
+            return (kind.__new__, (kind, *args), *state)
 
         if issubclass(kind, LazyModuleMixin):  # its first pass makes the statistics, and this class of it
             cls_to_become = _frozen(kind.cls_to_become)

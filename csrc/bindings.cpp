@@ -1,9 +1,12 @@
-// The pybind11 module: FlatParams, and how this binary was built.
+// The pybind11 module: FlatParams, what tells whether others changed something, and how this binary was built.
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <deque>
+
 #include "cpu_flat_params.h"
+#include "identity.h"
 #ifdef BSAM_FUSED_CUDA
 #include "cuda_flat_params.h"
 #endif
@@ -12,22 +15,81 @@ namespace py = pybind11;
 
 namespace {
 
-// Reads the gradients; where one cannot be worked with, contract.py raises the error that names it.
-void read_gradients(py::object self) {
+using bsam::BadParameter;
+using bsam::FlatParams;
+
+FlatParams& flat_of(const py::handle& self) {
+  auto& flat = self.cast<FlatParams&>();
+  if (!flat.built()) throw std::runtime_error("FlatParams: __init__ was never called");
+  return flat;
+}
+
+// An object in use: by one method at a time.
+struct Use {
+  explicit Use(const py::handle& self) : flat(flat_of(self)) {
+    if (flat.busy) throw std::runtime_error("FlatParams: in use by another thread, or by a call that this one is in");
+    flat.busy = true;
+  }
+  ~Use() { flat.busy = false; }
+  Use(const Use&) = delete;
+
+  FlatParams& flat;
+};
+
+// contract.py raises the error that names the parameter.
+[[noreturn]] void refuse(const py::handle& self, const BadParameter& bad) {
+  constexpr const char* words[] = {"reject", "reject_memory", "reject_shape"};
+  py::module_::import("bsam_fused.ops.contract").attr(words[bad.why])(self, bad.index);
+  throw std::logic_error("contract.py found nothing wrong");
+}
+
+template <class R, class Method, class... Args>
+auto guarded(Method method) {
+  return [method](const py::object& self, Args... args) -> R {
+    at::NoGradGuard no_grad;
+    try {
+      return (Use(self).flat.*method)(args...);
+    } catch (const BadParameter& bad) {
+      refuse(self, bad);
+    }
+  };
+}
+
+template <class R, class... Args>
+auto exposed(R (FlatParams::*method)(Args...)) {
+  return guarded<R, decltype(method), Args...>(method);
+}
+
+template <class R, class... Args>
+auto exposed(R (FlatParams::*method)(Args...) const) {
+  return guarded<R, decltype(method), Args...>(method);
+}
+
+template <class R>
+auto read(R (FlatParams::*method)() const) {
+  return [method](const py::object& self) -> R { return (flat_of(self).*method)(); };
+}
+
+// The update of several FlatParams: all that can raise comes before anything is written to any of them.
+template <class Group>
+void update(const std::vector<py::object>& flats, const std::vector<at::Tensor>& sums,
+            const FlatParams::Options<Group>& groups, bool from_saved, double max_norm) {
+  if (flats.size() != sums.size()) throw std::invalid_argument("an update needs sums for each FlatParams");
   at::NoGradGuard no_grad;
+  size_t i = 0;
   try {
-    self.cast<bsam::FlatParams&>().read_gradients();
-  } catch (const bsam::BadParameter& bad) {
-    py::module_::import("bsam_fused.ops.contract").attr("reject")(self, bad.index);
+    std::deque<Use> uses;
+    for (const py::object& flat : flats) uses.emplace_back(flat);
+    for (; i < flats.size(); ++i) uses[i].flat.template prepare_update<Group>(sums[i], groups);
+    for (i = 0; i < flats.size(); ++i) uses[i].flat.template make_update<Group>(sums[i], groups, from_saved, max_norm);
+  } catch (const BadParameter& bad) {
+    refuse(flats[i], bad);
   }
 }
 
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  using bsam::FlatParams;
-  using no_grad = py::call_guard<at::NoGradGuard>;
-
   m.doc() = "bsam_fused's compiled kernels";
   m.attr("version") = BSAM_FUSED_VERSION;
   m.attr("torch_version") = TORCH_VERSION;
@@ -41,34 +103,48 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     }
   });
 
+  m.def("same_items", bsam::same_items, "Whether both lists hold the same objects.");
+  py::class_<bsam::Seen>(m, "Seen", "A base optimizer's state as it was seen.", py::module_local())
+      .def(py::init<const py::dict&>())
+      .def("same", &bsam::Seen::same, "Whether it is so still: the same keys, entries and values, at their addresses.");
+
+  m.def("update_sgd", update<bsam::SgdGroup>);
+  m.def("update_adam", update<bsam::AdamGroup>);
+
   py::class_<FlatParams>(m, "FlatParams", "bsam_fused.ops.contract.FlatParams", py::module_local())
-      .def("read_gradients", read_gradients)
-      .def("clear_gradients", &FlatParams::clear_gradients)
-      .def("square_norm", &FlatParams::square_norm, no_grad())
-      .def("direction_sums", &FlatParams::direction_sums, no_grad())
-      .def("ascend", &FlatParams::ascend, no_grad())
-      .def("descend", &FlatParams::descend, no_grad())
-      .def("update_sgd", &FlatParams::update_sgd, no_grad())
-      .def("update_adam", &FlatParams::update_adam, no_grad())
-      .def("combine", &FlatParams::combine, no_grad())
-      .def("merge", &FlatParams::merge, no_grad())
-      .def("write_options", &FlatParams::write_options, no_grad())
-      .def("restore", &FlatParams::restore, no_grad())
-      .def("show_w", &FlatParams::show_w, no_grad())
-      .def("release", &FlatParams::release)
-      .def("state", &FlatParams::state)
-      .def("clear_state", &FlatParams::clear_state, no_grad())
-      .def_property_readonly("params", &FlatParams::params)
-      .def_property_readonly("places", &FlatParams::places)
-      .def_property_readonly("sums", &FlatParams::sums)
-      .def_property_readonly("step_count", &FlatParams::step_count)
-      .def_property_readonly("skipped", &FlatParams::skipped)
-      .def_property_readonly("device", &FlatParams::device)
-      .def_property_readonly("dtype", &FlatParams::dtype)
-      .def_property_readonly("extra_bytes", &FlatParams::extra_bytes);
+      .def("read_gradients", exposed(&FlatParams::read_gradients))
+      .def("begin_plain", exposed(&FlatParams::begin_plain))
+      .def("join", exposed(&FlatParams::join))
+      .def("clear_gradients", exposed(&FlatParams::clear_gradients))
+      .def("square_norm", exposed(&FlatParams::square_norm))
+      .def("direction_sums", exposed(&FlatParams::direction_sums))
+      .def("ascend", exposed(&FlatParams::ascend))
+      .def("descend", exposed(&FlatParams::descend))
+      .def("beginning", exposed(&FlatParams::beginning))
+      .def("begin_state", exposed(&FlatParams::begin_state))
+      .def("update_sgd", exposed(&FlatParams::update<bsam::SgdGroup>))
+      .def("update_adam", exposed(&FlatParams::update<bsam::AdamGroup>))
+      .def("combine", exposed(&FlatParams::combine))
+      .def("merge", exposed(&FlatParams::merge))
+      .def("write_options", exposed(&FlatParams::write_options))
+      .def("restore", exposed(&FlatParams::restore))
+      .def("show_w", exposed(&FlatParams::show_w))
+      .def("release", exposed(&FlatParams::release))
+      .def("state", exposed(&FlatParams::state))
+      .def("clear_state", exposed(&FlatParams::clear_state))
+      .def("drop_state", exposed(&FlatParams::drop_state))
+      .def_property_readonly("params", read(&FlatParams::params))
+      .def_property_readonly("places", read(&FlatParams::places))
+      .def_property_readonly("sums", read(&FlatParams::sums))
+      .def_property_readonly("step_count", read(&FlatParams::step_count))
+      .def_property_readonly("skipped", read(&FlatParams::skipped))
+      .def_property_readonly("updated", read(&FlatParams::updated))
+      .def_property_readonly("device", read(&FlatParams::device))
+      .def_property_readonly("dtype", read(&FlatParams::dtype))
+      .def_property_readonly("extra_bytes", read(&FlatParams::extra_bytes));
 
   const auto init =
-      py::init<std::vector<at::Tensor>, std::vector<std::pair<int64_t, int64_t>>, std::optional<uint32_t>>();
+      py::init<std::vector<py::object>, std::vector<std::pair<int64_t, int64_t>>, std::optional<uint32_t>>();
   py::class_<bsam::CpuFlatParams, FlatParams>(m, "CpuFlatParams", py::module_local()).def(init);
 #ifdef BSAM_FUSED_CUDA
   py::class_<bsam::CudaFlatParams, FlatParams>(m, "CudaFlatParams", py::module_local()).def(init);

@@ -41,7 +41,7 @@ std::vector<Group> groups_of(const FlatParams::Options<Group>& groups) {
 
 }  // namespace
 
-CpuFlatParams::CpuFlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places,
+CpuFlatParams::CpuFlatParams(std::vector<py::object> params, std::vector<std::pair<int64_t, int64_t>> places,
                              std::optional<uint32_t> seed)
     : FlatParams(std::move(params), std::move(places), seed),
       loops_(best_loops(element_type(dtype_), !keys_.empty())),
@@ -94,8 +94,7 @@ void CpuFlatParams::copy_taken(const Entry& e, const Segment& s) const {
   if (e.copying) loops_.copy(e.g + at, e.now + at, stream_, s.count);
 }
 
-void CpuFlatParams::square_norm(int64_t slot, const Options<RadiusGroup>& radii) {
-  check_groups(radii.size());
+void CpuFlatParams::run_square_norm(int64_t slot, const Options<RadiusGroup>& radii) {
   const auto groups = reaches(radii, 0, 1);
   sum_segments({slot}, [&](const Segment& s, double* sum) {
     const Entry& e = entries_[s.tensor];
@@ -105,7 +104,7 @@ void CpuFlatParams::square_norm(int64_t slot, const Options<RadiusGroup>& radii)
   });
 }
 
-void CpuFlatParams::direction_sums() {
+void CpuFlatParams::run_direction_sums() {
   sum_segments({kMin, kSoFar, kCross}, [&](const Segment& s, double* sums) {
     const Entry& e = entries_[s.tensor];
     if (!e.now && !e.g) return;
@@ -118,7 +117,7 @@ void CpuFlatParams::run_ascend(const at::Tensor& sums, const Options<RadiusGroup
   const double sum = at_slot(sums, kAscent);
   if (!is_finite(sum)) return;
   const auto groups = reaches(radii, sum, norm_eps);
-  char* saved = buffer("saved");
+  char* saved = buffer(kSaved);
   for (Entry& e : entries_) e.perturbed = e.now != nullptr;
   for_segments([&](const Segment& s) {
     const Entry& e = entries_[s.tensor];
@@ -131,7 +130,7 @@ void CpuFlatParams::run_ascend(const at::Tensor& sums, const Options<RadiusGroup
 
 void CpuFlatParams::run_descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) {
   const auto groups = reaches(radii, at_slot(sums, kAscent), norm_eps);
-  const char* saved = buffer("saved");
+  const char* saved = buffer(kSaved);
   // Without g (a gradient in this pass only) the weights stay, and g + g_max is g_max.
   sum_segments({kMax}, [&](const Segment& s, double* sum) {
     const Entry& e = entries_[s.tensor];
@@ -146,11 +145,11 @@ void CpuFlatParams::run_descend(const at::Tensor& sums, const Options<RadiusGrou
 
 // Applies rule(Update, entry, segment, t) to every member's segments, in its t-th step.
 template <class Rule>
-void CpuFlatParams::update(const at::Tensor& sums, bool from_saved, double max_norm, Rule rule) {
+void CpuFlatParams::apply(const at::Tensor& sums, bool from_saved, double max_norm, Rule rule) {
   float* steps = steps_.mutable_data_ptr<float>();
   for (size_t i : c10::irange(entries_.size()))
     if (entries_[i].counted) ++steps[i];
-  const char* saved = from_saved ? buffer_if_any("saved") : nullptr;
+  const char* saved = from_saved ? buffer_if_any(kSaved) : nullptr;
   float* master = master_weights();
   const auto scales = DirectionScales::from(sums.const_data_ptr<double>(), bilateral_, max_norm);
   for_segments([&](const Segment& s) {
@@ -167,21 +166,22 @@ void CpuFlatParams::update(const at::Tensor& sums, bool from_saved, double max_n
   ++*step_count_.mutable_data_ptr<int64_t>();
 }
 
-void CpuFlatParams::run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved, double max_norm) {
+void CpuFlatParams::run_update(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved,
+                               double max_norm) {
   const auto rules = groups_of<SgdGroup>(groups);
   const bool momentum = std::any_of(rules.begin(), rules.end(), [](const SgdGroup& o) { return o.momentum != 0; });
-  char* m = momentum ? buffer("momentum_buffer") : nullptr;
-  update(sums, from_saved, max_norm, [&](const Update& u, const Entry& e, const Segment& s, float t) {
+  char* m = momentum ? buffer(kMomentumBuffer) : nullptr;
+  apply(sums, from_saved, max_norm, [&](const Update& u, const Entry& e, const Segment& s, float t) {
     const SgdGroup& rule = rules[e.group];
     loops_.sgd(u, rule, rule.momentum != 0 ? m + s.flat * itemsize_ : nullptr, t == 1);
   });
 }
 
-void CpuFlatParams::run_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved,
-                             double max_norm) {
+void CpuFlatParams::run_update(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved,
+                               double max_norm) {
   const auto rules = groups_of<AdamGroup>(groups);
-  char *m = buffer("exp_avg"), *v = buffer("exp_avg_sq");
-  update(sums, from_saved, max_norm, [&](const Update& u, const Entry& e, const Segment& s, float t) {
+  char *m = buffer(kExpAvg), *v = buffer(kExpAvgSq);
+  apply(sums, from_saved, max_norm, [&](const Update& u, const Entry& e, const Segment& s, float t) {
     loops_.adam(u, rules[e.group], m + s.flat * itemsize_, v + s.flat * itemsize_, t);
   });
 }
@@ -196,7 +196,7 @@ void CpuFlatParams::run_direction(const at::Tensor& sums) {
 }
 
 void CpuFlatParams::run_restore() {
-  const char* saved = buffer("saved");
+  const char* saved = buffer(kSaved);
   for_segments([&](const Segment& s) {
     const Entry& e = entries_[s.tensor];
     if (e.perturbed && e.w) loops_.copy(e.w + s.begin * itemsize_, saved + s.flat * itemsize_, stream_, s.count);

@@ -8,17 +8,16 @@ namespace bsam {
 
 class CpuFlatParams final : public FlatParams {
  public:
-  CpuFlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places,
+  CpuFlatParams(std::vector<py::object> params, std::vector<std::pair<int64_t, int64_t>> places,
                 std::optional<uint32_t> seed);
 
-  void square_norm(int64_t slot, const Options<RadiusGroup>& radii) override;
-  void direction_sums() override;
-
  private:
+  void run_square_norm(int64_t slot, const Options<RadiusGroup>& radii) override;
+  void run_direction_sums() override;
   void run_ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) override;
   void run_descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) override;
-  void run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved, double max_norm) override;
-  void run_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved, double max_norm) override;
+  void run_update(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved, double max_norm) override;
+  void run_update(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved, double max_norm) override;
   void run_direction(const at::Tensor& sums) override;
   void run_restore() override;
   const double* on_host(const at::Tensor& sums) const override;
@@ -28,7 +27,7 @@ class CpuFlatParams final : public FlatParams {
   Site site(const Segment& s) const;
   void copy_taken(const Entry& e, const Segment& s) const;
   template <class Rule>
-  void update(const at::Tensor& sums, bool from_saved, double max_norm, Rule rule);
+  void apply(const at::Tensor& sums, bool from_saved, double max_norm, Rule rule);
 
   template <class Body>
   void for_blocks(Body body) const;

@@ -9,7 +9,7 @@
 
 namespace bsam {
 
-CudaFlatParams::CudaFlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places,
+CudaFlatParams::CudaFlatParams(std::vector<py::object> params, std::vector<std::pair<int64_t, int64_t>> places,
                                std::optional<uint32_t> seed)
     : FlatParams(std::move(params), std::move(places), seed),
       workspace_(
@@ -74,6 +74,11 @@ const double* CudaFlatParams::table(int use, const double* values, size_t count)
   return t.on_device.const_data_ptr<double>();
 }
 
+void CudaFlatParams::prepare_options(Use use, const double* values, size_t count) {
+  c10::DeviceGuard guard(device_);
+  table(use, values, count);
+}
+
 void CudaFlatParams::write_options(const std::vector<Rows>& tables) {
   c10::DeviceGuard guard(device_);
   for (size_t use : c10::irange(std::min(tables.size(), tables_.size()))) {
@@ -89,8 +94,7 @@ cuda::Rounding CudaFlatParams::rounding() const {
 
 double* CudaFlatParams::sum(int64_t slot) { return sums_.mutable_data_ptr<double>() + slot; }
 
-void CudaFlatParams::square_norm(int64_t slot, const Options<RadiusGroup>& radii) {
-  check_groups(radii.size());
+void CudaFlatParams::run_square_norm(int64_t slot, const Options<RadiusGroup>& radii) {
   c10::DeviceGuard guard(device_);
   const bool adaptive =
       std::any_of(radii.begin(), radii.end(), [](const auto& o) { return RadiusGroup::from(o.data()).adaptive; });
@@ -98,7 +102,7 @@ void CudaFlatParams::square_norm(int64_t slot, const Options<RadiusGroup>& radii
   cuda::square_norm(context(), items([](const Entry& e, cuda::Item&) { return e.now != nullptr; }), groups, sum(slot));
 }
 
-void CudaFlatParams::direction_sums() {
+void CudaFlatParams::run_direction_sums() {
   c10::DeviceGuard guard(device_);
   cuda::direction_sums(context(), items([](const Entry& e, cuda::Item&) { return e.now || e.g; }),
                        {sum(kMin), sum(kSoFar), sum(kCross)});
@@ -107,7 +111,7 @@ void CudaFlatParams::direction_sums() {
 void CudaFlatParams::run_ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) {
   c10::DeviceGuard guard(device_);
   const double* groups = table(kAscending, radii);
-  char* saved = buffer("saved");
+  char* saved = buffer(kSaved);
   for (Entry& e : entries_) e.perturbed = e.now != nullptr;
   const auto& all = items([](const Entry& e, cuda::Item& item) {
     if (!e.copying) item.g = nullptr;
@@ -123,8 +127,7 @@ void CudaFlatParams::run_descend(const at::Tensor& sums, const Options<RadiusGro
     if (!e.perturbed && !e.copying) item.g = nullptr;
     return e.perturbed || e.now != nullptr;
   });
-  cuda::descend(context(), all, groups, sums.const_data_ptr<double>(), norm_eps, buffer("saved"), rounding(),
-                sum(kMax));
+  cuda::descend(context(), all, groups, sums.const_data_ptr<double>(), norm_eps, buffer(kSaved), rounding(), sum(kMax));
 }
 
 const cuda::Items& CudaFlatParams::members() {
@@ -134,7 +137,7 @@ const cuda::Items& CudaFlatParams::members() {
 cuda::Update CudaFlatParams::update(const at::Tensor& sums, const double* groups, bool from_saved, double max_norm) {
   return {groups,
           sums.const_data_ptr<double>(),
-          buffer_if_any("saved"),
+          buffer_if_any(kSaved),
           master_weights(),
           from_saved,
           bilateral_,
@@ -145,19 +148,19 @@ cuda::Update CudaFlatParams::update(const at::Tensor& sums, const double* groups
           skipped_.mutable_data_ptr<int64_t>()};
 }
 
-void CudaFlatParams::run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved,
-                             double max_norm) {
+void CudaFlatParams::run_update(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved,
+                                double max_norm) {
   c10::DeviceGuard guard(device_);
   const bool momentum =
       std::any_of(groups.begin(), groups.end(), [](const auto& o) { return SgdGroup::from(o.data()).momentum != 0; });
-  char* m = momentum ? buffer("momentum_buffer") : nullptr;
+  char* m = momentum ? buffer(kMomentumBuffer) : nullptr;
   cuda::sgd(context(), members(), update(sums, table(kUpdating, groups), from_saved, max_norm), m);
 }
 
-void CudaFlatParams::run_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved,
-                              double max_norm) {
+void CudaFlatParams::run_update(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved,
+                                double max_norm) {
   c10::DeviceGuard guard(device_);
-  char *m = buffer("exp_avg"), *v = buffer("exp_avg_sq");
+  char *m = buffer(kExpAvg), *v = buffer(kExpAvgSq);
   cuda::adam(context(), members(), update(sums, table(kUpdating, groups), from_saved, max_norm), m, v);
 }
 
@@ -169,7 +172,7 @@ void CudaFlatParams::run_direction(const at::Tensor& sums) {
 
 void CudaFlatParams::run_restore() {
   c10::DeviceGuard guard(device_);
-  cuda::restore(context(), items([](const Entry& e, cuda::Item&) { return e.perturbed && e.w; }), buffer("saved"));
+  cuda::restore(context(), items([](const Entry& e, cuda::Item&) { return e.perturbed && e.w; }), buffer(kSaved));
 }
 
 }  // namespace bsam

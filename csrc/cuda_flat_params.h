@@ -10,11 +10,9 @@ namespace bsam {
 
 class CudaFlatParams final : public FlatParams {
  public:
-  CudaFlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places,
+  CudaFlatParams(std::vector<py::object> params, std::vector<std::pair<int64_t, int64_t>> places,
                  std::optional<uint32_t> seed);
 
-  void square_norm(int64_t slot, const Options<RadiusGroup>& radii) override;
-  void direction_sums() override;
   void write_options(const std::vector<Rows>& tables) override;
 
  private:
@@ -24,14 +22,16 @@ class CudaFlatParams final : public FlatParams {
     at::Tensor on_device;
     std::vector<double> written;
   };
-  enum Use { kAscending, kDescending, kUpdating, kUses };
 
+  void run_square_norm(int64_t slot, const Options<RadiusGroup>& radii) override;
+  void run_direction_sums() override;
   void run_ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) override;
   void run_descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) override;
-  void run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved, double max_norm) override;
-  void run_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved, double max_norm) override;
+  void run_update(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved, double max_norm) override;
+  void run_update(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved, double max_norm) override;
   void run_direction(const at::Tensor& sums) override;
   void run_restore() override;
+  void prepare_options(Use use, const double* values, size_t count) override;
   const double* on_host(const at::Tensor&) const override { return nullptr; }
 
   at::Tensor new_buffer(int64_t numel, at::ScalarType dtype) const override;

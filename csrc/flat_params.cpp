@@ -1,15 +1,22 @@
 #include "flat_params.h"
 
 #include <ATen/Functions.h>
+#include <ATen/MemoryOverlap.h>
 #include <c10/util/irange.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <limits>
 
 #include "holders.h"
+#include "memory.h"
 #include "rounding.h"
 
 namespace bsam {
 
 namespace {
 
+constexpr size_t kAhead = 4;           // tensors
 constexpr int64_t kSmallBytes = 4096;  // up to here a gradient is copied rather than taken
 
 // What stands for the address of a gradient without elements: it has none, yet is one.
@@ -17,9 +24,35 @@ char kNothing[1] = {};
 
 char* address(const at::Tensor& t) { return t.numel() == 0 ? kNothing : static_cast<char*>(t.mutable_data_ptr()); }
 
-std::vector<int64_t> numels(const std::vector<at::Tensor>& params) {
+const at::Tensor& tensor_of(const py::object& param) {
+  if (!THPVariable_Check(param.ptr())) throw py::type_error("FlatParams: every parameter must be a torch.Tensor");
+  return THPVariable_Unpack(param.ptr());
+}
+
+const at::Tensor& first(const std::vector<py::object>& params) {
+  if (params.empty()) throw std::invalid_argument("FlatParams: no parameters");
+  return tensor_of(params[0]);
+}
+
+void check_place(const std::pair<int64_t, int64_t>& place) {
+  constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  if (std::min(place.first, place.second) < 0 || std::max(place.first, place.second) >= most)
+    throw std::invalid_argument("FlatParams: a place is a param group and an index there, neither below 0");
+}
+
+std::vector<int64_t> numels(const std::vector<py::object>& params) {
+  const at::Tensor& one = first(params);
   std::vector<int64_t> result;
-  for (const auto& p : params) result.push_back(p.numel());
+  for (const auto& param : params) {
+    const at::Tensor& p = tensor_of(param);
+    if (p.layout() != at::kStrided || !p.has_storage())
+      throw std::invalid_argument("FlatParams: every parameter must be a dense tensor with a storage of its own");
+    if (p.scalar_type() != one.scalar_type() || p.device() != one.device())
+      throw std::invalid_argument("FlatParams: all parameters must be on one device and of one dtype");
+    if (at::has_internal_overlap(p) == at::MemOverlap::Yes)
+      throw std::invalid_argument("FlatParams: an expanded parameter's elements share memory");
+    result.push_back(p.numel());
+  }
   return result;
 }
 
@@ -40,28 +73,30 @@ Dtype element_type(at::ScalarType dtype) {
   }
 }
 
-FlatParams::FlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places,
+FlatParams::FlatParams(std::vector<py::object> params, std::vector<std::pair<int64_t, int64_t>> places,
                        std::optional<uint32_t> seed)
     : params_(std::move(params)),
       places_(std::move(places)),
-      device_(params_.at(0).device()),
-      dtype_(params_[0].scalar_type()),
-      itemsize_(int64_t(params_[0].element_size())),
+      device_(first(params_).device()),
+      dtype_(param(0).scalar_type()),
+      itemsize_(int64_t(param(0).element_size())),
       index_(numels(params_), itemsize_),
       sums_(at::zeros({kSlots}, at::dtype(at::kDouble).device(device_))),
       steps_(at::zeros({int64_t(params_.size())}, at::dtype(at::kFloat).device(device_))),
       skipped_(at::zeros({}, at::dtype(at::kLong).device(device_))),
-      step_count_(at::zeros({}, at::dtype(at::kLong).device(device_))) {
+      step_count_(at::zeros({}, at::dtype(at::kLong).device(device_))),
+      deleter_(deleter_of(sums_)) {
+  element_type(dtype_);
+  if (places_.size() != params_.size()) throw std::invalid_argument("FlatParams: every parameter needs its place");
   entries_.reserve(params_.size());
   for (size_t i : c10::irange(params_.size())) {
-    const auto& p = params_[i];
-    if (p.scalar_type() != dtype_ || p.device() != device_)
-      throw std::invalid_argument("FlatParams: all parameters must be on one device and of one dtype");
+    check_place(places_[i]);
+    const at::Tensor& p = param(i);
     Entry entry;
-    entry.group = int32_t(places_.at(i).first);
+    entry.group = int32_t(places_[i].first);
     groups_ = std::max(groups_, int64_t(entry.group) + 1);
     entry.dim = int32_t(p.dim());
-    entry.shape = int64_t(shapes_.size());
+    entry.shape = int32_t(shapes_.size());
     shapes_.insert(shapes_.end(), p.sizes().begin(), p.sizes().end());
     shapes_.insert(shapes_.end(), p.strides().begin(), p.strides().end());
     entry.dense = p.is_non_overlapping_and_dense() && !p.is_neg();
@@ -70,13 +105,27 @@ FlatParams::FlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int
     if (seed && itemsize_ == 2)
       keys_.push_back(tensor_key(*seed, uint32_t(places_[i].first), uint32_t(places_[i].second)));
   }
+  built_ = true;
 }
 
-// ---- parameters and gradients
+// ---- parameters
+
+at::IntArrayRef FlatParams::sizes(size_t i) const {
+  return {shapes_.data() + entries_[i].shape, size_t(entries_[i].dim)};
+}
+
+at::IntArrayRef FlatParams::strides(size_t i) const {
+  const Entry& e = entries_[i];
+  return e.dense ? at::IntArrayRef(shapes_.data() + e.shape + e.dim, size_t(e.dim)) : e.packed.strides();
+}
+
+at::Tensor FlatParams::empty(size_t i) const {
+  return at::empty_strided(sizes(i), strides(i), at::dtype(dtype_).device(device_));
+}
 
 // Whether the parameter is as recorded.
 bool FlatParams::unmoved(size_t i) const {
-  const auto& p = params_[i];
+  const at::Tensor& p = param(i);
   const Entry& e = entries_[i];
   if (p.scalar_type() != dtype_ || p.device() != device_ || p.dim() != e.dim) return false;
   const int64_t* recorded = shapes_.data() + e.shape;
@@ -84,73 +133,136 @@ bool FlatParams::unmoved(size_t i) const {
          std::equal(recorded + e.dim, recorded + 2 * e.dim, p.strides().begin());
 }
 
+// Whether saved can be put back, by torch where the parameter is not as recorded.
+bool FlatParams::fits(size_t i) const {
+  const at::Tensor& p = param(i);
+  return p.layout() == at::kStrided && p.sizes() == sizes(i) && !p.is_meta() && in_storage(p, false) &&
+         at::has_internal_overlap(p) != at::MemOverlap::Yes;
+}
+
 void FlatParams::read_weights(size_t i) {
+  if (!unmoved(i)) throw BadParameter{BadParameter::kRejected, i};
+  read_unmoved(i);
+}
+
+void FlatParams::read_unmoved(size_t i) {
   Entry& e = entries_[i];
-  if (!e.dense) e.packed.copy_(params_[i].detach());
-  e.w = data(layout(i), 0);
+  const at::Tensor& p = param(i);
+  if (!in_storage(p, e.dense)) throw BadParameter{BadParameter::kMemory, i};
+  if (!e.dense) e.packed.copy_(p.detach());
+  e.w = data(e.dense ? p : e.packed, 0);
 }
 
 void FlatParams::wrote_weights(size_t i) {
-  const auto& p = params_[i];
+  const at::Tensor& p = param(i);
   if (!entries_[i].dense) p.detach().copy_(entries_[i].packed);
   if (!p.is_inference()) p.unsafeGetTensorImpl()->bump_version();
 }
 
+// ---- gradients
+
 void FlatParams::read_gradients() {
-  for (size_t i : c10::irange(params_.size())) {
-    Entry& e = entries_[i];
-    e.now = nullptr;
-    e.staged.reset();
-    e.grad = &params_[i].mutable_grad();
-    const at::Tensor& grad = *e.grad;
-    if (!unmoved(i)) throw BadParameter{i};
-    if (!grad.defined()) continue;
-    if (grad.layout() != at::kStrided || grad.scalar_type() != dtype_ || grad.device() != device_ ||
-        grad.sizes() != params_[i].sizes())
-      throw BadParameter{i};
-    read_weights(i);
-    // A lazily negated or zero gradient is not what its memory says; a copy is.
-    if (grad.strides() == layout(i).strides() && !grad.is_neg() && !grad._is_zerotensor()) {
-      e.now = data(grad, 0);
-    } else {
-      e.staged = at::empty_strided(layout(i).sizes(), layout(i).strides(), grad.options().requires_grad(false));
-      e.staged.copy_(grad.detach());
-      e.now = data(e.staged, 0);
+  read_ = false;
+  ours_.clear();
+  try {
+    for (size_t i : c10::irange(params_.size())) {
+      if (i + kAhead < params_.size()) expect(i + kAhead);
+      read_gradient(i);
     }
-    if (grad.numel() == 0)
-      e.now = kNothing;
-    else if (e.now == nullptr || e.w == nullptr)
-      throw BadParameter{i};
+  } catch (...) {
+    for (Entry& e : entries_) e.now = nullptr;
+    throw;
   }
+  read_ = true;
+  updated_ = false;
+}
+
+// Has memory bring what was read of a tensor last time: after a backward pass no cache holds it.
+void FlatParams::expect(size_t i) const {
+  const Entry& e = entries_[i];
+  __builtin_prefetch(params_[i].ptr());
+  for (size_t line = 0; line < sizeof(c10::TensorImpl); line += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(e.tensor) + line);
+}
+
+void FlatParams::read_gradient(size_t i) {
+  Entry& e = entries_[i];
+  const at::Tensor& p = param(i);
+  e.now = nullptr;
+  if (e.staging) e.staged.reset();
+  e.staging = false;
+  e.tensor = p.unsafeGetTensorImpl();
+  const at::Tensor& grad = gradient(i);
+  e.gradient = grad.unsafeGetTensorImpl();
+  if (!unmoved(i)) throw BadParameter{BadParameter::kRejected, i};
+  if (!grad.defined()) return;
+  if (grad.layout() != at::kStrided || grad.scalar_type() != dtype_ || grad.device() != device_ ||
+      grad.sizes() != p.sizes())
+    throw BadParameter{BadParameter::kRejected, i};
+  read_unmoved(i);
+  if (grad.numel() == 0) {
+    e.now = kNothing;
+    return;
+  }
+  // A lazily negated or zero gradient is not what its memory says; a copy is.
+  const bool lazy = grad.is_neg() || grad._is_zerotensor();
+  const bool alike = !lazy && grad.strides() == strides(i);
+  if (!grad._is_zerotensor() && !in_storage(grad, alike)) throw BadParameter{BadParameter::kMemory, i};
+  if (!alike || deleter_of(grad) != deleter_ || (grad.storage().use_count() > 1 && is_ours(storage_of(grad))))
+    stage(i, grad);
+  else
+    e.now = data(grad, 0);
+}
+
+// Copies a gradient that cannot be read in place, or whose memory others may write to as the phase runs.
+void FlatParams::stage(size_t i, const at::Tensor& grad) {
+  Entry& e = entries_[i];
+  e.staged = empty(i);
+  e.staging = true;
+  e.staged.copy_(grad.detach());
+  e.now = data(e.staged, 0);
+}
+
+// Whether a phase may write to the storage: a parameter's, or one of state.
+bool FlatParams::is_ours(const c10::StorageImpl* storage) {
+  if (ours_.empty()) {
+    for (size_t i : c10::irange(params_.size())) ours_.push_back(storage_of(param(i)));
+    for (const auto& [key, flat] : buffers_)
+      if (key != kDirection) ours_.push_back(storage_of(flat));
+    std::sort(ours_.begin(), ours_.end());
+  }
+  return std::binary_search(ours_.begin(), ours_.end(), storage);
 }
 
 void FlatParams::clear_gradients() {
-  for (const auto& p : params_)
-    if (p.grad().defined()) p.mutable_grad().reset();
+  for (size_t i : c10::irange(params_.size())) gradient(i).reset();
 }
 
-// Takes the gradients of this pass into g, where g is not there yet: the gradient itself where nobody else holds it
-// or its storage (a DDP bucket's view does), else, or where it is smaller than the work of finding out, a copy, in a
-// tensor that is kept for the next steps and is filled where the phase runs over the elements.
-void FlatParams::take_gradients() {
+// Makes room for the gradients of this pass that are copied into g: those that somebody else holds, or whose storage (a
+// DDP bucket's view), or that are smaller than the work of finding out. It is kept for the next steps.
+void FlatParams::make_room() {
   for (size_t i : c10::irange(params_.size())) {
     Entry& e = entries_[i];
     if (!e.now || e.g) continue;
     const bool small = index_.numel(int64_t(i)) * itemsize_ <= kSmallBytes;
-    e.copying = small || e.staged.defined() || e.grad->requires_grad() || held_elsewhere(*e.grad);
-    if (!e.copying) {
-      take(e, std::move(*e.grad));
-      continue;
-    }
-    if (!e.copy) make_own(i);
-    e.g = e.copy;
+    e.copying = small || e.staging || gradient(i).requires_grad() || held_elsewhere(gradient(i));
+    if (!e.copying || e.copy) continue;
+    e.own = empty(i);
+    e.copy = address(e.own);
   }
 }
 
-void FlatParams::make_own(size_t i) {
-  Entry& e = entries_[i];
-  e.own = at::empty_strided(layout(i).sizes(), layout(i).strides(), at::dtype(dtype_).device(device_));
-  e.copy = address(e.own);
+// Takes the gradients of this pass into g, where g is not there yet; copies are made where the phase runs over the
+// elements.
+void FlatParams::take_gradients() {
+  for (size_t i : c10::irange(params_.size())) {
+    Entry& e = entries_[i];
+    if (!e.now || e.g) continue;
+    if (e.copying)
+      e.g = e.copy;
+    else
+      take(e, std::move(gradient(i)));
+  }
 }
 
 void FlatParams::take(Entry& e, at::Tensor g) {
@@ -161,29 +273,19 @@ void FlatParams::take(Entry& e, at::Tensor g) {
 // Gives g away, which is then nowhere.
 at::Tensor FlatParams::give(Entry& e) {
   e.g = nullptr;
-  return e.taken.defined() ? std::move(e.taken) : e.own;
+  if (e.taken.defined()) return std::move(e.taken);
+  e.copy = nullptr;
+  return std::move(e.own);
 }
 
-void FlatParams::forget_gradient(Entry& e) {
-  e.now = nullptr;
-  e.copying = false;
-  e.staged.reset();
-  e.grad->reset();
-}
-
-// Ends a pass: notes what was written, leaves .grad None.
-void FlatParams::end_pass() {
-  for (size_t i : c10::irange(params_.size())) {
-    Entry& e = entries_[i];
-    if (e.perturbed) wrote_weights(i);
-    if (e.now) forget_gradient(e);
-  }
-}
+// ---- flat buffers
 
 char* FlatParams::buffer(const std::string& key) {
   auto found = buffers_.find(key);
   if (found == buffers_.end())
     found = buffers_.emplace(key, new_buffer(index_.size(), key == kMasterWeight ? at::kFloat : dtype_)).first;
+  if (!in_storage(found->second, true))
+    throw std::runtime_error("FlatParams: the memory of \"" + key + "\" was freed or resized from outside");
   return data(found->second, 0);
 }
 
@@ -191,224 +293,55 @@ at::Tensor FlatParams::new_buffer(int64_t numel, at::ScalarType dtype) const {
   return at::zeros({numel}, at::dtype(dtype).device(device_));
 }
 
-void FlatParams::check_groups(size_t groups) const {
-  if (int64_t(groups) < groups_)
-    throw std::invalid_argument("FlatParams: options for fewer groups than parameters have");
-}
-
-// ---- phases
-
-void FlatParams::ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps, bool keep) {
-  check_groups(radii.size());
-  bilateral_ = keep;
-  if (keep) take_gradients();
-  run_ascend(sums, radii, norm_eps);
-  end_pass();
-}
-
-void FlatParams::descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) {
-  check_groups(radii.size());
-  for (size_t i : c10::irange(params_.size()))
-    if (entries_[i].perturbed && !entries_[i].now) read_weights(i);
-  take_gradients();
-  run_descend(sums, radii, norm_eps);
-  end_pass();
-  const double* known = on_host(sums_);
-  if (known && !is_finite(known[kMax])) restore();
-}
-
-// ---- the end of a step
-
-bool FlatParams::skips(const at::Tensor& sums) {
-  const double* known = on_host(sums);
-  if (!known || all_finite(known)) return false;
-  skip();
-  return true;
-}
-
-void FlatParams::skip() {
-  skipped_.add_(1);
-  step_count_.add_(1);
-  restore();
-}
-
-int64_t FlatParams::skipped() const { return skipped_.item<int64_t>(); }
-
-// Finds the members, the tensors that had a gradient in some pass of this step. `counts(group)`: whether the base
-// optimizer keeps state for the group. Returns the tensors whose state begins with this step.
-template <class Counts>
-std::vector<int64_t> FlatParams::begin_update(Counts counts) {
-  std::vector<int64_t> begun;
-  for (size_t i : c10::irange(params_.size())) {
-    Entry& e = entries_[i];
-    e.member = e.perturbed || e.now || e.g;
-    e.counted = e.member && counts(e.group);
-    if (e.member && !e.now) read_weights(i);
-    if (e.counted && !e.begun) begun.push_back(int64_t(i));
-  }
-  return begun;
-}
-
-void FlatParams::end_update() {
-  for (size_t i : c10::irange(params_.size())) {
-    if (entries_[i].member) wrote_weights(i);
-    entries_[i].begun |= entries_[i].counted;
-  }
-  release();
-}
-
-std::vector<int64_t> FlatParams::update_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved,
-                                            double max_norm) {
-  check_groups(groups.size());
-  if (skips(sums)) return {};
-  auto begun = begin_update([&](int64_t group) { return SgdGroup::from(groups[group].data()).momentum != 0; });
-  run_sgd(sums, groups, from_saved, max_norm);
-  end_update();
-  return begun;
-}
-
-std::vector<int64_t> FlatParams::update_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved,
-                                             double max_norm) {
-  check_groups(groups.size());
-  if (skips(sums)) return {};
-  auto begun = begin_update([](int64_t) { return true; });
-  run_adam(sums, groups, from_saved, max_norm);
-  end_update();
-  return begun;
-}
-
-void FlatParams::scale_gradients(double factor) {
-  if (factor == 1) return;
-  std::vector<at::Tensor> gradients;
-  for (const auto& p : params_)
-    if (p.grad().defined()) gradients.push_back(p.grad().detach());
-  if (!gradients.empty()) at::_foreach_mul_(gradients, factor);
-}
-
-// g = g + g_max − c g_min, of all that had a gradient in some pass.
-void FlatParams::mix(const at::Tensor& sums) {
-  for (size_t i : c10::irange(params_.size())) {
-    Entry& e = entries_[i];
-    if (e.now && !e.g) take(e, at::zeros_like(layout(i).detach()));
-  }
-  run_direction(sums);
-}
-
-bool FlatParams::combine(const at::Tensor& sums, bool from_saved, double max_norm) {
-  const at::Tensor here = sums.cpu();
-  const double* known = here.const_data_ptr<double>();
-  if (!all_finite(known)) {
-    skip();
-    return false;
-  }
-  if (bilateral_)
-    mix(sums);
-  else
-    for (size_t i : c10::irange(params_.size()))
-      if (entries_[i].perturbed && !entries_[i].now) params_[i].mutable_grad() = at::zeros_like(layout(i).detach());
-  if (from_saved) write_saved();
-  for (size_t i : c10::irange(params_.size())) {
-    Entry& e = entries_[i];
-    if (e.g) params_[i].mutable_grad() = give(e);
-    e.copy = nullptr;
-    e.own.reset();  // it may be the gradient now
-  }
-  step_count_.add_(1);
-  scale_gradients(DirectionScales::from(known, bilateral_, max_norm).factor);
-  return true;
-}
-
-at::Tensor FlatParams::merge(const at::Tensor& sums, double share) {
-  mix(sums);
-  buffer(kDirection);
-  at::Tensor& flat = buffers_[kDirection].zero_();
-  std::vector<at::Tensor> parts, directions;
-  for (size_t i : c10::irange(params_.size())) {
-    Entry& e = entries_[i];
-    if (!e.g) continue;
-    parts.push_back(view(kDirection, i));
-    directions.push_back(give(e));
-    params_[i].mutable_grad() = parts.back();
-  }
-  if (!parts.empty()) at::_foreach_copy_(parts, directions);
-  bilateral_ = false;
-  return flat.mul_(share);
-}
-
-void FlatParams::write_options(const std::vector<Rows>&) {
-  throw std::runtime_error(
-      "this backend's launches carry their options: a captured step would replay those it began with");
-}
-
-// ---- giving up, and looking at w meanwhile
-
-// saved -> w, for the perturbed. Also right for a parameter that was moved since: torch copies that one.
-void FlatParams::write_saved() {
-  if (at_w_ || !buffers_.count("saved")) return;
-  for (size_t i : c10::irange(params_.size())) {
-    entries_[i].w = nullptr;
-    if (entries_[i].perturbed && unmoved(i)) read_weights(i);
-  }
-  run_restore();
-  for (size_t i : c10::irange(params_.size())) {
-    if (!entries_[i].perturbed) continue;
-    if (unmoved(i))
-      wrote_weights(i);
-    else
-      params_[i].detach().copy_(view("saved", i));
-  }
-}
-void FlatParams::restore() {
-  write_saved();
-  release();
-}
-
-void FlatParams::release() {
-  at_w_ = false;
-  for (Entry& e : entries_) {
-    e.perturbed = false;
-    e.now = nullptr;
-    e.copying = false;
-    e.g = nullptr;
-    e.taken.reset();
-    e.staged.reset();
-  }
-}
-
-// One tensor at a time, through torch: this is for looking, not for the hot path, and right for moved ones too.
-void FlatParams::show_w(bool at_w) {
-  if (at_w == at_w_) return;
-  for (size_t i : c10::irange(params_.size())) {
-    if (!entries_[i].perturbed) continue;
-    at::Tensor weights = params_[i].detach(), saved = view("saved", i);
-    const at::Tensor kept = weights.clone();
-    weights.copy_(saved);
-    saved.copy_(kept);
-  }
-  at_w_ = at_w;
+at::Tensor FlatParams::view(const std::string& key, size_t i) {
+  if (key == "step") return steps_.select(0, int64_t(i));
+  buffer(key);
+  return buffers_[key].as_strided(sizes(i), strides(i), index_.offset(int64_t(i)));
 }
 
 // ---- the base optimizer's state
 
-at::Tensor FlatParams::view(const std::string& key, size_t i) {
-  if (key == "step") return steps_.select(0, int64_t(i));
-  buffer(key);
-  return buffers_[key].as_strided(layout(i).sizes(), layout(i).strides(), index_.offset(int64_t(i)));
-}
-
 std::vector<at::Tensor> FlatParams::state(const std::string& key) {
+  check_own();
   std::vector<at::Tensor> views;
   for (size_t i : c10::irange(params_.size())) views.push_back(view(key, i));
   return views;
 }
 
+std::vector<int64_t> FlatParams::beginning(const std::vector<bool>& stateful) const {
+  check_groups(stateful.size());
+  std::vector<int64_t> members;
+  for (size_t i : c10::irange(entries_.size())) {
+    const Entry& e = entries_[i];
+    if ((e.perturbed || e.now || e.g) && !e.begun && stateful[e.group]) members.push_back(int64_t(i));
+  }
+  return members;
+}
+
+void FlatParams::begin_state(const std::vector<int64_t>& members) {
+  for (int64_t i : members)
+    if (i < 0 || i >= int64_t(entries_.size())) throw std::out_of_range("FlatParams: no such parameter");
+  for (int64_t i : members) entries_[i].begun = true;
+}
+
 // Forgets the state of a tensor: the next update begins it.
 void FlatParams::clear_state(int64_t i) {
+  if (i < 0 || i >= int64_t(entries_.size())) throw std::out_of_range("FlatParams: no such parameter");
+  check_own();
   entries_[i].begun = false;
   steps_[i].zero_();
   for (const auto& [key, flat] : buffers_)
-    if (key != "saved" && key != kDirection) view(key, size_t(i)).zero_();
+    if (key != kSaved && key != kDirection) view(key, size_t(i)).zero_();
 }
+
+void FlatParams::drop_state() {
+  steps_ = new_buffer(int64_t(params_.size()), at::kFloat);
+  for (auto it = buffers_.begin(); it != buffers_.end();)
+    it = it->first == kSaved || it->first == kDirection ? std::next(it) : buffers_.erase(it);
+  for (Entry& e : entries_) e.begun = false;
+}
+
+int64_t FlatParams::skipped() const { return skipped_.item<int64_t>(); }
 
 int64_t FlatParams::extra_bytes() const {
   int64_t bytes = 0;

@@ -7,6 +7,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <array>
 #include <map>
@@ -15,20 +17,29 @@
 #include <utility>
 #include <vector>
 
+#include "built.h"
 #include "flat.h"
 #include "groups.h"
 
 namespace bsam {
 
-constexpr char kMasterWeight[] = "master_weight";
+// The flat buffers.
+constexpr char kSaved[] = "saved";
 constexpr char kDirection[] = "direction";  // where `merge` leaves d
+constexpr char kMasterWeight[] = "master_weight";
+constexpr char kMomentumBuffer[] = "momentum_buffer";
+constexpr char kExpAvg[] = "exp_avg";
+constexpr char kExpAvgSq[] = "exp_avg_sq";
 
-// Thrown where a parameter or its gradient cannot be worked with; contract.py's `reject` finds the words.
+namespace py = pybind11;
+
+// Thrown where a parameter or its gradient cannot be worked with; a function of contract.py finds the words.
 struct BadParameter {
+  enum Why { kRejected, kMemory, kShape } why;
   size_t index;
 };
 
-class FlatParams {
+class FlatParams : public Built {
  public:
   template <class Group>
   using Options = std::vector<std::array<double, Group::kOptions>>;  // an entry a param group
@@ -36,20 +47,30 @@ class FlatParams {
   using Rows = std::vector<std::vector<double>>;  // likewise, of any kind
 
   // `seed`: of stochastic rounding, for 16-bit parameters; none: to nearest.
-  FlatParams(std::vector<at::Tensor> params, std::vector<std::pair<int64_t, int64_t>> places,
+  FlatParams(std::vector<py::object> params, std::vector<std::pair<int64_t, int64_t>> places,
              std::optional<uint32_t> seed);
   virtual ~FlatParams() = default;
 
   void read_gradients();
+  void begin_plain();
+  void join(bool keep, bool descended);
   void clear_gradients();
-  virtual void square_norm(int64_t slot, const Options<RadiusGroup>& radii) = 0;
-  virtual void direction_sums() = 0;
+  void square_norm(int64_t slot, const Options<RadiusGroup>& radii);
+  void direction_sums();
   void ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps, bool keep);
   void descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps);
-  std::vector<int64_t> update_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved,
-                                  double max_norm);
-  std::vector<int64_t> update_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved,
-                                   double max_norm);
+  std::vector<int64_t> beginning(const std::vector<bool>& stateful) const;
+  void begin_state(const std::vector<int64_t>& members);
+  // An update in two parts: all that can raise, and all that writes.
+  template <class Group>
+  void prepare_update(const at::Tensor& sums, const Options<Group>& groups);
+  template <class Group>
+  void make_update(const at::Tensor& sums, const Options<Group>& groups, bool from_saved, double max_norm);
+  template <class Group>
+  void update(const at::Tensor& sums, const Options<Group>& groups, bool from_saved, double max_norm) {
+    prepare_update<Group>(sums, groups);
+    make_update<Group>(sums, groups, from_saved, max_norm);
+  }
   bool combine(const at::Tensor& sums, bool from_saved, double max_norm);
   at::Tensor merge(const at::Tensor& sums, double share);
   virtual void write_options(const std::vector<Rows>& tables);
@@ -59,46 +80,60 @@ class FlatParams {
 
   std::vector<at::Tensor> state(const std::string& key);
   void clear_state(int64_t i);
+  void drop_state();
   int64_t extra_bytes() const;
 
-  const std::vector<at::Tensor>& params() const { return params_; }
+  const std::vector<py::object>& params() const { return params_; }
   const std::vector<std::pair<int64_t, int64_t>>& places() const { return places_; }
   at::Tensor sums() const { return sums_; }
   at::Tensor step_count() const { return step_count_; }
   int64_t skipped() const;
+  bool updated() const { return updated_; }
   at::Device device() const { return device_; }
   at::ScalarType dtype() const { return dtype_; }
+
+  bool busy = false;  // a method runs, perhaps without Python's lock
 
  protected:
   // Small and in order of use: with hundreds of tiny tensors, cache misses are what a phase is made of.
   struct Entry {
-    char* w = nullptr;           // the weights, in `layout()`'s strides
-    const char* now = nullptr;   // this pass's gradient, in the same strides; null without one
-    char* g = nullptr;           // BSAM: g, then g + g_max, likewise; in `taken` or `own`
-    char* copy = nullptr;        // where g is copied to, the elements of `own`
-    at::Tensor* grad = nullptr;  // .grad itself, in this pass
-    int32_t group, dim;
-    int64_t shape;           // where in shapes_ it is
-    bool dense;              // its elements fill its storage: worked on in place
-    bool copying = false;    // the gradient of this pass is taken by copying it into g
-    bool perturbed = false;  // w is not w, but saved is
-    bool member = false;     // had a gradient in some pass of this step
-    bool counted = false;    // and the base optimizer keeps state for it
-    bool begun = false;      // whose state Python has been told of
-    at::Tensor taken;        // holds g, where that is the gradient itself
-    at::Tensor own;          // where it is not, but a copy: holds g, and stays for the next steps
-    at::Tensor staged;       // holds `now` where the gradient had other strides
-    at::Tensor packed;       // where not dense: its elements, packed
+    char* w = nullptr;                          // the weights, in the strides of the flat buffers
+    const char* now = nullptr;                  // this pass's gradient, in the same strides; null without one
+    char* g = nullptr;                          // BSAM: g, then g + g_max, likewise; in `taken` or `own`
+    char* copy = nullptr;                       // where g is copied to, the elements of `own`
+    at::Tensor* grad = nullptr;                 // .grad of `tensor`
+    const c10::TensorImpl* tensor = nullptr;    // what the parameter was when gradients were read, and
+    const c10::TensorImpl* gradient = nullptr;  // what its .grad was: others may exchange them
+    int32_t group, dim, shape;                  // `shape`: where in shapes_ it is
+    bool dense;                                 // its elements fill its storage: worked on in place
+    bool copying = false;                       // the gradient of this pass is taken by copying it into g
+    bool staging = false;                       // it is read in `staged`
+    bool perturbed = false;                     // w is not w, but saved is
+    bool member = false;                        // had a gradient in some pass of this step
+    bool counted = false;                       // and the base optimizer keeps state for it
+    bool begun = false;                         // whose state Python has been told of
+    at::Tensor taken;                           // holds g, where that is the gradient itself
+    at::Tensor own;                             // where it is not, but a copy: holds g, and stays for the next steps
+    at::Tensor staged;                          // holds `now` where the gradient itself cannot be read in place
+    at::Tensor packed;                          // where not dense: its elements, packed
   };
+
+  enum Use { kAscending, kDescending, kUpdating, kUses };  // of options
 
   // What a device does in a phase, over the elements of all entries. ascend saves w, moves it and notes what it
   // moved; ascend and descend also copy the gradients that are `copying`.
+  virtual void run_square_norm(int64_t slot, const Options<RadiusGroup>& radii) = 0;
+  virtual void run_direction_sums() = 0;
   virtual void run_ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) = 0;
   virtual void run_descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) = 0;
-  virtual void run_sgd(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved, double max_norm) = 0;
-  virtual void run_adam(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved, double max_norm) = 0;
+  virtual void run_update(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved,
+                          double max_norm) = 0;
+  virtual void run_update(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved,
+                          double max_norm) = 0;
   virtual void run_direction(const at::Tensor& sums) = 0;  // g = g + g_max − c g_min
   virtual void run_restore() = 0;                          // saved -> w, of the perturbed that have a w
+  // What can raise as a phase's options come to the device, before anything is written.
+  virtual void prepare_options(Use, const double* /*values*/, size_t /*count*/) {}
   // The sums, where the host can read them without waiting, else null: the update itself then looks.
   virtual const double* on_host(const at::Tensor& sums) const = 0;
 
@@ -112,9 +147,7 @@ class FlatParams {
   float* master_weights() { return reinterpret_cast<float*>(buffer_if_any(kMasterWeight)); }
   char* buffer_if_any(const std::string& key) { return buffers_.count(key) ? buffer(key) : nullptr; }
 
-  void check_groups(size_t groups) const;
-
-  std::vector<at::Tensor> params_;
+  std::vector<py::object> params_;
   std::vector<std::pair<int64_t, int64_t>> places_;
   at::Device device_;
   at::ScalarType dtype_;
@@ -126,30 +159,60 @@ class FlatParams {
   bool bilateral_ = false;  // this step's ascend kept g
 
  private:
+  enum class Phase { kRest, kPlain, kAscended, kDescended, kCombined };
+
+  // The parameter's tensor and .grad, of now: no reference to them is kept.
+  const at::Tensor& param(size_t i) const { return THPVariable_Unpack(params_[i].ptr()); }
+  at::Tensor& gradient(size_t i) const {
+    auto* known = static_cast<torch::autograd::AutogradMeta*>(param(i).unsafeGetTensorImpl()->autograd_meta());
+    return known ? known->grad_ : param(i).mutable_grad();
+  }
+  at::IntArrayRef sizes(size_t i) const;
+  at::IntArrayRef strides(size_t i) const;  // in the flat buffers
+  at::Tensor empty(size_t i) const;
+  bool unmoved(size_t i) const;
+  bool fits(size_t i) const;
+
+  void check_groups(size_t groups) const;
+  void check_sums(const at::Tensor& sums) const;
+  void check_own() const;
+  void check_noted() const;
+  void check_saved() const;
+  void begin_last(const at::Tensor& sums) const;
+
+  void expect(size_t i) const;
+  void read_gradient(size_t i);
+  void stage(size_t i, const at::Tensor& grad);
+  bool is_ours(const c10::StorageImpl* storage);
+  void read_weights(size_t i);
+  void read_unmoved(size_t i);
+  void wrote_weights(size_t i);
+  void write(size_t i, const at::Tensor& from);
+
+  void make_room();
+  void take_gradients();
   static void take(Entry& e, at::Tensor g);
   static at::Tensor give(Entry& e);
-  void make_own(size_t i);
-  static void forget_gradient(Entry& e);
-  const at::Tensor& layout(size_t i) const { return entries_[i].dense ? params_[i] : entries_[i].packed; }
-  bool unmoved(size_t i) const;
-  void read_weights(size_t i);
-  void wrote_weights(size_t i);
-  void take_gradients();
   void end_pass();
-  template <class Counts>
-  std::vector<int64_t> begin_update(Counts counts);
-  void end_update();
-  void scale_gradients(double factor);
-  void mix(const at::Tensor& sums);
-  bool skips(const at::Tensor& sums);
+  void forget();
+  void finish();
   void skip();
+  std::vector<at::Tensor> last_gradients(double factor) const;
+  std::vector<at::Tensor> mixed_directions(const at::Tensor& sums, double factor);
+  void complete_g();
+  void save_rest();
   void write_saved();
   at::Tensor view(const std::string& key, size_t i);
 
   std::vector<int64_t> shapes_;                // sizes and strides of every parameter as recorded, end to end
   std::map<std::string, at::Tensor> buffers_;  // "saved", "direction", and the base optimizer's state
+  std::vector<const c10::StorageImpl*> ours_;  // sorted, while gradients are read: storages that a phase may write
+  c10::DeleterFnPtr deleter_;                  // of memory that torch allocated
   int64_t groups_ = 0;
-  bool at_w_ = false;  // saved holds the perturbed weights meanwhile
+  Phase phase_ = Phase::kRest;
+  bool read_ = false;     // gradients were, since the last phase
+  bool updated_ = false;  // the gradients read last are in the weights, or were given up
+  bool at_w_ = false;     // saved holds the perturbed weights meanwhile
 };
 
 Dtype element_type(at::ScalarType dtype);

@@ -56,4 +56,8 @@ struct AdamGroup {
   static BSAM_INLINE AdamGroup from(const double* o) { return {o[0], o[1], o[2], o[3], o[4], o[5] != 0, o[6] != 0}; }
 };
 
+// Whether the update keeps state.
+BSAM_INLINE bool keeps_state(const SgdGroup& o) { return o.momentum != 0; }
+BSAM_INLINE bool keeps_state(const AdamGroup&) { return true; }
+
 }  // namespace bsam

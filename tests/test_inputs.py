@@ -169,7 +169,9 @@ def test_gradients_with_other_strides(backend, kind):
             assign(other, grads)
             for opt in opts:
                 getattr(opt, call)()
-    assert all(torch.equal(p, q) for p, q in zip(params, other))
+    # Which elements torch's own fused SGD rounds an instruction later depends on their place in memory.
+    ulp = 1e-7 if backend == "torch" else 0
+    torch.testing.assert_close(params, other, rtol=ulp, atol=ulp)
 
 
 def test_mixed_dtypes_in_one_model(backend):

@@ -2,10 +2,10 @@
 
 import ast
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -22,44 +22,60 @@ MAY_IMPORT = {
     "integrations.lightning": set(),
     "integrations.transformers": set(),
     "ops.contract": {"distributed"},
-    "ops.flat_params": {"ops.contract", "ops.rounding"},
+    "ops.flat_params": {"ops.contract", "ops.one_go", "ops.rounding"},
     "ops.rounding": set(),
     "ops.holders": set(),
     "ops.triton_math": set(),
     "ops.triton_rounding": {"ops.rounding"},
     "ops.triton_pieces": set(),
     "ops.triton_kernels": {"ops.contract", "ops.triton_math", "ops.triton_pieces", "ops.triton_rounding"},
-    "ops.triton_flat": {"ops.contract", "ops.flat_params", "ops.holders", "ops.triton_kernels"},
+    "ops.triton_flat": {"ops.contract", "ops.flat_params", "ops.holders", "ops.one_go", "ops.triton_kernels"},
     "ops.torch_flat": {"ops.contract", "ops.flat_params", "ops.rounding"},
+    "ops.torch_lists": {"ops.contract", "ops.flat_params", "ops.holders", "ops.torch_flat"},
     "ops.native_flat": {"ops.contract", "_version"},
     "ops.sharded_flat": {"ops.contract", "distributed"},
-    "ops.dispatch": {"ops.contract", "ops.torch_flat", "ops.triton_flat", "ops.native_flat"},
+    "ops.identity": {"ops.native_flat"},
+    "ops.one_go": set(),
+    "ops.dispatch": {"ops.contract", "ops.torch_lists", "ops.triton_flat", "ops.native_flat"},
     "ops": set(),
     "optim": set(),
-    "optim.fused": {"ops.contract", "distributed"},
+    "optim.fused": {"ops.contract"},
+    "optim.state": {"ops.contract", "ops.identity", "optim.fused"},
     "optim.groups": {"ops.contract"},
     "optim.hooks": set(),
     "optim.sharpness": set(),
     "optim.scaling": {"distributed"},
     "optim.trainers": set(),
-    "optim.flats": {"distributed", "ops.contract", "ops.dispatch", "ops.sharded_flat", "optim.fused", "optim.scaling"},
-    "optim.persistence": {"ops.contract", "optim.flats", "optim.fused"},
+    "optim.flats": {
+        "distributed",
+        "ops.contract",
+        "ops.dispatch",
+        "ops.identity",
+        "ops.one_go",
+        "ops.sharded_flat",
+        "optim.fused",
+        "optim.groups",
+        "optim.scaling",
+        "optim.state",
+    },
+    "optim.persistence": {"ops.contract", "optim.flats", "optim.state"},
+    "optim.phases": {"optim.persistence", "optim.trainers", "batchnorm", "distributed"},
     "optim.base": {
         "ops.contract",
         "ops.dispatch",
+        "ops.identity",
         "optim.flats",
         "optim.fused",
         "optim.groups",
         "optim.hooks",
-        "optim.persistence",
+        "optim.phases",
         "optim.scaling",
         "optim.sharpness",
         "optim.trainers",
-        "batchnorm",
         "distributed",
     },
     "optim.sam": {"ops.contract", "optim.base"},
-    "optim.bsam": {"ops.contract", "optim.base", "optim.sam", "schedules"},
+    "optim.bsam": {"ops.contract", "optim.base", "optim.phases", "optim.sam", "schedules"},
     "graphs": {"distributed", "optim.base"},
     "sharpness.extras": set(),
     "sharpness.mean_loss": set(),
@@ -170,7 +186,7 @@ def test_torch_alone_is_needed_at_run_time():
     hidden = "; ".join(f"sys.modules[{name!r}] = None" for name in extras if name != "numpy")
     mixins = "import bsam_fused.integrations.lightning, bsam_fused.integrations.transformers"
     code = f"import sys; {hidden}; {mixins}; import bsam_fused.cli; raise SystemExit(bsam_fused.cli.main(['info']))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    result = processes.run([sys.executable, "-c", code], cwd=ROOT)
     assert result.returncode == 0, result.stderr
 
 

@@ -113,7 +113,7 @@ class FlatParams(Protocol):
 
     @property
     def step_count(self) -> Tensor:
-        """int64 (): updates, made or skipped, and calls of `combine` so far."""
+        """int64 (): updates, made or skipped, so far; a base optimizer's own step is counted by whoever made it."""
 
     @property
     def skipped(self) -> int:
@@ -138,6 +138,12 @@ class FlatParams(Protocol):
 
     def clear_gradients(self) -> None:
         """Set every ``.grad`` to None."""
+
+    def join(self, keep: bool, descended: bool) -> None:
+        """Take part from this pass on in a step that began without these parameters, whose gradients so far are zero.
+
+        The step's ascent had ``keep``, and `descend` has been or not.
+        """
 
     def square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
         """Compute ``sums[slot] = Σ (T g)²`` of the gradients read, in float64. Reads N (adaptive: 2 N)."""
@@ -253,23 +259,22 @@ def describe(param: Tensor, place: tuple[int, int]) -> str:
 
 
 class LayoutChangedError(RuntimeError):
-    """A parameter has other strides than when its FlatParams was built; at rest, build it anew."""
+    """A parameter was moved, cast or laid out anew since its FlatParams was built; at rest, build that anew."""
 
 
 def reject(flat: FlatParams, i: int) -> NoReturn:
     """Raise the error that says why ``flat`` cannot work with its i-th parameter, and what to do.
 
     Raises:
-        RuntimeError: the parameter was moved, cast or reshaped since the last phase, or its gradient is
-            sparse, or on another device or of another dtype; `LayoutChangedError` for other strides.
+        RuntimeError: the parameter's gradient is sparse, or on another device or of another dtype or shape, or
+            memory was freed; `LayoutChangedError` where the parameter itself was moved, cast or laid out anew.
     """
     param, grad = flat.params[i], flat.params[i].grad
     name = describe(param, flat.places[i])
     if param.device != flat.device or param.dtype != flat.dtype:
-        raise RuntimeError(
+        raise LayoutChangedError(
             f"{name} is now on {param.device} as {param.dtype}, but was on {flat.device} as {flat.dtype} in the "
-            "last phase: restore() if within a step, then take the optimizer's state along with "
-            "optimizer.load_state_dict(optimizer.state_dict()), or move the model before the first step"
+            "last phase: move or cast a model between steps, not within one; restore() first"
         )
     if grad is not None and grad.layout != torch.strided:
         raise RuntimeError(
@@ -283,7 +288,8 @@ def reject(flat: FlatParams, i: int) -> NoReturn:
         )
     if grad is not None and grad.shape != param.shape:
         raise RuntimeError(f"{name} has a gradient of shape {tuple(grad.shape)}: assign one of its own shape")
-    if param.numel() and (param.data_ptr() == 0 or (grad is not None and grad.data_ptr() == 0)):
+    freed = grad is not None and not grad._is_zerotensor() and grad.data_ptr() == 0
+    if param.numel() and (param.data_ptr() == 0 or freed):
         raise RuntimeError(f"{name}: its memory, or its gradient's, was freed: fill both before the phase")
     raise LayoutChangedError(
         f"{name} has another shape or other strides {tuple(param.stride())} than in the last phase: do not "
@@ -342,3 +348,28 @@ def check_memory(params: Sequence[Tensor], places: Sequence[tuple[int, int]]) ->
                 f"{describe(params[j], places[j])} shares memory with {describe(params[i], places[i])}: tie weights by "
                 "using one Parameter in both places, not by sharing .data"
             )
+
+
+def reject_shape(flat: FlatParams, i: int) -> NoReturn:
+    """Raise the error that says why the saved w of ``flat``'s i-th parameter cannot be put back.
+
+    Raises:
+        RuntimeError: the parameter has another shape, or no memory, now.
+    """
+    saved = tuple(flat.state("saved")[i].shape)
+    raise RuntimeError(
+        f"{describe(flat.params[i], flat.places[i])} had shape {saved} when its weights were saved, which nothing has "
+        "written to: give it memory of that shape again (`.data = torch.empty(...)`), then restore()"
+    )
+
+
+def reject_memory(flat: FlatParams, i: int) -> NoReturn:
+    """Raise the error that says that ``flat``'s i-th parameter is not what its gradients were read of.
+
+    Raises:
+        RuntimeError: it, its gradient, or their memory was exchanged, resized or freed meanwhile.
+    """
+    raise RuntimeError(
+        f"{describe(flat.params[i], flat.places[i])}: it, its gradient or their memory was exchanged, resized or freed "
+        "within a phase: change them between phases, or restore() first"
+    )

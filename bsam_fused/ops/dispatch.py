@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bsam_fused.ops import contract, native_flat, torch_flat, triton_flat
+from bsam_fused.ops import contract, native_flat, torch_lists, triton_flat
 
 Factory = Callable[[Sequence[Tensor], Sequence[tuple[int, int]], int | None], contract.FlatParams]
 
@@ -21,7 +22,7 @@ _FACTORIES: dict[str, Factory] = {
     "cuda": native_flat.cuda_flat_params,
     "triton": triton_flat.TritonFlatParams,
     "cpp": native_flat.cpu_flat_params,
-    "torch": torch_flat.TorchFlatParams,
+    "torch": torch_lists.flat_params,
 }
 
 
@@ -86,3 +87,28 @@ def _best(device: torch.device) -> Choice:
         warnings.warn(f"bsam_fused runs on its slower torch backend; {missing[0]}", stacklevel=2)
     why = f"auto's choice for {device.type} tensors" + "".join(f"; without {reason}" for reason in missing)
     return Choice(backend, why, _FACTORIES[backend])
+
+
+def updates(
+    operator: str, flats: Sequence[contract.FlatParams], totals: Sequence[Tensor], how: Sequence[Any]
+) -> list[tuple[contract.FlatParams, Callable[[], None]]]:
+    """Return the calls that make an update, each with a FlatParams that knows whether it was made.
+
+    Args:
+        operator: "update_sgd" or "update_adam".
+        flats: all FlatParams of an optimizer; those of the compiled module are updated in one call.
+        totals: the sums, for each.
+        how: the update's other arguments.
+    """
+    if len(flats) == 1:
+        return [(flats[0], partial(getattr(flats[0], operator), totals[0], *how))]
+    calls: list[tuple[contract.FlatParams, Callable[[], None]]] = []
+    compiled: list[tuple[contract.FlatParams, Tensor]] = []
+    for flat, sums in zip(flats, totals, strict=True):
+        if native_flat.is_compiled(flat):
+            compiled.append((flat, sums))
+        else:
+            calls.append((flat, partial(getattr(flat, operator), sums, *how)))
+    if compiled:
+        calls.append((compiled[0][0], native_flat.update_together(operator, compiled, how)))
+    return calls

@@ -1,24 +1,34 @@
 """What FlatParams written in Python share: parameters, gradients, flat buffers, what a phase does in which order.
 
-The twin of csrc/flat_params.cpp, but that no device is asked whether a sum is finite: the phases choose there.
-What runs over the elements is a backend's own: torch_flat.py, triton_flat.py.
+The twin of csrc/flat_params.cpp. What runs over the elements is a backend's own: torch_flat.py, torch_lists.py,
+triton_flat.py. What an update writes, and the note that it did, are prepared, and then written in one go.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeGuard
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import accumulate, repeat
+from operator import add, attrgetter, gt
+from typing import NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
 from bsam_fused.ops import contract, rounding
 from bsam_fused.ops.contract import CHECKED, SCALE, SLOTS, AdamScalars, Radius, SGDScalars
+from bsam_fused.ops.one_go import in_one_go
 
+Call = Callable[[], object]
+Item = TypeVar("Item")
 DIRECTION = "direction"  # the flat buffer in which `merge` leaves d
 ALIGNMENT = 64  # bytes: every tensor starts on a cache line of the flat buffers
+SMALL_BYTES = 4096  # up to here a gradient is copied rather than taken
+
+_kind = attrgetter("shape", "dtype", "device", "layout")
 
 
 class Update(NamedTuple):
@@ -43,12 +53,13 @@ class PythonFlatParams(ABC):
         # Of parameters that are rounded stochastically.
         self._keys = [rounding.tensor_key(seed, *place) for place in places] if self._rounds(seed) else []
         self._steps = torch.zeros(len(self.params), device=self.device)
-        self._layouts = [(p.shape, p.stride(), p.dtype, p.device) for p in self.params]
+        self._kinds = list(map(_kind, self.params))
+        self._layouts = list(map(Tensor.stride, self.params))
         self._numels = [p.numel() for p in self.params]
         # An element's place in the flat buffers: its parameter's strides, or dense ones where they have gaps.
         self._strides = [torch.empty_like(p, device="meta").stride() for p in self.params]
-        self._usual = [(p.shape, s, p.dtype, p.device) for p, s in zip(self.params, self._strides, strict=True)]
-        self._versioned = [not p.is_inference() for p in self.params]
+        self._bytes = [numel * self.dtype.itemsize for numel in self._numels]
+        self._memory = _Memory([], [], [])
         # What has gaps, or is lazily negated, is worked on in a packed copy.
         self._packed = {
             i: torch.empty_like(p, requires_grad=False)
@@ -60,20 +71,19 @@ class PythonFlatParams(ABC):
         for numel in self._numels:
             self._offsets.append(self._offsets[-1] + -(-numel // pad) * pad)
         self._buffers: dict[str, Tensor] = {}  # "saved", and the base optimizer's state
-        self._begun: set[int] = set()  # whose state Python has been told of
+        self._lists: dict[str, list[Tensor]] = {}  # of their views
+        self._begun: set[int] = set()  # whose state has begun
         self._own: dict[int, Tensor] = {}  # where g is kept if it had to be copied
         self._bilateral = False  # this step's ascend kept g
-        self._refuse_capture()
-        self._forget()
-
-    def _rounds(self, seed: int | None) -> TypeGuard[int]:
-        return seed is not None and self.dtype.itemsize == 2
-
-    def _forget(self) -> None:
         self._now: dict[int, Tensor] = {}  # this pass's gradients, in the flat buffers' strides
         self._g: dict[int, Tensor] = {}  # BSAM: g, then g + g_max, likewise
         self._perturbed: list[int] = []  # what is not w, but saved is
-        self._at_w = False  # saved holds the perturbed weights meanwhile
+        self._shown: list[list[Tensor]] = []  # the perturbed weights, while the weights are w
+        self._done: list[bool] = []  # not empty: an update was made of the gradients read last
+        self._refuse_capture()
+
+    def _rounds(self, seed: int | None) -> TypeGuard[int]:
+        return seed is not None and self.dtype.itemsize == 2
 
     # ---- what a backend does in a phase, over the elements of all parameters
 
@@ -99,7 +109,7 @@ class PythonFlatParams(ABC):
 
     @abstractmethod
     def _run_sgd(self, update: Update, groups: Sequence[SGDScalars], members: list[int]) -> None:
-        """SGD's rule; counts the members' steps, or the skipped one."""
+        """`_commit` SGD's rule, which counts the members' steps, or the skipped one."""
 
     @abstractmethod
     def _run_adam(self, update: Update, groups: Sequence[AdamScalars], members: list[int]) -> None:
@@ -107,7 +117,7 @@ class PythonFlatParams(ABC):
 
     @abstractmethod
     def _run_direction(self, sums: Tensor, max_norm: float) -> dict[int, Tensor]:
-        """Return d of every member, in the flat buffers' strides, in tensors that nothing else needs."""
+        """Return d of every member, but where it is its gradient as it is: strided like the flat buffers, nobody's."""
 
     # ---- parameters and gradients
 
@@ -122,57 +132,92 @@ class PythonFlatParams(ABC):
         g = [g for i, g in self._g.items() if g is not self._own.get(i)]
         return sum(t.nbytes for t in (*self._buffers.values(), *self._packed.values(), *self._own.values(), *g))
 
+    @property
+    def updated(self) -> bool:
+        """Whether an update was made of the gradients read last."""
+        return bool(self._done)
+
     def _weights(self, i: int) -> Tensor:
         """Return the i-th parameter's elements, in the flat buffers' strides."""
         return self._packed.get(i, self.params[i])
 
-    def _unmoved(self, i: int) -> bool:
-        p = self.params[i]
-        return (p.shape, p.stride(), p.dtype, p.device) == self._layouts[i]
-
-    @torch.no_grad()
     def read_gradients(self) -> None:
         """Note the gradients of this pass."""
-        self._now = {}
-        if [(p.shape, p.stride(), p.dtype, p.device) for p in self.params] != self._layouts:
-            contract.reject(self, next(i for i in range(len(self.params)) if not self._unmoved(i)))
-        now, usual, strided = {}, self._usual, torch.strided
-        for i, grad in enumerate([p.grad for p in self.params]):
-            if grad is None:
-                continue
-            if (
-                grad.layout is not strided
-                or (grad.shape, grad.stride(), grad.dtype, grad.device) != usual[i]
-                or grad.is_neg()
-                or grad._is_zerotensor()
-            ):
-                grad = self._staged(i, grad)
-            if not grad.data_ptr() and self._numels[i]:
-                contract.reject(self, i)
-            now[i] = grad
-        for i in now:
-            if i in self._packed:
-                self._packed[i].copy_(self.params[i])
-            if not self._weights(i).data_ptr() and self._numels[i]:
-                contract.reject(self, i)
+        self._now, self._done = {}, []
+        kinds = list(map(_kind, self.params))
+        if kinds != self._kinds or list(map(Tensor.stride, self.params)) != self._layouts:
+            contract.reject(self, next(i for i in range(len(self.params)) if self._changed(i)))
+        now = {i: grad for i, grad in enumerate([p.grad for p in self.params]) if grad is not None}
+        if not self._are_usual(now):
+            now = {i: grad if self._are_usual({i: grad}) else self._copied(i, grad) for i, grad in now.items()}
+        addresses, weights = list(map(Tensor.data_ptr, now.values())), list(map(Tensor.data_ptr, self.params))
+        if not (all(addresses) and all(weights)):
+            for i, address in zip(now, addresses, strict=True):
+                if self._numels[i] and not (address and weights[i]):
+                    contract.reject(self, i)
+        if self._memory.weights != weights:
+            self._memory = self._occupied(weights)
+        if any(shares := self._memory.shares(addresses, pick(self._bytes, now))):
+            now = {i: self._copied(i, g) if shared else g for (i, g), shared in zip(now.items(), shares, strict=True)}
+        for i in self._packed.keys() & now.keys():
+            self._packed[i].copy_(self.params[i].detach())
         self._now = now
 
-    def _staged(self, i: int, grad: Tensor) -> Tensor:
-        """Return a copy in the flat buffers' strides: a lazily negated or zero gradient is not what its memory says."""
-        shape, _, dtype, device = self._usual[i]
-        if grad.layout != torch.strided or (grad.shape, grad.dtype, grad.device) != (shape, dtype, device):
+    def _changed(self, i: int) -> bool:
+        return _kind(self.params[i]) != self._kinds[i] or self.params[i].stride() != self._layouts[i]
+
+    def _are_usual(self, grads: Mapping[int, Tensor]) -> bool:
+        """Whether the memory of gradients is their elements, in the flat buffers' strides."""
+        tensors = list(grads.values())
+        return (
+            list(map(_kind, tensors)) == pick(self._kinds, grads)
+            and list(map(Tensor.stride, tensors)) == pick(self._strides, grads)
+            and not any(map(Tensor.is_neg, tensors))
+            and not any(map(Tensor._is_zerotensor, tensors))
+        )
+
+    def _copied(self, i: int, grad: Tensor) -> Tensor:
+        """Return a copy of a gradient whose memory is not its elements, or is somebody's that changes meanwhile."""
+        if _kind(grad) != self._kinds[i]:
             contract.reject(self, i)
-        return self._empty(i).copy_(grad)
+        return self._empty(i).copy_(grad.detach())
+
+    def _occupied(self, weights: Sequence[int]) -> _Memory:
+        """Return where parameters, at these addresses, and flat buffers lie: what lies there, too, is written to."""
+        last = [
+            sum((size - 1) * stride for size, stride in zip(kind[0], strides, strict=True))
+            for kind, strides in zip(self._kinds, self._layouts, strict=True)
+        ]
+        spans = [
+            (address, address + (1 + place) * self.dtype.itemsize)
+            for address, place, numel in zip(weights, last, self._numels, strict=True)
+            if numel
+        ]
+        spans += [(buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes) for buffer in self._buffers.values()]
+        begins = sorted(spans)
+        return _Memory(list(weights), [begin for begin, _ in begins], [0, *accumulate((end for _, end in begins), max)])
+
+    def begin_plain(self) -> None:
+        """Begin a step with d = g."""
+        self._bilateral, self._g = False, {}
+        self.sums.zero_()
+
+    def join(self, keep: bool, descended: bool) -> None:
+        """Take part from this pass on."""
+        self._bilateral = keep
 
     def clear_gradients(self) -> None:
         """Set every .grad to None."""
         for param in self.params:
             param.grad = None
 
-    def _wrote(self, members: Sequence[int]) -> None:
-        for i in self._packed.keys() & set(members):
-            self.params[i].copy_(self._packed[i])
-        torch.autograd.graph.increment_version([self.params[i] for i in members if self._versioned[i]])
+    def _written(self, members: Iterable[int]) -> list[Call]:
+        """Return what makes the parameters what was written."""
+        return (
+            [partial(self.params[i].copy_, self._packed[i]) for i in members if i in self._packed]
+            if self._packed
+            else []
+        )
 
     def _end_pass(self) -> None:
         for i in self._now:
@@ -200,10 +245,17 @@ class PythonFlatParams(ABC):
             self._refuse_capture()
             dtype = torch.float32 if key == contract.MASTER_WEIGHT else self.dtype
             self._buffers[key] = torch.zeros(self._offsets[-1], dtype=dtype, device=self.device)
+            self._memory = _Memory([], [], [])
         return self._buffers[key]
 
     def _view(self, key: str, i: int) -> Tensor:
-        return self._buffer(key).as_strided(self._layouts[i][0], self._strides[i], self._offsets[i])
+        return self._buffer(key).as_strided(self._kinds[i][0], self._strides[i], self._offsets[i])
+
+    def _list(self, key: str) -> list[Tensor]:
+        """Return views of a flat buffer that nobody else has."""
+        if key not in self._lists:
+            self._lists[key] = self.state(key)
+        return self._lists[key]
 
     def state(self, key: str) -> list[Tensor]:
         """Views of the flat buffer ``key``."""
@@ -220,6 +272,21 @@ class PythonFlatParams(ABC):
             if key not in {"saved", DIRECTION}:
                 self._view(key, i).zero_()
 
+    def drop_state(self) -> None:
+        """Begin with new buffers of state."""
+        self._begun = set()
+        self._steps = torch.zeros_like(self._steps)
+        self._lists = {}
+        self._buffers = {key: buffer for key, buffer in self._buffers.items() if key in {"saved", DIRECTION}}
+
+    def beginning(self, stateful: Sequence[bool]) -> list[int]:
+        """Return whose state begins with this step."""
+        return [i for i in self._members() if i not in self._begun and stateful[self.places[i][0]]]
+
+    def begin_state(self, members: Sequence[int]) -> None:
+        """Note whose state has begun."""
+        self._begun.update(members)
+
     # ---- phases
 
     @torch.no_grad()
@@ -229,7 +296,7 @@ class PythonFlatParams(ABC):
         if keep:
             self._take()
         self._run_ascend(sums, radii, norm_eps)
-        self._wrote(self._perturbed)
+        in_one_go(*self._written(self._perturbed))
         self._end_pass()
 
     @torch.no_grad()
@@ -237,48 +304,47 @@ class PythonFlatParams(ABC):
         """From the saved w, w = w_min; g = g + g_max."""
         self._take()
         self._run_descend(sums, radii, norm_eps)
-        self._wrote(self._perturbed)
+        in_one_go(*self._written(self._perturbed))
         self._end_pass()
 
     def _members(self) -> list[int]:
         """Return the parameters that had a gradient in some pass of this step."""
+        if len(self._now) == len(self.params):
+            return list(self._now)
         return sorted({*self._perturbed, *self._g, *self._now})
 
-    def _update(self, counted: Callable[[int], bool], run: Callable[[list[int]], None]) -> list[int]:
-        members = self._members()
-        begun = [i for i in members if i not in self._begun and counted(self.places[i][0])]
-        run(members)
-        self._wrote(members)
-        self._begun.update(begun)
-        self.release()
-        return begun
+    def _commit(self, *writes: Call) -> None:
+        """Make the writes of an update, note that it was made and forget the step: all of it, or nothing."""
+        in_one_go(*writes, partial(self._done.append, True), *self._forgetting())
 
     @torch.no_grad()
-    def update_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], from_saved: bool, max_norm: float) -> list[int]:
+    def update_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], from_saved: bool, max_norm: float) -> None:
         """torch.optim.SGD's rule."""
-        update = Update(sums, from_saved, max_norm)
-        return self._update(lambda i: groups[i].stateful, lambda members: self._run_sgd(update, groups, members))
+        self._run_sgd(Update(sums, from_saved, max_norm), groups, self._members())
 
     @torch.no_grad()
-    def update_adam(self, sums: Tensor, groups: Sequence[AdamScalars], from_saved: bool, max_norm: float) -> list[int]:
+    def update_adam(self, sums: Tensor, groups: Sequence[AdamScalars], from_saved: bool, max_norm: float) -> None:
         """torch.optim.Adam's and AdamW's rule."""
-        update = Update(sums, from_saved, max_norm)
-        return self._update(lambda i: True, lambda members: self._run_adam(update, groups, members))
+        self._run_adam(Update(sums, from_saved, max_norm), groups, self._members())
 
     @torch.no_grad()
     def combine(self, sums: Tensor, from_saved: bool, max_norm: float) -> bool:
         """Put d into .grad, w into the weights."""
-        self.step_count += 1
         if not sums[:CHECKED].isfinite().all():
-            self._skipped += 1
-            self.restore()
+            self._commit(*self._put_back(), partial(self._skipped.add_, 1), partial(self.step_count.add_, 1))
             return False
         directions = self._run_direction(sums, max_norm)
-        if from_saved:
-            self._write_saved()
+        self._save([i for i in range(len(self.params)) if i not in set(self._perturbed)])
+        in_one_go(*(self._put_back() if from_saved else []))
         for i, d in directions.items():
             self.params[i].grad = d
         return True
+
+    def _save(self, members: Sequence[int]) -> None:
+        """w -> saved, and only then is it noted: what was saved half way must not be restored from."""
+        if members:
+            torch._foreach_copy_(pick(self._list("saved"), members), pick(self.params, members))
+        self._perturbed = [*self._perturbed, *members]
 
     @torch.no_grad()
     def merge(self, sums: Tensor, share: float) -> Tensor:
@@ -299,29 +365,67 @@ class PythonFlatParams(ABC):
 
     # ---- giving up, and looking at w
 
-    @torch.no_grad()
-    def _write_saved(self) -> None:
-        """saved -> w, for the perturbed; also right for a parameter that was moved since."""
-        if self._perturbed and not self._at_w:
-            saved = [self._view("saved", i) for i in self._perturbed]
-            torch._foreach_copy_([self.params[i] for i in self._perturbed], saved)
+    def _put_back(self) -> list[Call]:
+        """Return what writes the saved w into the weights, whatever became of their strides, dtype and device.
 
+        Raises:
+            RuntimeError: one has another shape.
+        """
+        if self._shown or not self._perturbed:
+            return []
+        self._check_shapes()
+        weights, saved = pick(self.params, self._perturbed), pick(self._list("saved"), self._perturbed)
+        return [partial(torch._foreach_copy_, weights, saved)]
+
+    def _check_shapes(self) -> None:
+        for i in self._perturbed:
+            if self.params[i].shape != self._kinds[i][0]:
+                contract.reject_shape(self, i)
+
+    def _forgetting(self) -> list[Call]:
+        return [self._now.clear, self._g.clear, self._perturbed.clear, self._shown.clear]
+
+    @torch.no_grad()
     def restore(self) -> None:
-        """Saved w back into the weights."""
-        self._write_saved()
-        self.release()
+        """Saved w back into the weights, but where the step was made."""
+        in_one_go(*([] if self.updated else self._put_back()), *self._forgetting())
 
     def release(self) -> None:
         """Forget the step."""
-        self._forget()
+        in_one_go(*self._forgetting())
 
     @torch.no_grad()
     def show_w(self, at_w: bool) -> None:
         """Exchange perturbed weights and saved w, if that is not so already."""
-        if at_w == self._at_w:
+        if at_w == bool(self._shown) or not self._perturbed:
             return
-        for i in self._perturbed:
-            saved, kept = self._view("saved", i), self.params[i].clone()
-            self.params[i].copy_(saved)
-            saved.copy_(kept)
-        self._at_w = at_w
+        weights = pick(self.params, self._perturbed)
+        if at_w:
+            perturbed = [w.detach().clone() for w in weights]
+            in_one_go(*self._put_back(), partial(self._shown.append, perturbed))
+        else:
+            self._check_shapes()
+            (perturbed,) = self._shown
+            w_is_saved = partial(torch._foreach_copy_, pick(self._list("saved"), self._perturbed), weights)
+            in_one_go(w_is_saved, self._shown.clear, partial(torch._foreach_copy_, weights, perturbed))
+
+
+class _Memory(NamedTuple):
+    """Where parameters and flat buffers lie."""
+
+    weights: list[int]
+    """The parameters' addresses."""
+    begins: list[int]
+    """Where each begins, in order."""
+    ends: list[int]
+    """Where the first 0, 1, 2, … of them end."""
+
+    def shares(self, addresses: Sequence[int], sizes: Sequence[int]) -> list[bool]:
+        """Return of each of other spans whether it overlaps one of these."""
+        before = map(bisect_left, repeat(self.begins), map(add, addresses, sizes))
+        return list(map(gt, map(self.ends.__getitem__, before), addresses))
+
+
+def pick(items: list[Item], members: Collection[int]) -> list[Item]:
+    """Return the ``members`` of ``items``, in order."""
+    return items if len(members) == len(items) else [items[i] for i in members]

@@ -13,11 +13,15 @@ Counts = tuple[int, int, int]
 
 
 def held_elsewhere(grads: Mapping[int, Tensor], i: int) -> bool:
-    """Return whether somebody holds ``grads[i]``, or its storage, beside its parameter's ``.grad`` and ``grads``.
+    """Return whether somebody can see the memory of ``grads[i]`` but its parameter's ``.grad`` and ``grads``.
 
-    The caller must have no name for the tensor, which would count.
+    Memory that torch did not allocate for one process, as NumPy's, DLPack's or shared memory, is always somebody's. The
+    caller must have no name for the tensor, which would count.
     """
-    return _counts(grads[i]) != _idle_counts()
+    storage = grads[i].untyped_storage()
+    foreign = not storage.resizable() or storage.is_shared()
+    del storage  # it would count
+    return foreign or _counts(grads[i]) != _idle_counts()
 
 
 def _counts(grad: Tensor) -> Counts:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,3 +109,28 @@ def cuda_flat_params(
     if module is None or reason:
         raise RuntimeError(reason)
     return module.CudaFlatParams(list(params), list(places), seed)
+
+
+def is_compiled(flat: contract.FlatParams) -> bool:
+    """Return whether the compiled module runs ``flat``."""
+    module, _ = load()
+    return module is not None and isinstance(_over_shards(flat), module.FlatParams)
+
+
+def update_together(
+    operator: str, flats: Sequence[tuple[contract.FlatParams, Tensor]], how: Sequence[Any]
+) -> Callable[[], None]:
+    """Return the one call that updates compiled FlatParams: all of them or, where it raises, none.
+
+    Args:
+        operator: "update_sgd" or "update_adam".
+        flats: each with its sums.
+        how: the update's other arguments.
+    """
+    module, _ = load()
+    natives, sums = [_over_shards(flat) for flat, _ in flats], [sums for _, sums in flats]
+    return partial(getattr(module, operator), natives, sums, *how)
+
+
+def _over_shards(flat: Any) -> Any:
+    return getattr(flat, "over_shards", flat)

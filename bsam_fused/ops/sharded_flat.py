@@ -38,11 +38,13 @@ class ShardedFlatParams:
         self._shards = [distributed.local(param) for param in self.params]
         if seed is not None:
             seed = (seed + _SEED_STEP * distributed.shard_index(params[0])) % 2**32
-        self._flat = build(self._shards, places, seed)
+        self.over_shards = build(self._shards, places, seed)
 
     def __getattr__(self, name: str) -> Any:
         """Return what the shards' FlatParams has: all that needs no parameter."""
-        return getattr(self._flat, name)
+        if name == "over_shards":  # not built: what made it raised
+            raise AttributeError(name)
+        return getattr(self.over_shards, name)
 
     def _attach(self) -> None:
         """Follow parameters whose storage was replaced."""
@@ -62,11 +64,11 @@ class ShardedFlatParams:
             grad = param.grad
             if grad is not None and getattr(grad, "placements", None) != param.placements:
                 raise RuntimeError(
-                    f"{contract.describe(param, self._flat.places[i])} is placed {param.placements}, but its gradient "
-                    f"{getattr(grad, 'placements', 'is no DTensor')}: redistribute it before the phase"
+                    f"{contract.describe(param, self.over_shards.places[i])} is placed {param.placements}, but its "
+                    f"gradient {getattr(grad, 'placements', 'is no DTensor')}: redistribute it before the phase"
                 )
             shard.grad = None if grad is None else distributed.local(grad)
-        self._flat.read_gradients()
+        self.over_shards.read_gradients()
 
     def _return_gradients(self) -> None:
         for param, shard in zip(self.params, self._shards, strict=True):
@@ -77,38 +79,38 @@ class ShardedFlatParams:
 
     def clear_gradients(self) -> None:
         """Set every .grad to None."""
-        self._flat.clear_gradients()
+        self.over_shards.clear_gradients()
         self._return_gradients()
 
     def ascend(self, *args: Any) -> None:
         """Save w, then w = w_max."""
-        self._flat.ascend(*args)
+        self.over_shards.ascend(*args)
         self._return_gradients()
 
     def descend(self, *args: Any) -> None:
         """From the saved w, w = w_min; g = g + g_max."""
-        self._flat.descend(*args)
+        self.over_shards.descend(*args)
         self._return_gradients()
 
     def combine(self, *args: Any) -> bool:
         """Put d into .grad, w into the weights."""
-        went = self._flat.combine(*args)
+        went = self.over_shards.combine(*args)
         self._return_gradients()
         return went
 
     def restore(self) -> None:
         """Saved w back into the weights."""
         self._attach()
-        self._flat.restore()
+        self.over_shards.restore()
 
     def show_w(self, at_w: bool) -> None:
         """Exchange perturbed weights and saved w."""
         self._attach()
-        self._flat.show_w(at_w)
+        self.over_shards.show_w(at_w)
 
     def state(self, key: str) -> list[Tensor]:
         """Views of the flat buffer ``key``, as DTensors; "step" is each rank's own."""
-        views = self._flat.state(key)
+        views = self.over_shards.state(key)
         if key == "step":
             return views
         with torch.no_grad():

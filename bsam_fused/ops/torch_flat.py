@@ -1,12 +1,14 @@
-"""The operators in plain torch: the readable one, on any device.
+"""The operators in plain torch, on any device and of any dtype, a tensor at a time.
 
-One tensor at a time, each formula as the papers have it. Nothing here reads a device value on the host:
-whether a step is skipped is chosen elementwise, so that a GPU is never waited for.
+Nothing here reads a device value on the host: whether a step is skipped is chosen elementwise, so that a GPU is never
+waited for. What is readable, and has each formula as the papers have it, is the tests' oracle, tests/reference.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +27,18 @@ from bsam_fused.ops.contract import (
     Radius,
     SGDScalars,
 )
-from bsam_fused.ops.flat_params import PythonFlatParams, Update
+from bsam_fused.ops.flat_params import Call, PythonFlatParams, Update, pick
 
-Rule = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(parameter, w, d, finite) -> the next weights; updates the state where finite."""
+
+class Next(NamedTuple):
+    """What a rule makes of a parameter: not rounded yet."""
+
+    w: Tensor
+    state: Mapping[str, Tensor]
+
+
+Rule = Callable[[int, Tensor, Tensor], Next]
+"""(parameter, w, d) -> what an update makes of it."""
 
 
 def perturbed(w: Tensor, g: Tensor, step: Tensor, radius: Radius) -> Tensor:
@@ -59,13 +69,13 @@ class TorchFlatParams(PythonFlatParams):
         super().__init__(params, places, seed)
         self._compute = torch.promote_types(self.dtype, torch.float32)
 
-    def _write(self, to: Tensor, i: int, operand: int, x: Tensor) -> None:
-        """Round x, of the i-th parameter's shape, into a tensor of its dtype."""
+    def _rounded(self, i: int, operand: int, x: Tensor) -> Tensor:
+        """Return x, of the i-th parameter's shape, in its dtype."""
         if self._keys:
             at = torch.arange(x.numel(), device=self.device).as_strided(x.shape, self._strides[i])
             bits = rounding.random_bits(self._keys[i], self.step_count, operand, at)
             x = rounding.rounded(x, self.dtype, bits)
-        to.copy_(x)
+        return x.to(self.dtype)
 
     @torch.no_grad()
     def square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
@@ -95,9 +105,7 @@ class TorchFlatParams(PythonFlatParams):
         self._g.update((i, self._kept(i)) for i in new)
 
     def _run_ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
-        if self._now:
-            torch._foreach_copy_([self._view("saved", i) for i in self._now], [self._weights(i) for i in self._now])
-        self._perturbed = list(self._now)  # only now: an interrupted copy must not be restored from
+        self._save(list(self._now))
         self._perturb(rounding.TO_MAX, sums, radii, norm_eps, sums[ASCENT].isfinite(), self._now)
 
     def _run_descend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
@@ -125,7 +133,7 @@ class TorchFlatParams(PythonFlatParams):
             radius, w = radii[self.places[i][0]], self._view("saved", i).to(self._compute)
             step = (radius.radius * inverse).to(self._compute)
             moved = torch.where(finite, perturbed(w, g.to(self._compute), step, radius), w)
-            self._write(self._weights(i), i, operand, moved)
+            self._weights(i).copy_(self._rounded(i, operand, moved))
 
     def _direction(self, i: int, c: Tensor, factor: Tensor) -> Tensor:
         """Return d: factor times g_max (SAM), or g + g_max − c g_min (BSAM); a missing gradient is zero."""
@@ -136,58 +144,64 @@ class TorchFlatParams(PythonFlatParams):
             last = so_far - c.to(self._compute) * last
         return factor.to(self._compute) * last
 
-    def _run(self, update: Update, members: list[int], counted: Iterable[int], rule: Rule) -> None:
+    def _run(self, update: Update, members: list[int], counted: Sequence[int], rule: Rule) -> None:
+        """Work out everything that is to be written, then write it in one go."""
         sums = update.sums
         finite, scales = sums[:CHECKED].isfinite().all(), direction_scales(sums, self._bilateral, update.max_norm)
         # The weights before the step are in saved only where they were perturbed.
         before = {i: self._weights(i) for i in members} | {i: self._view("saved", i) for i in self._perturbed}
-        for i in counted:
-            self._steps[i] += finite
+        written: list[tuple[Tensor, Tensor]] = []
         for i, kept in before.items():
             start = kept if update.from_saved else self._weights(i)
             master = self._view(MASTER_WEIGHT, i) if MASTER_WEIGHT in self._buffers else None
             w = start.to(self._compute) if master is None else rounding.update_start(start, master)
-            new = torch.where(finite, rule(i, w, self._direction(i, *scales), finite), kept.to(self._compute))
-            if master is None:
-                self._write(self._weights(i), i, rounding.WEIGHT, new)
-            else:
-                master.copy_(torch.where(finite, new, master))
-                self._weights(i).copy_(new)
-        self._skipped += ~finite
-        self.step_count += 1
+            new = rule(i, w, self._direction(i, *scales))
+            x = torch.where(finite, new.w, kept.to(self._compute))
+            if master is not None:
+                written.append((master, torch.where(finite, new.w, master)))
+            written.append(
+                (self._weights(i), x.to(self.dtype) if master is not None else self._rounded(i, rounding.WEIGHT, x))
+            )
+            for operand, (key, value) in enumerate(new.state.items(), rounding.FIRST_STATE):
+                state = self._view(key, i)
+                written.append((state, torch.where(finite, self._rounded(i, operand, value), state)))
+        writes: list[Call] = [partial(torch._foreach_copy_, *map(list, zip(*written, strict=True)))] if written else []
+        if counted:
+            writes.append(partial(torch._foreach_add_, pick(self._list("step"), counted), finite.to(self._steps.dtype)))
+        self._commit(
+            *writes,
+            *self._written(members),
+            partial(self._skipped.add_, ~finite),
+            partial(self.step_count.add_, 1),
+        )
 
     def _run_sgd(self, update: Update, groups: Sequence[SGDScalars], members: list[int]) -> None:
-        def rule(i: int, w: Tensor, d: Tensor, finite: Tensor) -> Tensor:
+        def rule(i: int, w: Tensor, d: Tensor) -> Next:
             o = groups[self.places[i][0]]
             d = (-d if o.maximize else d) + o.weight_decay * w
-            if o.momentum:
-                buffer = self._view("momentum_buffer", i)
-                m = buffer.to(self._compute)
-                averaged = o.momentum * m + (1 - o.dampening) * d
-                new = torch.where(self._steps[i] == 1, d, averaged)
-                self._write(buffer, i, rounding.FIRST_STATE, torch.where(finite, new, m))
-                d = d + o.momentum * new if o.nesterov else new
-            return w - o.lr * d
+            if not o.momentum:
+                return Next(w - o.lr * d, {})
+            averaged = o.momentum * self._view("momentum_buffer", i).to(self._compute) + (1 - o.dampening) * d
+            m = torch.where(self._steps[i] == 0, d, averaged)
+            d = d + o.momentum * m if o.nesterov else m
+            return Next(w - o.lr * d, {"momentum_buffer": m})
 
         self._run(update, members, [i for i in members if groups[self.places[i][0]].stateful], rule)
 
     def _run_adam(self, update: Update, groups: Sequence[AdamScalars], members: list[int]) -> None:
-        def rule(i: int, w: Tensor, d: Tensor, finite: Tensor) -> Tensor:
+        def rule(i: int, w: Tensor, d: Tensor) -> Next:
             o = groups[self.places[i][0]]
             d = -d if o.maximize else d
             if o.decoupled:
                 w = w * (1 - o.lr * o.weight_decay)
             else:
                 d = d + o.weight_decay * w
-            exp_avg, exp_avg_sq = self._view("exp_avg", i), self._view("exp_avg_sq", i)
-            m, v = exp_avg.to(self._compute), exp_avg_sq.to(self._compute)
-            new_m, new_v = m + (1 - o.beta1) * (d - m), o.beta2 * v + (1 - o.beta2) * d.square()
-            self._write(exp_avg, i, rounding.FIRST_STATE, torch.where(finite, new_m, m))
-            self._write(exp_avg_sq, i, rounding.SECOND_STATE, torch.where(finite, new_v, v))
-            t = self._steps[i].to(self.sums.dtype)
+            m, v = self._view("exp_avg", i).to(self._compute), self._view("exp_avg_sq", i).to(self._compute)
+            m, v = m + (1 - o.beta1) * (d - m), o.beta2 * v + (1 - o.beta2) * d.square()
+            t = self._steps[i].to(self.sums.dtype) + 1
             step_size = (o.lr / (1 - o.beta1**t)).to(self._compute)
             correction = (1 - o.beta2**t).sqrt().to(self._compute)
-            return w - step_size * new_m / (new_v.sqrt() / correction + o.eps)
+            return Next(w - step_size * m / (v.sqrt() / correction + o.eps), {"exp_avg": m, "exp_avg_sq": v})
 
         self._run(update, members, members, rule)
 

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from bsam_fused.ops import holders
 from bsam_fused.ops.contract import ASCENT, MASTER_WEIGHT, AdamScalars, Radius, SGDScalars
-from bsam_fused.ops.flat_params import PythonFlatParams, Update
+from bsam_fused.ops.flat_params import SMALL_BYTES, Call, PythonFlatParams, Update
+from bsam_fused.ops.one_go import in_one_go
 
 OLDEST = "3.4"
-SMALL_BYTES = 4096  # up to here a gradient is copied rather than taken
 CHUNK = {2: 2048, 4: 2048, 8: 512}  # elements of so many bytes: more spill
 THREADS = 256  # of a program
 PROGRAMS = 8  # of a launch, a multiprocessor
@@ -139,6 +140,7 @@ class TritonFlatParams(PythonFlatParams):
         ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._reduction = {"partials": partials, "ticket": ticket}
         self._rounding = {"step_count": self.step_count, "STOCHASTIC": bool(self._keys)}
+        self._copying: set[int] = set()  # whose gradient of this pass is taken by copying it into g
         self._tables: dict[str, _Table] = {}
         self._pointers: dict[str, _Pointers] = {}
         names = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
@@ -149,10 +151,6 @@ class TritonFlatParams(PythonFlatParams):
             "num_warps": THREADS // warp,
             "enable_fp_fusion": False,
         }
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._copying: set[int] = set()  # whose gradient of this pass is taken by copying it into g
 
     # ---- launches
 
@@ -173,6 +171,14 @@ class TritonFlatParams(PythonFlatParams):
 
     def _launch(self, name: str, wanted: Iterable[int], pointers: Callable[[int], Pointers], **arguments: Any) -> None:
         """Launch a kernel over the ``wanted`` parameters."""
+        launch = self._prepared(name, wanted, pointers, **arguments)
+        with torch.cuda.device_of(self._tensors):
+            launch()
+
+    def _prepared(
+        self, name: str, wanted: Iterable[int], pointers: Callable[[int], Pointers], **arguments: Any
+    ) -> Call:
+        """Return what launches a kernel over the ``wanted`` parameters."""
         rows: list[Pointers] = [(0, 0, 0, 0)] * len(self.params)
         for i in wanted:
             rows[i] = pointers(i)
@@ -182,8 +188,7 @@ class TritonFlatParams(PythonFlatParams):
             self._pointers[launch] = _Pointers(rows, self.device)
         table = self._pointers[launch].write(rows)
         kernel = getattr(self._kernels, name)[self._grid]
-        with torch.cuda.device_of(self._tensors):
-            kernel(self._tensors, table, self._map, len(self._map), **arguments, **self._how)
+        return partial(kernel, self._tensors, table, self._map, len(self._map), **arguments, **self._how)
 
     def _at(self, key: str) -> int:
         return self._buffer(key).data_ptr()
@@ -214,8 +219,14 @@ class TritonFlatParams(PythonFlatParams):
 
         self._launch("direction_sums", self._members(), pointers, sums=self.sums, **self._reduction)
 
+    def _written(self, members: Iterable[int]) -> list[Call]:
+        """Return what makes the parameters what was written; of a kernel's writes torch does not know."""
+        moved = [self.params[i] for i in members]
+        return [*super()._written(members), partial(torch._C._increment_version, moved)]
+
     def _take(self) -> None:
         """Take gradients that nobody else holds; copy the others, and small ones, where the phase's kernel runs."""
+        self._copying = set()
         for i in self._now:
             if i in self._g:
                 continue
@@ -235,11 +246,11 @@ class TritonFlatParams(PythonFlatParams):
             return self._weights(i).data_ptr(), copy, self._now[i].data_ptr(), WANTED
 
         options = self._reach("ascend", radii, norm_eps)
-        self._launch(
+        launch = self._prepared(
             "ascend", self._now, pointers, options=options, sums=sums, saved=self._at("saved"), **self._rounding
         )
-        self._perturbed = list(self._now)
-        self._copying = set()
+        with torch.cuda.device_of(self._tensors):
+            in_one_go(launch, partial(self._perturbed.extend, list(self._now)))
 
     def _run_descend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
         perturbed = set(self._perturbed)
@@ -262,7 +273,6 @@ class TritonFlatParams(PythonFlatParams):
             **self._rounding,
             **self._reduction,
         )
-        self._copying = set()
 
     def _run_update(
         self, name: str, update: Update, options: Tensor, members: list[int], counted: set[int], **state: int
@@ -273,7 +283,7 @@ class TritonFlatParams(PythonFlatParams):
             flags = WANTED | (PERTURBED if i in perturbed else 0) | (COUNTED if i in counted else 0)
             return self._weights(i).data_ptr(), _address(self._g.get(i)), _address(self._now.get(i)), flags
 
-        self._launch(
+        launch = self._prepared(
             name,
             members,
             pointers,
@@ -291,6 +301,8 @@ class TritonFlatParams(PythonFlatParams):
             **self._rounding,
             **state,
         )
+        with torch.cuda.device_of(self._tensors):
+            self._commit(launch, *self._written(members))
 
     def _run_sgd(self, update: Update, groups: Sequence[SGDScalars], members: list[int]) -> None:
         options = self._table("update", [(*o, update.max_norm) for o in groups])

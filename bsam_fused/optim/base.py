@@ -6,56 +6,40 @@ them to the next w. A phase reads all gradients before it writes anything, so an
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from bsam_fused import distributed
-from bsam_fused.batchnorm import frozen_running_stats
 from bsam_fused.ops import contract, dispatch
-from bsam_fused.ops.contract import ASCENT, NORMS, Radius
+from bsam_fused.ops.contract import ASCENT, MAX, NORMS, Radius
+from bsam_fused.ops.identity import same_items
 from bsam_fused.optim import fused, groups, hooks, scaling, trainers
 from bsam_fused.optim.flats import Flats
-from bsam_fused.optim.persistence import Persistent
+from bsam_fused.optim.phases import Phase, Phased
 from bsam_fused.optim.sharpness import Sharpness
 
 Closure = Callable[[], Any]
 
 
-class Phase(enum.Enum):
-    """Where the weights are."""
-
-    REST = "at rest"
-    ASCENDED = "ascended"
-    DESCENDED = "descended"
-
-
-class SharpnessAware(Persistent):
+class SharpnessAware(Phased):
     """A base optimizer that steps from w with a direction found at perturbed weights.
 
     Subclasses name their calls, and add the ones of their own.
     """
 
-    _calls: ClassVar[tuple[str, ...]]
-    """The phases' calls in order, one after each backward pass; the last is "step"."""
     _last_slot: ClassVar[int]
     """Where the sums keep the last pass's gradient: MAX, or MIN."""
     _keeps_g: ClassVar[bool]
     """Whether the direction needs g, the gradient at w."""
-    _PHASES: ClassVar[tuple[Phase, ...]] = (Phase.REST, Phase.ASCENDED, Phase.DESCENDED)
 
-    _phase = Phase.REST
     _from_saved = True
     _scaler_seen: bool | None = None  # in the last step; None: there was none
-    _watch: RemovableHandle | None = None
-    _looking_at_w = False
 
     def __init__(
         self,
@@ -74,7 +58,6 @@ class SharpnessAware(Persistent):
         backend: str,
     ) -> None:
         self._flats = Flats(groups.check_rounding(rounding, seed), master_weights, sync == "last")
-        self._batchnorm = ExitStack()
         self.norm_eps = groups.check_non_negative("norm_eps", norm_eps)
         groups.check_max_norm(max_grad_norm)
         self.max_grad_norm = max_grad_norm
@@ -94,10 +77,12 @@ class SharpnessAware(Persistent):
             )
         self.base_optimizer = groups.build_base(params, base_optimizer, base_kwargs, options)
         ours = {self._key(option): value for option, value in options.items()}
-        super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **ours})
-        self.base_optimizer.param_groups = self.param_groups
+        self._known = []
+        state = self.state
+        super().__init__(self.param_groups, {**self.base_optimizer.defaults, **ours})
+        self.state = state
+        self._notice()
         self._fused_rule()  # raises where master weights need one
-        self.state = self.base_optimizer.state
         _ = self.backends  # raises now, and not in the first step, where one asked for is missing
 
     def _key(self, option: str) -> str:
@@ -105,6 +90,26 @@ class SharpnessAware(Persistent):
         return f"sharpness_{option}" if option in self.base_optimizer.defaults else option
 
     profile_hook_step = staticmethod(hooks.hooked_where_watched)
+
+    # ---- what the base optimizer owns
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's own param groups, with the sharpness-aware options in them."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base optimizer's own state."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base_optimizer.state = state
 
     # ---- what runs where
 
@@ -136,55 +141,6 @@ class SharpnessAware(Persistent):
 
     # ---- phases
 
-    @property
-    def _following(self) -> str:
-        return self._calls[self._PHASES.index(self._phase)]
-
-    def _expect(self, call: str) -> None:
-        """Raise unless ``call`` is next."""
-        trainers.refuse_wrapper(self, call)
-        if self._looking_at_w:
-            raise RuntimeError(f"{call}() within unperturbed(): leave that context first")
-        if call != self._following:
-            self._out_of_order(f"{call}()")
-
-    def _out_of_order(self, call: str) -> NoReturn:
-        name = type(self).__name__
-        mend = "" if self._phase is Phase.REST else ", or restore() to give up this step"
-        alone = f". {trainers.ALONE}" if self._phase is Phase.REST and call == "step()" else ""
-        raise RuntimeError(
-            f"{name}.{call} out of order: the optimizer is {self._phase.value}; "
-            f"next come backward() and {self._following}(){mend}{alone}"
-        )
-
-    def _require_rest(self, call: str) -> None:
-        if self._phase is not Phase.REST:
-            raise RuntimeError(
-                f"{call} while the weights are perturbed ({self._phase.value}): finish the step, or give it up "
-                "with restore()"
-            )
-
-    def _require_w(self, call: str) -> None:
-        if self._phase is not Phase.REST and not self._looking_at_w:
-            raise RuntimeError(
-                f"{call} while the weights are perturbed ({self._phase.value}): finish the step, give it up with "
-                "restore(), or use `with optimizer.unperturbed():`"
-            )
-
-    def _entered(self, phase: Phase) -> None:
-        """Note a new phase; autocast must not go on with weights it cast in the last one."""
-        self._phase = phase
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
-        self._forget_copies()
-
-    def _forget_copies(self) -> None:
-        """Make the next forward read the weights, not what autocast cast or FSDP gathered of them before."""
-        if self._flats.sharded and self.model is not None:
-            distributed.reshard(self.model)
-        torch.clear_autocast_cache()
-
     def _radii(self, option: str, sign: float) -> list[Radius]:
         """Return a radius a group: ``option``, with ``sign`` the other way under maximize."""
         return [
@@ -206,10 +162,26 @@ class SharpnessAware(Persistent):
         return [Radius(0.0)] * len(self.param_groups)
 
     def _read_gradients(self) -> None:
-        added = self._flats.gather(self.param_groups, self.backend, at_rest=self._phase is Phase.REST)
-        for flat in added:  # nothing to perturb: they only learn which kind of step this is
-            flat.ascend(flat.sums, self._plain_radii(), self.norm_eps, self._keeps_g)
-        self._flats.read_gradients(first=self._phase is Phase.REST)
+        """Read the gradients of this pass, of all that is in the param groups now."""
+        at_rest = self._phase is Phase.REST
+        if not at_rest:
+            for flat in self._flats.thaw(self.param_groups, self.backend):
+                flat.join(self._keeps_g, self._phase is Phase.DESCENDED)
+        elif not self._flats.fit(self.param_groups):
+            self._build()
+        try:
+            self._flats.read_gradients(first=at_rest)
+        except contract.LayoutChangedError:  # the model was moved, cast or re-strided since the last step
+            if not at_rest:
+                raise
+            self._build()
+            self._flats.read_gradients(first=True)
+
+    def _build(self) -> None:
+        """Build FlatParams of the parameters as they are; only when all are built do they count."""
+        flats = self._flats.anew()
+        flats.build(self.param_groups, self.backend)
+        self._flats = flats
 
     def ascend(self) -> None:
         """After backward at w: w becomes w_max = w + ρ T² g / (‖T g‖ + norm_eps). Gradients become None.
@@ -223,31 +195,31 @@ class SharpnessAware(Persistent):
         """
         watched = None
         if not self._keeps_g and self._scaler_seen is not False:
-            watched = next((p for p in self._parameters() if p.grad is not None and p.requires_grad), None)
+            given = (p for p in self._parameters() if p.grad is not None and p.requires_grad)
+            watched = min(given, key=Tensor.numel, default=None)
         self._ascend()
-        # Whoever calls GradScaler.unscale_ lets it look at the last gradients before step() is heard of.
         if watched is not None:
-            self._watch = watched.register_post_accumulate_grad_hook(lambda p: self._tell_scaler([p]))
+            self._watch_gradient(watched)
 
     def _ascend(self, loss: Any = None) -> None:
         self._expect("ascend")
         if not self.active:
             raise RuntimeError("ascend() while active is False: step() is then the base optimizer's step")
+        self._notice()
         radii = self._radii("rho", +1.0)
-        try:
-            self._read_gradients()
-        except contract.LayoutChangedError:  # model.to(memory_format=...) since the last step
-            self._flats.forget()
-            self._read_gradients()
+        self._read_gradients()
         for flat in self._flats:
             flat.square_norm(ASCENT, radii)
         self._flats.poison(ASCENT, loss)
         totals = self._flats.totals()
-        self._entered(Phase.ASCENDED)
-        for flat, sums in zip(self._flats, totals, strict=True):
-            flat.ascend(sums, radii, self.norm_eps, self._keeps_g)
-        if self.model is not None:
-            self._batchnorm.enter_context(frozen_running_stats(self.model))
+        try:
+            self._enter(Phase.ASCENDED)
+            for flat, sums in zip(self._flats, totals, strict=True):
+                flat.ascend(sums, radii, self.norm_eps, self._keeps_g)
+            self._freeze_running_stats()
+        except BaseException:
+            self.restore()
+            raise
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -256,7 +228,7 @@ class SharpnessAware(Persistent):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler leaves unscaling and skipping to `step`; it asks before it looks at the gradients."""
         if self._phase is Phase.REST:
-            return not self._is_plain()
+            return not self._is_plain() or self._fused_rule() is not None
         if self._following == "step" and self._group is not None:
             self._tell_scaler_of_all_ranks()
         elif self._following == "step":
@@ -279,7 +251,7 @@ class SharpnessAware(Persistent):
         Args:
             closure: does forward and backward and returns the loss; called once a pass, with gradients
                 cleared before each. None: this is the last call of a step by hand, after its last backward;
-                at rest it is the base optimizer's step where ``active`` is False or every lr is 0.
+                at rest it is the base optimizer's step, with d = g, where ``active`` is False or every lr is 0.
 
         Returns:
             The loss at w as the closure returned it; None without one.
@@ -299,29 +271,48 @@ class SharpnessAware(Persistent):
         rates = [group.get("lr") for group in self.param_groups]  # some bases have none
         return not self.active or all(lr is not None and float(lr) == 0 for lr in rates)
 
-    def _plain_step(self) -> None:
+    def _plain_step(self, loss: Any = None) -> None:
+        """Make the base optimizer's step from w with d = g, or skip it where ‖g‖ is not finite."""
+        self._notice()
         max_norm = groups.check_max_norm(self.max_grad_norm)
-        if max_norm < math.inf:
-            nn.utils.clip_grad_norm_(self._parameters(), max_norm)
-        self._base_step()
-
-    def _base_step(self) -> None:
-        self._flats.hand_over()
-        self.base_optimizer.step()
-        self._forget_copies()
+        rule = self._fused_rule()
+        if rule is None:
+            _clip(self._parameters(), max_norm)
+            self._flats.hand_over()
+            self.base_optimizer.step()
+            self._forget_copies()
+            return
+        scaled = scaling.told(self)
+        try:
+            scalars = [rule.scalars(group) for group in self.param_groups]
+            self._read_gradients()
+            for flat in self._flats:
+                flat.begin_plain()
+                flat.square_norm(MAX, self._plain_radii())
+            self._flats.poison(MAX, loss)
+            self._flats.note(MAX, scaled)
+            self._flats.update(rule, self.state, scalars, self._flats.totals(), True, max_norm)
+        except BaseException:
+            scaling.forget(self)
+            self.restore()
+            raise
+        self._come_to_rest()
 
     def _run(self, closures: Sequence[Closure]) -> Any:
         """Run a whole step, one closure a pass."""
-        with scaling.told(self) as scaled:
-            scaling.refuse_closure(scaled)
+        try:
+            scaling.refuse_closure(scaling.told(self))
             if self._phase is not Phase.REST:
                 self._out_of_order("step(closure)")
+        except RuntimeError:
+            scaling.forget(self)
+            raise
         trainers.refuse_lightning(closures[0])
         self.sharpness = None
         self._clear_gradients()
         if not self.active:
             loss = _evaluate(closures[-1])
-            self._plain_step()
+            self._plain_step(loss)
             return loss
         losses = []
         try:
@@ -338,10 +329,12 @@ class SharpnessAware(Persistent):
 
     def _step(self, loss: Any = None) -> None:
         """Update from w, or skip where a sum is not finite."""
-        with scaling.told(self) as scaled:
+        scaled = scaling.told(self)
+        try:
             self._expect("step")
             if self._keeps_g:
                 scaling.refuse_unscaled(scaled, type(self).__name__)
+            self._notice()
             rule = self._fused_rule()
             scalars = [rule.scalars(group) for group in self.param_groups] if rule else []
             max_norm = groups.check_max_norm(self.max_grad_norm)
@@ -357,9 +350,11 @@ class SharpnessAware(Persistent):
                 self._flats.update(rule, self.state, scalars, totals, self._from_saved, max_norm)
             else:
                 self._general_update(totals, max_norm)
+        except BaseException:
+            scaling.forget(self)
+            raise
         self._scaler_seen = scaled.found_inf is not None
-        self._batchnorm.close()
-        self._entered(Phase.REST)
+        self._come_to_rest()
 
     def _fused_rule(self) -> fused.FusedRule | None:
         return fused.rule_for(self.base_optimizer, wanted="master_weights=True" if self._flats.masters else "")
@@ -372,17 +367,11 @@ class SharpnessAware(Persistent):
                 flat.square_norm(self._last_slot, self._plain_radii())
 
     def _general_update(self, totals: Sequence[Tensor], max_norm: float) -> None:
-        """Leave the update to the base optimizer: d in .grad, the weights at w, then its own step()."""
-        pairs = zip(self._flats, totals, strict=True)
-        combined = [flat.combine(sums, self._from_saved, max_norm) for flat, sums in pairs]
-        if all(combined):
-            try:
-                self._base_step()
-            except BaseException:
-                self.restore()
-                raise
-            for flat in self._flats:
-                flat.release()
+        try:
+            self._flats.general_update(totals, self._from_saved, max_norm, self.base_optimizer.step)
+        except BaseException:
+            self.restore()
+            raise
 
     # ---- captured steps
 
@@ -422,44 +411,8 @@ class SharpnessAware(Persistent):
             return self.model.no_sync()  # type: ignore[union-attr, operator, return-value]
         return nullcontext()
 
-    # ---- giving up, and looking at w
-
-    def restore(self) -> None:
-        """Give up the step: the weights are w again, bit for bit, gradients None. At rest, nothing."""
-        if self._looking_at_w:
-            raise RuntimeError("restore() within unperturbed(): leave that context first")
-        if self._phase is Phase.REST:
-            return
-        for flat in self._flats:
-            flat.restore()
-        self._batchnorm.close()
-        self._clear_gradients()
-        self._entered(Phase.REST)
-
-    @contextmanager
-    def unperturbed(self) -> Iterator[None]:
-        """Look at w within a step: a context in which the weights are w, whatever the phase.
-
-        What is written to the weights meanwhile is kept, as w. No phase may be called inside.
-        """
-        if self._phase is Phase.REST or self._looking_at_w:
-            yield
-            return
-        self._looking_at_w = True
-        try:
-            self._show_w(True)
-            yield
-        finally:
-            self._show_w(False)
-            self._looking_at_w = False
-
-    def _show_w(self, at_w: bool) -> None:
-        for flat in self._flats:
-            flat.show_w(at_w)
-        self._forget_copies()
-
     def _clear_gradients(self) -> None:
-        if len(self._flats):
+        if self._flats.fit(self.param_groups):
             self._flats.clear_gradients()
         else:
             self.zero_grad()
@@ -474,6 +427,7 @@ class SharpnessAware(Persistent):
             TypeError, ValueError: a parameter or an option that cannot be used; nothing was added.
         """
         self._require_rest("add_param_group()")
+        self._notice()
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         try:
@@ -483,11 +437,40 @@ class SharpnessAware(Persistent):
         except Exception:
             self.param_groups.pop()
             raise
-        self._flats.forget()
+
+    def _notice(self) -> None:
+        """Give param groups that others added or loaded into the base optimizer the options that they lack.
+
+        Raises:
+            ValueError: an option that cannot be used.
+        """
+        if same_items(self.param_groups, self._known):
+            return
+        for i, group in enumerate(self.param_groups):
+            before = self._known[i] if i < len(self._known) else {}
+            kept = {**self.defaults, **{option: before[option] for option in self._kept_options & before.keys()}}
+            for option, value in kept.items():
+                group.setdefault(option, value)
+            self._check_options(group, i)
+        count = self.param_groups[0].get("rounded_steps")
+        if count is not None:  # a state dict of ours
+            self._flats = self._flats.anew(count)
+            for group in self.param_groups:
+                group.pop("rounded_steps", None)
+        self._known = list(self.param_groups)
 
     def _check_options(self, group: dict[str, Any], index: int) -> None:
         for option in ("rho", "eta"):
             self._non_negative(group, option, index)
+
+
+def _clip(params: Iterable[Tensor], max_norm: float) -> None:
+    """Scale gradients down to a norm of ``max_norm`` over all, in tensors of their own: others may see theirs."""
+    if max_norm < math.inf:
+        given = [p for p in params if p.grad is not None]
+        for param in given:
+            param.grad = param.grad.clone()  # type: ignore[union-attr]
+        nn.utils.clip_grad_norm_(given, max_norm)
 
 
 def _evaluate(closure: Closure) -> Any:

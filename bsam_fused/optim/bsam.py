@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from bsam_fused.ops.contract import MAX, MIN, Radius
-from bsam_fused.optim.base import Closure, Phase, SharpnessAware
+from bsam_fused.optim.base import Closure, SharpnessAware
+from bsam_fused.optim.phases import Phase
 from bsam_fused.optim.sam import Base
 from bsam_fused.schedules import decayed_radius, largest_lr
 
@@ -120,10 +121,11 @@ class BSAM(SharpnessAware):
 
     def _descend(self, loss: Any = None) -> None:
         self._expect("descend")
+        self._notice()
         radii = self._radii("rho_min", -1.0)
         self._read_gradients()
         totals = self._flats.totals()
-        self._entered(Phase.DESCENDED)
+        self._enter(Phase.DESCENDED)
         for flat, sums in zip(self._flats, totals, strict=True):
             flat.descend(sums, radii, self.norm_eps)
         self._flats.poison(MAX, loss)

@@ -1,10 +1,11 @@
-"""All FlatParams of an optimizer: built when they are needed, summed over, and the base optimizer's state in them."""
+"""All FlatParams of an optimizer: built when they are needed, summed over, updated all or none."""
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any, cast
 
@@ -16,7 +17,6 @@ from bsam_fused.distributed import Exchange
 from bsam_fused.ops import contract, dispatch
 from bsam_fused.ops.contract import (
     CHECKED,
-    MASTER_WEIGHT,
     MAX,
     NORMS,
     SCALE,
@@ -25,13 +25,17 @@ from bsam_fused.ops.contract import (
     Radius,
     SGDScalars,
 )
+from bsam_fused.ops.identity import same_items
+from bsam_fused.ops.one_go import in_one_go
 from bsam_fused.ops.sharded_flat import ShardedFlatParams
-from bsam_fused.optim import fused
 from bsam_fused.optim.fused import FusedRule
+from bsam_fused.optim.groups import check_parameters
 from bsam_fused.optim.scaling import Scaled
+from bsam_fused.optim.state import Kept, State, StateViews
 
-State = MutableMapping[Tensor, dict[str, Any]]
 Groups = Sequence[dict[str, Any]]
+Kind = tuple[Any, ...]
+"""Device, dtype and process groups of the shards."""
 
 _GRADIENTS = "on which parameters have gradients; every rank must use the same ones in a pass, with zeros if need be"
 _NOT_REDUCED = "on the last pass's gradient; it must be outside DDP's no_sync(): use `with optimizer.no_sync()` for all"
@@ -39,6 +43,8 @@ _NOT_REDUCED = "on the last pass's gradient; it must be outside DDP's no_sync():
 
 class Flats:
     """A FlatParams a device, dtype and sharding of what takes part; frozen parameters are in none until thawed.
+
+    Built once; where parameters have changed, another one takes its place.
 
     Args:
         seed: of stochastic rounding, for 16-bit parameters; None: to nearest.
@@ -59,15 +65,16 @@ class Flats:
         self._seed, self.masters, self.local_passes = seed, masters, local_passes
         self._skipped_before, self._rounded_before = skipped, rounded_steps
         self._built: list[FlatParams] | None = None
-        self._groups: list[tuple[Any, ...]] = []  # of each, the process groups that hold its shards
+        self._shards: list[tuple[Any, ...]] = []  # of each, the process groups that hold its shards
+        self._lists: list[list[Tensor]] = []  # the param groups' parameters, when built
+        self._left_out: list[Tensor] = []  # frozen, and in no FlatParams
         self._exchanges: dict[Any, Exchange] = {}
         self._fingerprint = 0  # of which parameters had gradients in the passes of this step
         self._latest: list[Tensor] = []  # totals
-        self._sizes: list[int] = []  # of the param groups, when built
-        self._left_out: list[Tensor] = []  # frozen, and in no FlatParams
-        self._adopted: tuple[FusedRule, State] | None = None  # the base's state, if it is views of the flat buffers
-        self._states = 0  # parameters with state, when last seen
+        self._state = StateViews()
         self._scaled = False  # the sums hold a loss's scale
+        self._updates: Sequence[tuple[FlatParams, Callable[[], Any]]] = ()  # of this step, with who knows if it is made
+        self._stepped: list[bool] = []  # the base optimizer has made its own step
 
     def __iter__(self) -> Iterator[FlatParams]:
         """Every FlatParams there is."""
@@ -90,72 +97,88 @@ class Flats:
                     return int(flat.step_count)
         return self._rounded_before
 
-    def unbuilt(self) -> Flats:
-        """Return what a copy of the optimizer begins with."""
-        return Flats(self._seed, self.masters, self.local_passes, self.skipped, self.rounded_steps)
+    def anew(self, rounded_steps: int | None = None) -> Flats:
+        """Return what takes this one's place, unbuilt, with the random bits of the step after ``rounded_steps``.
 
-    def forget(self, rounded_steps: int | None = None) -> None:
-        """Build anew next time, with the random bits of the step after ``rounded_steps`` (None: the next one)."""
-        self.retract()
+        None: of the next step.
+        """
+        self._state.retract()
         rounded_steps = self.rounded_steps if rounded_steps is None else rounded_steps
-        self.__init__(self._seed, self.masters, self.local_passes, self.skipped, rounded_steps)  # type: ignore[misc]
+        return Flats(self._seed, self.masters, self.local_passes, self.skipped, rounded_steps)
 
-    def gather(self, groups: Groups, backend: str, *, at_rest: bool) -> list[FlatParams]:
-        """Bring in parameters that are new: at rest by building all anew, within a step by adding FlatParams.
+    # ---- parameters
+
+    def fit(self, groups: Groups) -> bool:
+        """Return whether all that takes part, and nothing else, is here: at rest, else see `thaw`."""
+        return self._built is not None and self._same_lists(groups) and not self._thawed()
+
+    def _same_lists(self, groups: Groups) -> bool:
+        lists = [group["params"] for group in groups]
+        return len(lists) == len(self._lists) and all(map(same_items, lists, self._lists))
+
+    def _thawed(self) -> bool:
+        return bool(self._left_out) and any(p.requires_grad or p.grad is not None for p in self._left_out)
+
+    def build(self, groups: Groups, backend: str) -> None:
+        """Build a FlatParams of each kind of parameters.
+
+        Raises:
+            RuntimeError: a parameter is uninitialized, or a backend cannot be had.
+            TypeError, ValueError: a parameter that cannot be optimized, or not together with another; by name.
+        """
+        seen: list[Tensor] = []
+        for i, group in enumerate(groups):
+            check_parameters(group, i, seen)
+            seen += group["params"]
+        self._add(groups, backend, known=[])
+        self._lists = [list(group["params"]) for group in groups]
+
+    def thaw(self, groups: Groups, backend: str) -> list[FlatParams]:
+        """Within a step, add FlatParams for parameters that take part from this pass on.
 
         Returns:
-            Those added within a step.
-        """
-        thawed = any(p.requires_grad or p.grad is not None for p in self._left_out)
-        if self._built is None or (at_rest and (thawed or self._sizes != _sizes(groups))):
-            self.forget()
-            self._built, self._sizes = [], _sizes(groups)
-            self._build(groups, backend, known=set())
-        elif thawed:
-            self.hand_over()
-            return self._build(groups, backend, known={id(p) for flat in self._built for p in flat.params})
-        return []
+            Those added.
 
-    def _build(self, groups: Groups, backend: str, known: set[int]) -> list[FlatParams]:
-        kinds: dict[tuple[Any, ...], tuple[list[Tensor], list[tuple[int, int]]]] = {}
-        self._left_out = []
-        for i, group in enumerate(groups):
-            for j, param in enumerate(group["params"]):
-                if id(param) in known:
-                    continue
-                if not param.requires_grad and param.grad is None:
-                    self._left_out.append(param)
-                    continue
-                if torch.nn.parameter.is_lazy(param):
-                    raise RuntimeError(f"{contract.describe(param, (i, j))}: run a forward pass before the first step")
-                kind = (param.device, param.dtype, distributed.shard_groups(param))
-                params, places = kinds.setdefault(kind, ([], []))
-                params.append(param)
-                places.append((i, j))
+        Raises:
+            RuntimeError: others than in the first pass are in the param groups.
+        """
+        if not self._same_lists(groups):
+            raise RuntimeError(
+                "the parameters in param_groups were changed within a step: do it before ascend() or after step(); "
+                "restore() gives up this step"
+            )
+        if not self._thawed():
+            return []
+        known = list(self)
+        self._state.hand_over()
+        self._add(groups, backend, known)
+        return list(self)[len(known) :]
+
+    def _add(self, groups: Groups, backend: str, known: list[FlatParams]) -> None:
+        kinds, left_out = _sorted(groups, {id(p) for flat in known for p in flat.params})
         for params, places in kinds.values():
             contract.check_memory([distributed.local(p) for p in params], places)
-        built: list[FlatParams] = []
-        for (device, *_), (params, places) in kinds.items():
-            build = dispatch.choose(backend, device).build
-            if distributed.is_dtensor(params[0]):
-                if self.local_passes:
-                    raise ValueError(
-                        f'{contract.describe(params[0], places[0])} is a DTensor, with sync="last": use "every"'
-                    )
-                built.append(cast(FlatParams, ShardedFlatParams(params, places, self._seed, build)))
-            else:
-                built.append(build(params, places, self._seed))
-        count = self._built[0].step_count if self._built else torch.tensor(self._rounded_before or 0)
+        built = [self._flat(kind[0], params, places, backend) for kind, (params, places) in kinds.items()]
+        count = known[0].step_count if known else torch.tensor(self._rounded_before or 0)
         for flat in built:
             flat.step_count.copy_(count)
-        self._built = [*self, *built]
-        self._groups += [groups for _, _, groups in kinds]
-        return built
+        shards = [*self._shards, *(groups for _, _, groups in kinds)]
+        self._built, self._shards, self._left_out = [*known, *built], shards, left_out
+
+    def _flat(
+        self, device: torch.device, params: list[Tensor], places: list[tuple[int, int]], backend: str
+    ) -> FlatParams:
+        build = dispatch.choose(backend, device).build
+        if not distributed.is_dtensor(params[0]):
+            return build(params, places, self._seed)
+        if self.local_passes:
+            raise ValueError(f'{contract.describe(params[0], places[0])} is a DTensor, with sync="last": use "every"')
+        return cast(FlatParams, ShardedFlatParams(params, places, self._seed, build))
 
     @property
     def sharded(self) -> bool:
         """Whether there are DTensors."""
-        return any(self._groups)
+        return any(self._shards)
 
     def read_gradients(self, *, first: bool) -> None:
         """Read the gradients of a pass, the first one of a step or a later one."""
@@ -186,7 +209,7 @@ class Flats:
             return self._latest
         home = flats[0].sums.device
         parts: dict[tuple[Any, ...], list[Tensor]] = {}
-        for flat, groups in zip(flats, self._groups, strict=True):
+        for flat, groups in zip(flats, self._shards, strict=True):
             parts.setdefault(groups, []).append(flat.sums.to(home))
         totals = [self._over_shards(torch.stack(sums).sum(0), groups) for groups, sums in parts.items()]
         total = torch.stack(totals).sum(0)
@@ -223,7 +246,7 @@ class Flats:
             for flat, own in zip(self, sums, strict=True):
                 distributed.average(flat.merge(own, 1 / exchange.ranks), group)
                 flat.read_gradients()
-                flat.square_norm(MAX, [Radius(0.0)] * len(self._sizes))
+                flat.square_norm(MAX, [Radius(0.0)] * len(self._lists))
             own, sums = sums, self.totals()
             self._latest = own
         failed = 0 * rows[:, :CHECKED].sum()
@@ -238,7 +261,7 @@ class Flats:
     def _heard(self) -> bool:
         """Whether all ranks hear of what joins the first FlatParams' sums."""
         ranks = distributed.world_size()
-        return self.local_passes or ranks == 1 or math.prod(self._exchange(g).ranks for g in self._groups[0]) == ranks
+        return self.local_passes or ranks == 1 or math.prod(self._exchange(g).ranks for g in self._shards[0]) == ranks
 
     def poison(self, slot: int, loss: Any) -> None:
         """Make the sum in ``slot`` non-finite if ``loss`` is: 0 · loss is 0 or NaN, without asking the device.
@@ -292,7 +315,7 @@ class Flats:
         for flat in self:
             flat.step_count.sub_(steps)
 
-    # ---- the base optimizer's state
+    # ---- updates
 
     def update(
         self,
@@ -303,41 +326,82 @@ class Flats:
         from_saved: bool,
         max_norm: float,
     ) -> None:
-        """Make the fused update of every FlatParams, its state under torch's keys."""
-        cleared = len(state) < self._states
-        if not self._adopted or cleared:
-            for flat in self:
-                fused.adopt(flat, state, rule, cleared=cleared)
-                if any(options.stateful for options in scalars):
-                    for key in rule.keys:  # all there is to allocate, before any weights are written
-                        flat.state(key)
-                if self._mastered(flat):
-                    fused.adopt_masters(flat, state, rule)
-            self._adopted = rule, state
-        for flat, sums in zip(self, totals, strict=True):
-            begun = getattr(flat, rule.operator)(sums, scalars, from_saved, max_norm)
-            fused.publish(flat, state, (*rule.keys, MASTER_WEIGHT) if self._mastered(flat) else rule.keys, begun)
-        self._states = len(state)
+        """Make the fused update of every FlatParams, its state under torch's keys.
 
-    def _mastered(self, flat: FlatParams) -> bool:
-        return self.masters and flat.dtype.itemsize == 2
+        All that can raise comes before the first of them. Interrupted between two, `finish` makes the others.
+        """
+        flats = self._built or []
+        self._state.prepare(flats, state, Kept(rule, [options.stateful for options in scalars], self.masters))
+        self._updates = dispatch.updates(rule.operator, flats, totals, (scalars, from_saved, max_norm))
+        for _, update in self._updates:
+            update()
+
+    def general_update(self, totals: Sequence[Tensor], from_saved: bool, max_norm: float, base_step: Any) -> None:
+        """Leave the update to the base optimizer: d in .grad, the weights at w, then its own step."""
+        combined = [flat.combine(sums, from_saved, max_norm) for flat, sums in zip(self, totals, strict=True)]
+        if all(combined):
+            self._state.hand_over()
+            counts = [partial(flat.step_count.add_, 1) for flat in self]
+            in_one_go(base_step, *counts, partial(self._stepped.append, True))
+
+    def finish(self) -> bool:
+        """Make what is left of an update that was interrupted between two FlatParams.
+
+        Returns:
+            Whether the update of this step is made now; else none of it is, and `restore` is right.
+        """
+        if self._stepped:
+            return True
+        if not any(flat.updated for flat, _ in self._updates):
+            return False
+        for flat, update in self._updates:
+            if not flat.updated:
+                update()
+        return True
+
+    def restore(self) -> None:
+        """Saved w back into the weights, everywhere."""
+        for flat in self:
+            flat.restore()
+
+    def end(self) -> None:
+        """Forget the step, whose weights are as they shall be."""
+        if self._stepped:
+            for flat in self:
+                flat.release()
+            self._stepped = []
+        self._state.settle()
+        self._updates = ()
 
     def retract(self) -> None:
         """Take state back whose every update was skipped; waits for a GPU."""
-        if self._adopted:
-            rule, state = self._adopted
-            for flat in self:
-                fused.retract(flat, state, rule)
-            self._states = len(state)
+        self._state.retract()
 
     def hand_over(self) -> None:
-        """Leave the base optimizer's state to the base optimizer; it is adopted again when needed."""
-        if self._adopted:
-            self.retract()
-            _, state = self._adopted
-            state.update(fused.with_steps_on_host(dict(state)))
-            self._adopted = None
+        """Leave the base optimizer's state to the base optimizer; it is brought in again when needed."""
+        self._state.hand_over()
 
 
-def _sizes(groups: Groups) -> list[int]:
-    return [len(group["params"]) for group in groups]
+def _sorted(
+    groups: Groups, known: set[int]
+) -> tuple[dict[Kind, tuple[list[Tensor], list[tuple[int, int]]]], list[Tensor]]:
+    """Return the parameters of each kind with their places, and those that are frozen; none that is ``known``.
+
+    Raises:
+        RuntimeError: one is uninitialized.
+    """
+    kinds: dict[Kind, tuple[list[Tensor], list[tuple[int, int]]]] = {}
+    frozen = []
+    for i, group in enumerate(groups):
+        for j, param in enumerate(group["params"]):
+            if id(param) in known:
+                continue
+            if not param.requires_grad and param.grad is None:
+                frozen.append(param)
+                continue
+            if torch.nn.parameter.is_lazy(param):
+                raise RuntimeError(f"{contract.describe(param, (i, j))}: run a forward pass before the first step")
+            params, places = kinds.setdefault((param.device, param.dtype, distributed.shard_groups(param)), ([], []))
+            params.append(param)
+            places.append((i, j))
+    return kinds, frozen

@@ -32,8 +32,8 @@ def build_base(
 
     Raises:
         ValueError: no parameters, or an instance over other parameters.
-        TypeError: ``base`` is no optimizer, needs a closure of its own (LBFGS), or options came with an
-            instance.
+        TypeError: ``base`` is no optimizer, needs a closure of its own (LBFGS), wraps another one (Lookahead), or
+            options came with an instance.
     """
     if isinstance(params, Tensor):
         raise TypeError("params is a Tensor: pass an iterable of parameters or param groups")
@@ -46,10 +46,13 @@ def build_base(
             raise ValueError("params has groups, but no parameters in them: pass some")
     if isinstance(base, type) and issubclass(base, torch.optim.Optimizer):
         _refuse_closure(base)
-        return base(params, **base_kwargs)
+        built = base(params, **base_kwargs)
+        _refuse_wrapper(built)
+        return built
     if not isinstance(base, torch.optim.Optimizer):
         raise TypeError(f"base_optimizer is {base!r}: pass a torch.optim.Optimizer class or instance")
     _refuse_closure(type(base))
+    _refuse_wrapper(base)
     if base_kwargs:
         names = ", ".join(base_kwargs)
         raise TypeError(f"base_optimizer is an instance, so its options ({names}) cannot be given here: set them there")
@@ -64,6 +67,19 @@ def _refuse_closure(base: type[torch.optim.Optimizer]) -> None:
             f"base_optimizer {base.__name__} needs a closure of its own, which evaluates the loss at other weights "
             "than the sharpness-aware step: use a first-order optimizer, such as SGD or AdamW"
         )
+
+
+def _refuse_wrapper(base: torch.optim.Optimizer) -> None:
+    """Raise for an optimizer around another one: copies and checkpoints of ours would have the state of one of them."""
+    for name, value in vars(base).items():
+        within = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        inner = next((item for item in within if isinstance(item, torch.optim.Optimizer)), None)
+        if inner is not None:
+            raise TypeError(
+                f"base_optimizer {type(base).__name__} wraps another optimizer ({name}: {type(inner).__name__}), whose "
+                f"state a sharpness-aware step could not follow: pass {type(inner).__name__} itself, and wrap this "
+                "optimizer instead"
+            )
 
 
 def _listed(params: Any) -> list[Any]:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bsam_fused.ops.contract import MASTER_WEIGHT
-from bsam_fused.optim import fused
 from bsam_fused.optim.flats import Flats
+from bsam_fused.optim.state import with_steps_on_host, without_masters
 
 
 class Persistent(torch.optim.Optimizer):
-    """An optimizer around a base optimizer, whose state is views of flat buffers."""
+    """An optimizer around a base optimizer, whose param groups and state are its own."""
 
     base_optimizer: torch.optim.Optimizer
     _flats: Flats
-    _batchnorm: ExitStack
+    _known: list[dict[str, Any]]
+    """The param groups that were checked, and have all options."""
     _from_saved: bool
+
+    def _notice(self) -> None:
+        """Check param groups that are new, and give them the options that they lack."""
+        raise NotImplementedError
 
     def _require_rest(self, call: str) -> None:
         """Raise within a step."""
@@ -38,13 +43,26 @@ class Persistent(torch.optim.Optimizer):
             RuntimeError: while the weights are perturbed: a checkpoint of the model would hold w_max.
         """
         self._require_w("state_dict()")
+        self._notice()
         self._flats.retract()
-        packed = super().state_dict()
-        packed = {**packed, "state": fused.with_steps_on_host(packed["state"])}
+        packed = self._packed()
+        packed = {**packed, "state": with_steps_on_host(packed["state"])}
         count = self._flats.rounded_steps
         if count is not None:
             packed["param_groups"] = [{**group, "rounded_steps": count} for group in packed["param_groups"]]
         return packed
+
+    def _packed(self) -> dict[str, Any]:
+        """Return torch's state dict, which has no words for the state of what is in no param group any more."""
+        ids = {id(p) for group in self.param_groups for p in group["params"]}
+        state = self.state
+        if all(id(key) in ids for key in state if isinstance(key, Tensor)):
+            return super().state_dict()
+        try:
+            self.state = {k: v for k, v in state.items() if id(k) in ids or not isinstance(k, Tensor)}
+            return super().state_dict()
+        finally:
+            self.state = state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer or of the plain base optimizer.
@@ -56,18 +74,13 @@ class Persistent(torch.optim.Optimizer):
             ValueError: the groups do not match.
         """
         self._require_rest("load_state_dict()")
-        saved, here = state_dict["param_groups"], self.param_groups
-        if len(saved) == len(here):
-            kept = [{k: v for k, v in group.items() if k in self._kept_options} for group in here]
-            saved = [{**options, **group} for options, group in zip(kept, saved, strict=True)]
-        counts = {group.get("rounded_steps") for group in saved}
-        saved = [{k: v for k, v in group.items() if k != "rounded_steps"} for group in saved]
-        state, masters = _without_masters(state_dict["state"])
-        super().load_state_dict({**state_dict, "state": state, "param_groups": saved})
-        self._flats.forget(counts.pop())
+        state, masters = without_masters(state_dict["state"])
+        super().load_state_dict({**state_dict, "state": state})
+        self._notice()
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
         if self._flats.masters:
-            ids = [i for group in saved for i in group["params"]]
-            for i, param in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
+            for i, param in zip(ids, params, strict=True):
                 if i in masters:
                     self.state[param][MASTER_WEIGHT] = masters[i].to(param.device, torch.float32)
 
@@ -78,22 +91,22 @@ class Persistent(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy take: no flat buffers, and state that is no view of one."""
         self._require_rest("copying or pickling the optimizer")
+        self._notice()
         self._flats.retract()
-        state: Any = type(self.state)(dict)
-        for param, values in self.state.items():
-            state[param] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
+        state: Any = type(self.state)(dict) if isinstance(self.state, defaultdict) else {}
+        for key, entry in self.state.items():
+            state[key] = _cloned(entry) if isinstance(key, Tensor) else entry
         base = {**self.base_optimizer.__getstate__(), "state": state, "param_groups": self.param_groups}
         ours = {
             name: self.__dict__[name]
             for name in ("norm_eps", "max_grad_norm", "sync", "model", "backend", "active", "sharpness")
         }
         return {
-            **super().__getstate__(),
+            "defaults": self.defaults,
             **ours,
-            "state": state,
             "base": (type(self.base_optimizer), base),
             "_from_saved": self._from_saved,
-            "_flats": self._flats.unbuilt(),
+            "_flats": self._flats.anew(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -101,16 +114,13 @@ class Persistent(torch.optim.Optimizer):
         if "base" in state:
             kind, base = state.pop("base")
             self.base_optimizer = kind.__new__(kind)
-            self._batchnorm = ExitStack()
+            self.base_optimizer.__setstate__(base)
+            self._known = list(self.base_optimizer.param_groups)
+            super().__setstate__(state)
         else:
-            base = {"state": state["state"], "param_groups": state["param_groups"]}
-            self._flats.forget()
-        super().__setstate__(state)
-        self.base_optimizer.__setstate__(base)
+            self.base_optimizer.__setstate__({key: state[key] for key in ("state", "param_groups")})
+            self._flats = self._flats.anew()
 
 
-def _without_masters(state: dict[Any, dict[str, Any]]) -> tuple[dict[Any, dict[str, Any]], dict[Any, Tensor]]:
-    """Return a saved state and its master weights apart: torch would cast them to their parameter's dtype."""
-    masters = {i: values[MASTER_WEIGHT] for i, values in state.items() if MASTER_WEIGHT in values}
-    rest = {i: {key: v for key, v in values.items() if key != MASTER_WEIGHT} for i, values in state.items()}
-    return rest, masters
+def _cloned(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}

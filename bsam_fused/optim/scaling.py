@@ -8,8 +8,7 @@ pass's: that an earlier pass overflowed is told by making one of their elements 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -26,18 +25,18 @@ class Scaled(NamedTuple):
     """More than 0 if the last gradients are not finite; None: there is no scaler."""
 
 
-@contextmanager
-def told(optimizer: Any) -> Iterator[Scaled]:
-    """Read what GradScaler left on ``optimizer``; where the step raises, take it away.
+def told(optimizer: Any) -> Scaled:
+    """Return what GradScaler left on ``optimizer``; where the step raises, `forget` it."""
+    return Scaled(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
 
-    GradScaler itself does that only after a step that went well; it would multiply the next scale by this one.
+
+def forget(optimizer: Any) -> None:
+    """Take away what GradScaler left, as it does only after a step that went well.
+
+    It would multiply the next scale by this one.
     """
-    try:
-        yield Scaled(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
-    except BaseException:
-        for name in ("grad_scale", "found_inf"):
-            vars(optimizer).pop(name, None)
-        raise
+    for name in ("grad_scale", "found_inf"):
+        vars(optimizer).pop(name, None)
 
 
 def refuse_closure(scaled: Scaled) -> None:
@@ -60,9 +59,13 @@ def refuse_unscaled(scaled: Scaled, name: str) -> None:
 
 
 def mark(params: Iterable[Tensor], bad: Tensor) -> None:
-    """Make an element of one gradient NaN where ``bad`` (bool, 0-dim), without asking the device."""
-    for param in params:
+    """Make an element of the smallest gradient NaN where ``bad`` (bool, 0-dim), without asking the device.
+
+    In a tensor of its own: the memory may be somebody else's.
+    """
+    given = [p for p in params if p.grad is not None and distributed.local(p.grad).numel()]
+    if given:
+        param = min(given, key=Tensor.numel)
+        param.grad = param.grad.detach().clone()  # type: ignore[union-attr]
         grad = distributed.local(param.grad)
-        if grad is not None and grad.numel():
-            grad.detach()[(0,) * grad.dim()].masked_fill_(bad.to(grad.device), math.nan)
-            return
+        grad[(0,) * grad.dim()].masked_fill_(bad.to(grad.device), math.nan)
