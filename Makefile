@@ -1,7 +1,9 @@
 # make report   train on the digits and show what sharpness-aware steps cost
 # make test     the tests
 # make test-triton   those of the Triton kernels, in Triton's interpreter
+# make interrupts    what an interrupt leaves, after every call and of 500 real signals (SEED=... repeats their order)
 # make test-recipes  the snippets of docs/recipes.md
+# make fuzz     random calls and faults beside an independent model, for FUZZ_SECONDS (an hour); prints how to repeat a failure
 # make bench    optimizer time of a step, side by side with other implementations (about 15 minutes)
 # make bench-check   the smallest part of it, which fails where the fused step is slow
 # make performance   measure everything on this CPU, and write docs/performance.md (half an hour to an hour; quiet, please)
@@ -22,21 +24,28 @@ CUDA_TORCH := torch==2.12.1 setuptools==81.0.0
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py
 
-.PHONY: report test test-triton test-recipes bench bench-check performance lint format cuda-build-check gpu clean
+.PHONY: report test test-triton interrupts test-recipes fuzz bench bench-check performance lint format cuda-build-check gpu clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
 
 test: $(BUILT)
-	$(BIN)/python -m pytest -q -m "not interpreter and not recipe"
+	$(BIN)/python -m pytest -q -m "not interpreter and not recipe and not interrupts"
 
 # What depends on the kernels; the rest is the same code for all backends written in Python.
-INTERPRETED := $(addprefix tests/test_,against_reference.py golden.py rounding.py master_weights.py)
+INTERPRETED := $(addprefix tests/test_,against_reference.py golden.py rounding.py master_weights.py interrupts.py)
 test-triton: $(BUILT)
 	$(BIN)/python -m pytest -q -m interpreter $(INTERPRETED)
 
+interrupts: $(BUILT)
+	$(BIN)/python -m pytest -q -s -m interrupts
+
 test-recipes: $(BUILT)
 	$(BIN)/python -m pytest -q -m recipe
+
+FUZZ_SECONDS ?= 3600
+fuzz: $(BUILT)
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 bench: $(BUILT)
 	mkdir -p build

@@ -1,0 +1,100 @@
+"""Rules: state dicts, copies, pickles, and param groups that are added, to the optimizer or to its base."""
+
+import copy
+import pickle
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import rule
+from torch import nn
+
+from . import setups
+from .beside import INDICES, SEEDS, Beside, agree
+from .edits import MOST
+from .model import tidy
+from .setups import completed, values
+
+
+class Copies(Beside):
+    """What outlives an optimizer, and what comes from another."""
+
+    @rule()
+    def save(self):
+        with self.optimizer.unperturbed():
+            saved, right = copy.deepcopy(self.optimizer.state_dict()), self.model.state_dict()
+        state, right_state = tidy(saved["state"]), tidy(right["state"])
+        assert state.keys() == right_state.keys(), f"a state dict of {set(state)}, and not of {set(right_state)}"
+        for i, entry in right_state.items():
+            for key, value in entry.items() if isinstance(entry, dict) else ():
+                assert agree(state[i][key], value), f"{key} of {i} in the state dict"
+        self.checkpoints.append((saved, right))
+
+    @rule()
+    def save_within_a_step(self):
+        if not self.model.at_rest:
+            self.expect(self.optimizer.state_dict, refused=True)
+
+    @rule(which=INDICES, plain=st.booleans())
+    def load(self, which, plain):
+        """An own state dict, or one of the plain base optimizer."""
+        if self.checkpoints:
+            self._load(self.optimizer, which, plain)
+
+    @rule(which=INDICES)
+    def load_into_the_base(self, which):
+        """It counts, or raises."""
+        if self.checkpoints:
+            self._load(self.optimizer.base_optimizer, which, plain=True)
+
+    def _load(self, optimizer, which, plain):
+        saved, right = copy.deepcopy(self.checkpoints[which % len(self.checkpoints)])
+        fits = self.fits(saved)
+        if plain:
+            names = self.model.base.defaults.keys() | {"params"}
+            for d in (saved, right):
+                d["param_groups"] = [{k: v for k, v in g.items() if k in names} for g in d["param_groups"]]
+        ours = optimizer is self.optimizer
+        refused = not fits or (ours and not self.model.at_rest)
+        self.expect(lambda: optimizer.load_state_dict(saved), lambda: self.model.load(right), refused, lenient=not ours)
+
+    def fits(self, saved):
+        groups = saved["param_groups"], self.optimizer.param_groups
+        return len({tuple(len(group["params"]) for group in side) for side in groups}) == 1
+
+    @rule(pickled=st.booleans())
+    def go_on_with_a_copy(self, pickled):
+        def call():
+            whole = (self.params, self.net, self.optimizer)
+            return pickle.loads(pickle.dumps(whole)) if pickled else copy.deepcopy(whole)
+
+        copies = self.expect(call, refused=not self.model.at_rest)
+        if copies:
+            self.params, self.net, self.optimizer = copies
+            self.gradients.forget()
+
+    @rule(seed=SEEDS, options=setups.group_options, wrong=st.sampled_from(["", "", "rho", "twice", "integer"]))
+    def add_param_group(self, seed, options, wrong):
+        self._add_group(self.optimizer, seed, options, wrong)
+
+    @rule(seed=SEEDS, options=setups.group_options)
+    def add_a_group_to_the_base(self, seed, options):
+        """It counts, or raises."""
+        if self.kind == "BSAM":  # whose largest lr and rho_min are otherwise those of when it is noticed
+            options = {"rho_min": 0.1, "lr_max": options.get("lr", 0.1), **options}
+        self._add_group(self.optimizer.base_optimizer, seed, options)
+        self.disturb()
+
+    def _add_group(self, optimizer, seed, options, wrong=""):
+        if len(self.params) == MOST:
+            return
+        p, ours = nn.Parameter(values((3,), torch.float64, seed)), optimizer is self.optimizer
+        given = {"twice": self.params[self.pick(seed)], "integer": torch.tensor([1])}.get(wrong, p)
+        group = {"params": [given], **options, **({"rho": -1.0} if wrong == "rho" else {})}
+        refused = bool(wrong) or (ours and not self.model.at_rest)
+        whole = completed(self.kind, {**self.model.base.defaults, **options})
+
+        def then():
+            self.params.append(p)
+            self.model.add(p, whole)
+
+        self.expect(lambda: optimizer.add_param_group(group), then, refused, lenient=not ours)

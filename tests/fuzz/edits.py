@@ -1,0 +1,156 @@
+"""Rules: weights, options, param groups and state, changed from outside."""
+
+from collections import defaultdict
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import rule
+
+from . import setups
+from .beside import INDICES, SEEDS, Beside
+from .setups import values
+
+OPTIONS = [("lr", 0.05), ("lr", 0.0), ("rho", 0.3), ("weight_decay", 0.3), ("eta", 0.2)]
+MOST = 9  # parameters
+
+
+class Edits(Beside):
+    """What is the user's to change at any time: it counts, or, within a step, may be an error."""
+
+    @rule(i=INDICES, seed=SEEDS)
+    def write(self, i, seed):
+        if self.model.failed:
+            return  # perturbed or not, and so given back or kept: a step that will be skipped is free to do either
+        i = self.pick(i)
+        value = values(self.params[i].shape, torch.bfloat16, seed)  # exact in all dtypes that it may have by now
+        self.params[i].data.copy_(value)
+        self.model.w[i].data = value.double()
+
+    @rule(active=st.booleans())
+    def set_active(self, active):
+        self.optimizer.active = self.model.active = active
+
+    @rule(k=INDICES, option=st.sampled_from(OPTIONS))
+    def set_option(self, k, option):
+        groups = self.optimizer.param_groups
+        if option[0] in groups[k % len(groups)]:  # else loaded into the base, and not noticed yet
+            self.both(lambda groups, _: groups[k % len(groups)].update([option]))
+
+    @rule(i=INDICES, frozen=st.booleans())
+    def freeze(self, i, frozen):
+        p = self.params[self.pick(i)]
+        p.requires_grad_(not frozen)
+        p.grad = None
+
+    @rule(i=INDICES, how=st.sampled_from(["clone", "transposed", "channels_last", "gaps", "wider"]))
+    def relay(self, i, how):
+        """Other memory, strides or dtype for the same values."""
+        p = self.params[self.pick(i)]
+        data, grad = p.data, p.grad
+        p.grad = None
+        if how == "wider" and self.fused:  # the state of others stays as narrow as it was
+            p.data = data.to({torch.bfloat16: torch.float32}.get(p.dtype, torch.float64))
+        else:
+            p.data = data.clone() if how in {"clone", "wider"} else setups.LAYOUTS[how](data)
+        if grad is not None and p.dtype == data.dtype:
+            p.grad = grad
+        self.disturb((p.dtype, p.stride()) != (data.dtype, data.stride()))
+
+    # ---- param groups
+
+    def both(self, edit):
+        """Edit param groups alike: of parameters on one side, of the model's on the other."""
+        edit(self.optimizer.param_groups, self.params)
+        edit(self.model.base.param_groups, self.model.w)
+
+    def place(self, i):
+        """The param group of a parameter, and where it is there."""
+        groups, w = self.model.base.param_groups, self.model.w[i]
+        return next((k, j) for k, group in enumerate(groups) for j, p in enumerate(group["params"]) if p is w)
+
+    @rule(i=INDICES, seed=SEEDS, entry=st.sampled_from(["deleted", "moved", "left"]))
+    def replace(self, i, seed, entry):
+        """As densifying loops do: another parameter in this one's place."""
+        if len(self.params) == MOST:
+            return
+        old = self.pick(i)
+        (k, j), new = self.place(old), self.new_like(old, seed)
+
+        def put(groups, params):
+            groups[k]["params"][j] = params[new]
+
+        self.both(put)
+        for state, params in ((self.optimizer.state, self.params), (self.model.base.state, self.model.w)):
+            if entry != "left" and params[old] in state:
+                kept = state.pop(params[old])
+                if entry == "moved":
+                    state[params[new]] = kept
+        self.disturb()
+
+    @rule(i=INDICES, j=INDICES)
+    def swap(self, i, j):
+        i, j = self.pick(i), self.pick(j)
+        (k, at), (m, to) = self.place(i), self.place(j)
+
+        def put(groups, params):
+            groups[k]["params"][at], groups[m]["params"][to] = params[j], params[i]
+
+        self.both(put)
+        self._regrouped()
+
+    @rule(k=INDICES, seed=SEEDS)
+    def append(self, k, seed):
+        if len(self.params) < MOST:
+            new = self.new_like(self.pick(seed), seed)
+            self.both(lambda groups, params: groups[k % len(groups)]["params"].append(params[new]))
+            self._regrouped()
+
+    @rule(i=INDICES)
+    def remove(self, i):
+        if len(self.mine()) > 1:
+            k, j = self.place(self.pick(i))
+            self.both(lambda groups, params: groups[k]["params"].pop(j))
+            self._regrouped()
+
+    def _regrouped(self):
+        self.checkpoints.clear()  # of other shapes, perhaps
+        self.disturb()
+
+    # ---- state
+
+    @rule(
+        i=INDICES,
+        n=INDICES,
+        seed=SEEDS,
+        how=st.sampled_from(["entry", "key", "replace", "data", "zero", "halve", "all", "new", "note"]),
+    )
+    def edit_state(self, i, n, seed, how):
+        i = self.pick(i)
+        value = values(self.params[i].shape, self.params[i].dtype, seed).abs()
+        for optimizer, params in ((self.optimizer, self.params), (self.model.base, self.model.w)):
+            edit_state(optimizer, params[i], n, how, value.to(params[i].dtype), self.fused)
+
+
+def edit_state(optimizer, param, n, how, value, fused):
+    """An edit of the base optimizer's state; of an entry that lacks something only ours makes sense."""
+    state = optimizer.state
+    entry = state.get(param, {})
+    key = sorted(entry)[n % len(entry)] if entry else None
+    value = torch.tensor(5.0) if key == "step" else value.clone()
+    if how == "all":
+        state.clear()
+    elif how == "new":
+        copies = {p: {k: v.clone() for k, v in e.items()} if isinstance(e, dict) else e for p, e in state.items()}
+        optimizer.state = defaultdict(dict, copies)
+    elif how == "note" and not fused:
+        state["note"] = torch.tensor(n)
+    elif how == "entry" or (how == "key" and not fused):
+        state.pop(param, None)
+    elif key and how == "key" and key != "step":  # without it torch's Adam cannot be copied
+        del entry[key]
+    elif key and how == "replace":
+        entry[key] = value
+    elif key and how == "data":
+        entry[key].data = value
+    elif key and how in {"zero", "halve"}:
+        entry[key].mul_(0.0 if how == "zero" or key == "step" else 0.5)

@@ -1,0 +1,128 @@
+"""Gradients of every origin: autograd's own, other people's, odd ones, broken ones."""
+
+import math
+
+import torch
+from hypothesis import strategies as st
+
+from .setups import values
+
+KINDS = (
+    "held",
+    "none",
+    "nan",
+    "inf",
+    "aliased",
+    "strided",
+    "expanded",
+    "numpy",
+    "reused",
+    "of_weight",
+    "of_state",
+    "bucket",
+    "negated",
+    "zeros",
+)
+
+faults = st.dictionaries(st.integers(0, 4), st.sampled_from(KINDS), max_size=2)
+
+
+class Gradients:
+    """Gives parameters their gradients, and remembers those that are not the optimizer's to write to."""
+
+    def __init__(self):
+        self.buffers = {}  # NumPy's, one a parameter for all passes
+        self.forget()
+
+    def forget(self):
+        self.held = []  # (tensor, what it must stay)
+
+    def assert_untouched(self):
+        for tensor, kept in self.held:
+            assert torch.equal(tensor, kept), "a gradient that somebody else holds was written to"
+
+    def give(self, params, optimizer, seed, kinds):
+        """A gradient of its own for each of ``params``, {index: parameter}, but where ``kinds`` says otherwise."""
+        self.forget()
+        taken = None
+        for i, p in params.items():
+            g = values(p.shape, p.dtype, 100 * seed + i)
+            kind = kinds.get(i, "own")
+            g = (
+                taken
+                if kind == "aliased" and _fits(taken, p)
+                else getattr(self, f"_{kind}", self._own)(g, p, i, optimizer)
+            )
+            p.grad = g
+            taken = g if g is not None else taken
+
+    def _own(self, g, p, i, optimizer):
+        return torch.empty_like(p, requires_grad=False).copy_(g)
+
+    def _hold(self, g):
+        self.held.append((g, g.clone()))
+        return g
+
+    def _held(self, g, p, i, optimizer):
+        return self._hold(self._own(g, p, i, optimizer))
+
+    def _none(self, g, p, i, optimizer):
+        return None
+
+    def _nan(self, g, p, i, optimizer, value=math.nan):
+        g = self._own(g, p, i, optimizer)
+        if g.numel():
+            g[(-1,) * g.dim()] = value
+        return g
+
+    def _inf(self, g, p, i, optimizer):
+        return self._nan(g, p, i, optimizer, math.inf)
+
+    def _aliased(self, g, p, i, optimizer):
+        return self._held(g, p, i, optimizer)
+
+    def _strided(self, g, p, i, optimizer):
+        return torch.stack([g, g], -1)[..., 0]
+
+    def _expanded(self, g, p, i, optimizer):
+        return self._hold(values((), p.dtype, i).expand(p.shape))
+
+    def _numpy(self, g, p, i, optimizer):
+        return (
+            self._held(g, p, i, optimizer)
+            if p.dtype == torch.bfloat16
+            else self._hold(torch.from_numpy(g.numpy().copy()))
+        )
+
+    def _reused(self, g, p, i, optimizer):
+        if p.dtype == torch.bfloat16:
+            return self._held(g, p, i, optimizer)
+        buffer = self.buffers.setdefault((i, p.dtype), g.numpy().copy())
+        buffer[...] = g.numpy()
+        return self._hold(torch.from_numpy(buffer))
+
+    def _of_weight(self, g, p, i, optimizer):
+        return p.detach()
+
+    def _of_state(self, g, p, i, optimizer):
+        entry = optimizer.state.get(p, {})
+        return next((v for v in entry.values() if torch.is_tensor(v) and _fits(v, p)), self._own(g, p, i, optimizer))
+
+    def _bucket(self, g, p, i, optimizer):
+        flat = torch.cat([g.reshape(-1), g.reshape(-1)])
+        return flat[: g.numel()].view(g.shape)
+
+    def _negated(self, g, p, i, optimizer):
+        return torch._neg_view(g)
+
+    def _zeros(self, g, p, i, optimizer):
+        return torch._efficientzerotensor(tuple(p.shape), dtype=p.dtype)
+
+
+def _fits(g, p):
+    return g is not None and (g.shape, g.dtype) == (p.shape, p.dtype)
+
+
+def read(params):
+    """{index: float64 copy} of the gradients that there are."""
+    return {i: p.grad.detach().double().clone() for i, p in params.items() if p.grad is not None}

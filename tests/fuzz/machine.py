@@ -1,0 +1,79 @@
+"""Random sequences of every public call, with faults and interrupts, beside the model of what must happen."""
+
+import copy
+
+from hypothesis import strategies as st
+from hypothesis.stateful import rule
+
+from .beside import SEEDS
+from .copies import Copies
+from .edits import Edits
+from .interrupts import interrupted
+from .setups import values
+from .steps import Steps
+
+INTERRUPTED = st.sampled_from(["go_on", "closure", "restore", "look", "save", "load", "copy"])
+
+
+class Machine(Steps, Edits, Copies):
+    """Every rule does a thing to the optimizer and tells the model."""
+
+    @rule(what=INTERRUPTED, seed=SEEDS, at=st.integers(1, 600))
+    def interrupt(self, what, seed, at):
+        """At some line of the package, and restore() once: w with the state of before, or the next w with its state."""
+        if self.disturbed:
+            return
+        before, after = copy.deepcopy(self.model), copy.deepcopy(self.model)
+        call = getattr(self, f"_interruptible_{what}")(seed, after)
+        with interrupted(at) as where:
+            call()
+        if where:
+            self.optimizer.restore()
+            before.restore()
+        possible = [after] if not where else [before, after] if after.at_rest else [before]
+        differences = [self.difference(model) for model in possible]
+        assert None in differences, f"interrupted at {' '.join(where)}: {', and '.join(differences)}"
+        self.model = possible[differences.index(None)]
+        self.tracked = int(self.net.num_batches_tracked)
+
+    def _interruptible_go_on(self, seed, after):
+        self.backward(seed, {})
+        grads = self.read()
+        name = "plain_step" if after.at_rest and after.plain else after.next
+        getattr(after, name)(grads)
+        return getattr(self.optimizer, name.removeprefix("plain_"))
+
+    def _interruptible_closure(self, seed, after):
+        if not after.at_rest:
+            return self._interruptible_restore(seed, after)
+        for n, name in enumerate(after.calls if after.active else ["plain_step"]):
+            params = self.mine(trainable=True)
+            grads = {i: values(p.shape, p.dtype, 100 * (seed + n) + i).double() for i, p in params.items()}
+            getattr(after, name)(grads)
+        seeds = iter(range(seed, seed + 3))
+        return lambda: self.optimizer.step(lambda: self.backward(next(seeds), {}))
+
+    def _interruptible_restore(self, seed, after):
+        after.restore()
+        return self.optimizer.restore
+
+    def _interruptible_look(self, seed, after):
+        def call():
+            with self.optimizer.unperturbed():
+                pass
+
+        return call
+
+    def _interruptible_save(self, seed, after):
+        return self.optimizer.state_dict if after.at_rest else self._interruptible_look(seed, after)
+
+    def _interruptible_load(self, seed, after):
+        fitting = [checkpoint for checkpoint in self.checkpoints if self.fits(checkpoint[0])]
+        if not (after.at_rest and fitting):
+            return self._interruptible_look(seed, after)
+        saved, right = copy.deepcopy(fitting[-1])
+        after.load(right)
+        return lambda: self.optimizer.load_state_dict(saved)
+
+    def _interruptible_copy(self, seed, after):
+        return (lambda: copy.deepcopy(self.optimizer)) if after.at_rest else self._interruptible_look(seed, after)

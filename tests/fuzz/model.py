@@ -1,0 +1,214 @@
+"""What an optimizer must do: the formulas of docs/design.md §1 in float64, around torch.optim's own optimizers.
+
+Written for the fuzzer, from the papers and not from the package; imports torch only. Parameters are known by their
+index, gradients come as {index: float64 tensor}: no entry where a parameter has none in a pass.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+CALLS = {"SAM": ("ascend", "step"), "ASAM": ("ascend", "step"), "BSAM": ("ascend", "descend", "step")}
+
+
+def norm(tensors):
+    return math.sqrt(sum(t.square().sum().item() for t in tensors))
+
+
+def finite(grads):
+    return all(g.isfinite().all() for g in grads.values())
+
+
+def T(w, o):
+    """T_w: 1, or |w| + η where adaptive."""
+    return w.abs() + o["eta"] if o["adaptive"] else torch.ones_like(w)
+
+
+def rho_min(o):
+    """BSAM eq. 12, with ρ_end = lr_end = 0."""
+    share = o["lr"] / o["lr_max"] if o["rho_min_decay"] == "lr" and o["lr_max"] else 1.0
+    return o["rho_min"] * share
+
+
+class Model:
+    """A sharpness-aware optimizer over weights of its own.
+
+    Args:
+        kind: "SAM", "ASAM" or "BSAM".
+        weights: a tensor a parameter.
+        groups: param groups with all of their options; "params" are indices.
+        base: a torch.optim class.
+        options: of the base.
+        fused: whether a plain step, too, is skipped for a gradient that is not finite.
+        update_from: BSAM's.
+        max_grad_norm: None, or what d is clipped to.
+    """
+
+    def __init__(self, kind, weights, groups, base, options, *, fused, update_from="w", max_grad_norm=None):
+        self.w = [nn.Parameter(w.detach().double().clone()) for w in weights]
+        cut = [{**group, "params": [self.w[i] for i in group["params"]]} for group in groups]
+        self.base = base(cut, **options)
+        self.calls, self.fused, self.update_from, self.max_grad_norm = CALLS[kind], fused, update_from, max_grad_norm
+        self.active, self.skipped = True, 0
+        self.synced()
+        self.forget()
+
+    def forget(self):
+        """The step, whose weights are as they shall be."""
+        self.grads = []  # of the passes of this step so far
+        self.saved = {}  # w, of what is perturbed
+        self.failed = False  # something was not finite
+
+    def synced(self):
+        """From here on w and the state are taken as exact."""
+        self.moved, self.updated = set(), set()  # what was computed since: w, and w with its state
+
+    # ---- what there is
+
+    @property
+    def at_rest(self):
+        return not self.grads
+
+    @property
+    def next(self):
+        return self.calls[len(self.grads)]
+
+    @property
+    def plain(self):
+        return not self.active or all(group["lr"] == 0 for group in self.base.param_groups)
+
+    def index(self, param):
+        return next(i for i, w in enumerate(self.w) if w is param)
+
+    def options(self):
+        """{index: its param group}"""
+        return {self.index(p): group for group in self.base.param_groups for p in group["params"]}
+
+    def state(self):
+        """{index or string: its entry}, the empty ones and the None in them left out."""
+        entries = {k if isinstance(k, str) else self.index(k): entry for k, entry in self.base.state.items()}
+        return tidy(entries)
+
+    # ---- a step
+
+    def ascend(self, grads, loss=0.0):
+        """w_max = w + ρ T² g / ‖T g‖"""
+        self._note(grads, loss)
+        self.saved = {i: self.w[i].detach().clone() for i in grads}
+        options = self.options()
+        self.n = norm([T(self.w[i].detach(), options[i]) * g for i, g in grads.items()])
+        self._perturb({i: o["rho"] for i, o in options.items()})
+
+    def descend(self, grads, loss=0.0):
+        """w_min = w − ρ_min T² g / ‖T g‖"""
+        self._note(grads, loss)
+        self._perturb({i: -rho_min(o) for i, o in self.options().items()})
+
+    def _note(self, grads, loss):
+        self.grads.append(grads)
+        self.failed |= not (finite(grads) and math.isfinite(loss))
+
+    def _perturb(self, radii):
+        options = self.options()
+        for i in self.saved.keys() & options.keys():
+            w, g, o = self.saved[i], self.grads[0][i], options[i]
+            if self.failed or not self.n:
+                self.w[i].data = w.clone()
+                continue
+            sign = -1 if o["maximize"] else 1
+            self.w[i].data = w + sign * radii[i] * T(w, o) ** 2 * g / (self.n + 1e-12)
+            self.moved.add(i)
+
+    def step(self, grads, loss=0.0):
+        """The base's rule from w with d; skipped where something was not finite."""
+        self._note(grads, loss)
+        if self.failed:
+            self.skipped += 1
+            self.restore()
+            return
+        members = {i for grads in self.grads for i in grads} & self.options().keys()
+        directions = {i: self._direction(i) for i in members}
+        for i, w in self.saved.items():
+            if self.update_from == "w" or i not in members:
+                self.w[i].data = w
+        self._update(directions)
+        self.forget()
+
+    def _direction(self, i):
+        """SAM: g_max; BSAM: g + g_max − c g_min, c = ‖g_max‖ / ‖g_min‖; zero for what is missing."""
+        zero = torch.zeros_like(self.w[i].data)
+        passes = [grads.get(i, zero) for grads in self.grads]
+        if len(passes) == 2:
+            return passes[1]
+        g, g_max, g_min = passes
+        norm_max, norm_min = (norm(grads.values()) for grads in self.grads[1:])
+        return g + g_max - (norm_max / norm_min if norm_min else 0.0) * g_min
+
+    def plain_step(self, grads, loss=0.0):
+        """The base's own step, d = g."""
+        if self.fused and not (finite(grads) and math.isfinite(loss)):
+            self.skipped += 1
+        else:
+            self._update(grads)
+
+    def _update(self, directions):
+        for i, w in enumerate(self.w):
+            w.grad = directions[i].clone() if i in directions else None
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_([self.w[i] for i in directions], self.max_grad_norm)
+        for i in directions:  # state that lacks something begins anew
+            entry = self.base.state.get(self.w[i], {})
+            if self.fused and not (
+                {"momentum_buffer"} <= entry.keys() or {"step", "exp_avg", "exp_avg_sq"} <= entry.keys()
+            ):
+                entry.clear()
+        self.base.step()
+        self.moved |= directions.keys()
+        self.updated |= directions.keys()
+
+    def restore(self):
+        """w, as it was saved."""
+        for i, w in self.saved.items():
+            self.w[i].data = w
+            self.moved.discard(i)
+        self.forget()
+
+    def add(self, param, group):
+        """A param group of one new parameter."""
+        self.w.append(nn.Parameter(param.detach().double().clone()))
+        self.base.add_param_group({**group, "params": [self.w[-1]]})
+
+    def exchange(self):
+        """w against the perturbed weights, and back."""
+        for i, w in self.saved.items():
+            self.saved[i], self.w[i].data = self.w[i].data, w
+
+    # ---- what outlives it
+
+    def state_dict(self):
+        """As torch has it; entries of parameters that are in no group are left out."""
+        mine = set(map(id, (p for group in self.base.param_groups for p in group["params"])))
+        state = self.base.state
+        orphans = {k: state.pop(k) for k in list(state) if not isinstance(k, str) and id(k) not in mine}
+        packed = self.base.state_dict()
+        state.update(orphans)
+        clone = {
+            k: {n: v.clone() if torch.is_tensor(v) else v for n, v in e.items()} if isinstance(e, dict) else e
+            for k, e in packed["state"].items()
+        }
+        return {"state": clone, "param_groups": [dict(group) for group in packed["param_groups"]]}
+
+    def load(self, saved):
+        """A state dict; options that it lacks stay as they are."""
+        kept = [{k: v for k, v in group.items() if k != "params"} for group in self.base.param_groups]
+        groups = [{**options, **group} for options, group in zip(kept, saved["param_groups"])]
+        self.base.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+def tidy(entries):
+    """Leave out empty entries, and what is None in them: torch.optim makes no difference."""
+    tidied = {
+        k: {n: v for n, v in e.items() if v is not None} if isinstance(e, dict) else e for k, e in entries.items()
+    }
+    return {k: e for k, e in tidied.items() if not isinstance(e, dict) or e}
