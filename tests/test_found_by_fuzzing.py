@@ -1,0 +1,107 @@
+"""What `make fuzz` once found, each in the shortest sequence that shows it."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import bsam_fused
+
+SAM, BSAM = bsam_fused.SAM, bsam_fused.BSAM
+
+
+def parameter(value=1.0, n=2):
+    return nn.Parameter(torch.full((n,), value))
+
+
+def whole_step(opt, value=1.0):
+    for call in opt._calls:
+        backward(opt, value)
+        getattr(opt, call)()
+
+
+def backward(opt, value=1.0):
+    for group in opt.param_groups:
+        for p in group["params"]:
+            p.grad = torch.full_like(p, value)
+
+
+@pytest.mark.parametrize("through", ["optimizer", "base_optimizer"])
+def test_a_radius_outlives_a_load_and_a_group_that_follow_each_other(through):
+    """Noticed together: options were taken over by index only where the number of groups had stayed."""
+    opt = SAM([{"params": [parameter()], "rho": 0.25}], lr=0.1)
+    plain = torch.optim.SGD([parameter()], lr=0.3)
+    opt.base_optimizer.load_state_dict(plain.state_dict())
+    owner = opt if through == "optimizer" else opt.base_optimizer
+    owner.add_param_group({"params": [parameter()], "lr": 0.3})
+    whole_step(opt)
+    assert [group["rho"] for group in opt.param_groups] == [0.25, 0.05]
+
+
+def test_thawed_after_the_descent(backend):
+    """It takes part from the third pass on: g and g_max are zero there, so d = −c g_min."""
+    p, q = parameter(), parameter()
+    q.requires_grad_(False)
+    opt = BSAM([p, q], lr=0.1, rho=0.0, backend=backend)
+    for call in opt._calls:
+        if call == "step":
+            q.requires_grad_(True)
+            q.grad = torch.full_like(q, 1.0)
+        p.grad = torch.full_like(p, 1.0)
+        getattr(opt, call)()
+    c = math.sqrt(2) / math.sqrt(4)
+    torch.testing.assert_close(p.detach(), torch.full((2,), 1 - 0.1 * (2 - c)))
+    torch.testing.assert_close(q.detach(), torch.full((2,), 1 + 0.1 * c))
+
+
+def test_a_plain_step_that_ends_half_way(backend, monkeypatch):
+    """The FlatParams were within a step for good, and every later one raised."""
+    opt = SAM([parameter()], lr=0.1, backend=backend)
+    opt.active = False
+    backward(opt)
+    with monkeypatch.context() as patch:
+        patch.setattr(opt._flats.__class__, "update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            opt.step()
+    opt.step()
+    torch.testing.assert_close(opt.param_groups[0]["params"][0].detach(), torch.full((2,), 0.9))
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_skipped_step_leaves_an_entry_that_lacks_a_key(backend):
+    """The step would have begun it anew; as it was skipped, the user's other keys stay."""
+    opt = SAM([parameter()], torch.optim.Adam, lr=0.1, backend=backend)
+    whole_step(opt)
+    (p,) = opt.param_groups[0]["params"]
+    del opt.state[p]["exp_avg"]
+    left = copy.deepcopy(opt.state[p])
+    whole_step(opt, math.nan)
+    saved = opt.state_dict()["state"][0]
+    assert saved.keys() == left.keys()
+    assert all(torch.equal(torch.as_tensor(saved[key]), left[key]) for key in left)
+
+
+def test_laid_out_anew_under_a_zero_gradient_without_memory(backend):
+    """Torch's own zeros have no address; that was taken for memory that was freed, before the layout was looked at."""
+    p = nn.Parameter(torch.ones(2, 3))
+    opt = SAM([p], lr=0.1, backend=backend)
+    whole_step(opt)
+    before = p.detach().clone()
+    p.data = p.data.t().contiguous().t()
+    for call in opt._calls:
+        p.grad = torch._efficientzerotensor((2, 3))
+        getattr(opt, call)()
+    assert torch.equal(p, before)
+
+
+def test_autograd_records_after_two_dtypes_were_updated_together(backend):
+    """Guards that were let go of in the order in which they were taken left it off."""
+    opt = SAM([parameter(), nn.Parameter(torch.ones(2, dtype=torch.float64))], lr=0.1, backend=backend)
+    whole_step(opt)
+    assert torch.is_grad_enabled()
+    assert len(list(opt._flats)) == 2
