@@ -7,7 +7,7 @@ from .machine import Machine
 
 PROFILE = settings(
     derandomize=True,
-    max_examples=800,
+    max_examples=500,
     stateful_step_count=20,
     deadline=None,
     database=None,
@@ -16,5 +16,5 @@ PROFILE = settings(
 )
 
 
-def test_any_sequence_of_calls_and_faults():
+def test_any_sequence_of_calls_and_faults(one_thread):
     run_state_machine_as_test(Machine, settings=PROFILE)
