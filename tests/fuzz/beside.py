@@ -124,7 +124,7 @@ class Beside(RuleBasedStateMachine):
 
     def tolerance(self, p):
         """Of what was computed: its dtype's, and a little of others', whose roundings are in the norms."""
-        return max(TOLERANCE[p.dtype], 1e-2 * max(TOLERANCE[q.dtype] for q in self.params))
+        return max(TOLERANCE[p.dtype], 1e-1 * max(TOLERANCE[q.dtype] for q in self.params))
 
     def state(self):
         """{index or string: its entry}, as the model has it."""

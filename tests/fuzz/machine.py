@@ -18,7 +18,7 @@ INTERRUPTED = st.sampled_from(["go_on", "closure", "restore", "look", "save", "l
 class Machine(Steps, Edits, Copies):
     """Every rule does a thing to the optimizer and tells the model."""
 
-    @rule(what=INTERRUPTED, seed=SEEDS, at=st.integers(1, 600))
+    @rule(what=INTERRUPTED, seed=SEEDS, at=st.integers(1, 300))
     def interrupt(self, what, seed, at):
         """At some line of the package, and restore() once: w with the state of before, or the next w with its state."""
         if self.disturbed:
