@@ -105,3 +105,26 @@ def test_autograd_records_after_two_dtypes_were_updated_together(backend):
     whole_step(opt)
     assert torch.is_grad_enabled()
     assert len(list(opt._flats)) == 2
+
+
+def test_the_last_gradient_lies_in_the_weights_of_an_unfused_base(backend):
+    """d is what it was at w_max, and not the w that is put back into the same memory."""
+    p = parameter(1.0)
+    opt = SAM([p], torch.optim.RMSprop, lr=0.0, rho=1.0, backend=backend)
+    backward(opt)
+    opt.ascend()
+    moved = p.detach().clone()
+    p.grad = p.detach()
+    opt.step()
+    torch.testing.assert_close(opt.state[p]["square_avg"], 0.01 * moved.square())
+
+
+def test_state_of_what_is_in_no_group_is_packed_beside(backend):
+    """The state dict leaves it out without touching the state, whatever interrupts."""
+    opt = SAM([parameter()], lr=0.1, momentum=0.9, backend=backend)
+    whole_step(opt)
+    opt.param_groups[0]["params"][0] = parameter()
+    state, entries = opt.state, dict(opt.state)
+    assert opt.state_dict()["state"] == {}
+    assert opt.state is state
+    assert all(opt.state[p] is entry for p, entry in entries.items())

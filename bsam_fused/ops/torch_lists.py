@@ -302,7 +302,7 @@ class TorchListFlatParams(TorchFlatParams):
             call()
         for i in ds:
             self._own.pop(i, None)  # it may be d now, which others will have
-        return {i: d for i, d in ds.items() if d is not self._now.get(i)}
+        return {i: d for i, d in ds.items() if d is not self.params[i].grad}
 
 
 def scaled(tensors: dict[int, Tensor], factor: float) -> dict[int, Tensor]:

@@ -58,11 +58,10 @@ class Persistent(torch.optim.Optimizer):
         state = self.state
         if all(id(key) in ids for key in state if isinstance(key, Tensor)):
             return super().state_dict()
-        try:
-            self.state = {k: v for k, v in state.items() if id(k) in ids or not isinstance(k, Tensor)}
-            return super().state_dict()
-        finally:
-            self.state = state
+        shown = torch.optim.Optimizer.__new__(torch.optim.Optimizer)
+        shown.__dict__.update(self.__dict__, param_groups=self.param_groups)
+        shown.state = {key: entry for key, entry in state.items() if id(key) in ids or not isinstance(key, Tensor)}  # type: ignore[assignment]
+        return torch.optim.Optimizer.state_dict(shown)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer or of the plain base optimizer.
