@@ -30,6 +30,9 @@ class RunningStats:
         ]
         self._who = object()
 
+    def __del__(self) -> None:
+        self.thaw()
+
     def freeze(self) -> None:
         """Keep the statistics where they are."""
         for layer in self._layers:

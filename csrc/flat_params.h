@@ -101,7 +101,6 @@ class FlatParams : public Built {
     const char* now = nullptr;                  // this pass's gradient, in the same strides; null without one
     char* g = nullptr;                          // BSAM: g, then g + g_max, likewise; in `taken` or `own`
     char* copy = nullptr;                       // where g is copied to, the elements of `own`
-    at::Tensor* grad = nullptr;                 // .grad of `tensor`
     const c10::TensorImpl* tensor = nullptr;    // what the parameter was when gradients were read, and
     const c10::TensorImpl* gradient = nullptr;  // what its .grad was: others may exchange them
     int32_t group, dim, shape;                  // `shape`: where in shapes_ it is

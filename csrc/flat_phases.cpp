@@ -32,7 +32,8 @@ std::vector<const char*> state_keys(const FlatParams::Options<AdamGroup>&) { ret
 // Whether a tensor's elements still are where they were; in other strides they are as well.
 inline bool still_at(const at::Tensor& t, const char* address, int64_t numel, at::ScalarType dtype, int64_t itemsize) {
   return t.numel() == numel && t.scalar_type() == dtype &&
-         (numel == 0 || memory_of(storage_of(t)) + t.storage_offset() * itemsize == address);
+         (numel == 0 || (memory_of(storage_of(t)) + t.storage_offset() * itemsize == address &&
+                         size_t((t.storage_offset() + numel) * itemsize) <= storage_of(t)->nbytes()));
 }
 
 }  // namespace

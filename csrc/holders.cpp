@@ -18,6 +18,12 @@ Counts counts(const at::Tensor& tensor) {
   return {tensor.use_count(), Py_REFCNT(object.ptr())};
 }
 
+// Whether Python has a weak reference to the object, from which it can come back.
+bool weakly_held(PyObject* object) {
+  const Py_ssize_t at = Py_TYPE(object)->tp_weaklistoffset;
+  return at > 0 && *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + at) != nullptr;
+}
+
 // What `counts` says of a tensor that Python has seen and let go of: torch's versions count differently.
 Counts idle_counts() {
   const at::Tensor probe = at::empty({0});
@@ -32,7 +38,8 @@ bool held_elsewhere(const at::Tensor& grad) {
   if (grad.use_count() == 1) return false;
   py::gil_scoped_acquire gil;
   static const Counts idle = idle_counts();
-  return counts(grad) != idle;
+  const auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad));
+  return weakly_held(object.ptr()) || Counts{grad.use_count(), Py_REFCNT(object.ptr())} != idle;
 }
 
 }  // namespace bsam

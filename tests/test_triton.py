@@ -71,14 +71,19 @@ def test_launches_whatever_the_groups(monkeypatch, kind, launches):
     groups = [{"params": [p], "lr": 0.1 / (1 + i)} for i, p in enumerate(params)]
     opt = kind(groups, momentum=0.9, backend="triton")
     count = 0
-    launch = triton_flat.TritonFlatParams._launch
+    prepared = triton_flat.TritonFlatParams._prepared
 
     def counted(*args, **kwargs):
-        nonlocal count
-        count += 1
-        launch(*args, **kwargs)
+        launch = prepared(*args, **kwargs)
 
-    monkeypatch.setattr(triton_flat.TritonFlatParams, "_launch", counted)
+        def counts():
+            nonlocal count
+            count += 1
+            return launch()
+
+        return counts
+
+    monkeypatch.setattr(triton_flat.TritonFlatParams, "_prepared", counted)
     steps(opt, params, 2)
     assert count == 2 * launches
 

@@ -370,6 +370,6 @@ def reject_memory(flat: FlatParams, i: int) -> NoReturn:
         RuntimeError: it, its gradient, or their memory was exchanged, resized or freed meanwhile.
     """
     raise RuntimeError(
-        f"{describe(flat.params[i], flat.places[i])}: it, its gradient or their memory was exchanged, resized or freed "
-        "within a phase: change them between phases, or restore() first"
+        f"{describe(flat.params[i], flat.places[i])}: its memory, or its gradient's, was freed, resized or exchanged: "
+        "give both what they need before the phase, and change them between phases only; restore() gives up a step"
     )

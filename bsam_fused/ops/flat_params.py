@@ -379,7 +379,7 @@ class PythonFlatParams(ABC):
 
     def _check_shapes(self) -> None:
         for i in self._perturbed:
-            if self.params[i].shape != self._kinds[i][0]:
+            if self.params[i].shape != self._kinds[i][0] or not _can_be_written(self.params[i]):
                 contract.reject_shape(self, i)
 
     def _forgetting(self) -> list[Call]:
@@ -408,6 +408,16 @@ class PythonFlatParams(ABC):
             (perturbed,) = self._shown
             w_is_saved = partial(torch._foreach_copy_, pick(self._list("saved"), self._perturbed), weights)
             in_one_go(w_is_saved, self._shown.clear, partial(torch._foreach_copy_, weights, perturbed))
+
+
+def _can_be_written(tensor: Tensor) -> bool:
+    """Return whether a tensor has memory of its own for every element: others may have freed or shrunk it."""
+    if not tensor.numel():
+        return True
+    pairs = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in pairs)
+    room = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return last < room and all(stride for _, stride in pairs) and not tensor.is_neg()
 
 
 class _Memory(NamedTuple):

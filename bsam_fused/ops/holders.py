@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-Counts = tuple[int, int, int]
+Counts = tuple[int, int, int, int]
 
 
 def held_elsewhere(grads: Mapping[int, Tensor], i: int) -> bool:
@@ -21,13 +22,14 @@ def held_elsewhere(grads: Mapping[int, Tensor], i: int) -> bool:
     storage = grads[i].untyped_storage()
     foreign = not storage.resizable() or storage.is_shared()
     del storage  # it would count
-    return foreign or _counts(grads[i]) != _idle_counts()
+    return foreign or weakref.getweakrefcount(grads[i]) > 0 or _counts(grads[i]) != _idle_counts()
 
 
 def _counts(grad: Tensor) -> Counts:
-    """Return the holders of the Python object, of the tensor and of its storage, our own included."""
-    storage = torch._C._storage_Use_Count(grad.untyped_storage()._cdata)
-    return sys.getrefcount(grad), grad._use_count(), storage
+    """Return the holders of the tensor and of its storage, in Python and in C++, our own included."""
+    storage = grad.untyped_storage()
+    storages = sys.getrefcount(storage) + weakref.getweakrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
+    return sys.getrefcount(grad), grad._use_count(), *storages
 
 
 @functools.cache

@@ -167,7 +167,8 @@ class TorchFlatParams(PythonFlatParams):
                 written.append((state, torch.where(finite, self._rounded(i, operand, value), state)))
         writes: list[Call] = [partial(torch._foreach_copy_, *map(list, zip(*written, strict=True)))] if written else []
         if counted:
-            writes.append(partial(torch._foreach_add_, pick(self._list("step"), counted), finite.to(self._steps.dtype)))
+            made = [finite.to(self._steps.dtype)] * len(counted)
+            writes.append(partial(torch._foreach_add_, pick(self._list("step"), counted), made))
         self._commit(
             *writes,
             *self._written(members),

@@ -58,7 +58,9 @@ def sum_of_squares(tensors: Tensors) -> float:
 def _sum_of_pieces(pieces: Tensors) -> float:
     norms = [norm.item() for norm in torch._foreach_norm(pieces)] if pieces else []
     if norms and not (min(norms) > LEAST and max(norms) < MOST):
-        norms = [norm.item() for norm in torch._foreach_norm(pieces, dtype=torch.float64)]
+        outside = [i for i, norm in enumerate(norms) if not LEAST < norm < MOST]
+        for i, norm in zip(outside, torch._foreach_norm(pick(pieces, outside), dtype=torch.float64), strict=True):
+            norms[i] = norm.item()
     return sum([norm * norm for norm in norms])
 
 

@@ -75,12 +75,14 @@ class SharpnessAware(Phased):
             raise TypeError(
                 "base_optimizer is sharpness-aware itself: pass the optimizer that makes the update, such as SGD"
             )
-        self.base_optimizer = groups.build_base(params, base_optimizer, base_kwargs, options)
+        base = self.base_optimizer = groups.build_base(params, base_optimizer, base_kwargs, options)
         ours = {self._key(option): value for option, value in options.items()}
         self._known = []
-        state = self.state
-        super().__init__(self.param_groups, {**self.base_optimizer.defaults, **ours})
-        self.state = state
+        owned = base.param_groups, base.state
+        try:
+            super().__init__(base.param_groups, {**base.defaults, **ours})
+        finally:  # torch begins with none of either
+            base.param_groups, base.state = owned
         self._notice()
         self._fused_rule()  # raises where master weights need one
         _ = self.backends  # raises now, and not in the first step, where one asked for is missing
@@ -109,6 +111,8 @@ class SharpnessAware(Phased):
 
     @state.setter
     def state(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise TypeError(f"state is a {type(state).__name__}: assign a dict of dicts, one a parameter")
         self.base_optimizer.state = state
 
     # ---- what runs where
@@ -454,6 +458,8 @@ class SharpnessAware(Phased):
             self._check_options(group, i)
         count = self.param_groups[0].get("rounded_steps")
         if count is not None:  # a state dict of ours
+            if self._phase is not Phase.REST:
+                return  # the FlatParams have this step's w
             self._flats = self._flats.anew(count)
             for group in self.param_groups:
                 group.pop("rounded_steps", None)

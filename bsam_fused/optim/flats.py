@@ -113,7 +113,7 @@ class Flats:
         return self._built is not None and self._same_lists(groups) and not self._thawed()
 
     def _same_lists(self, groups: Groups) -> bool:
-        lists = [group["params"] for group in groups]
+        lists = [params if isinstance(params := group["params"], list) else list(params) for group in groups]
         return len(lists) == len(self._lists) and all(map(same_items, lists, self._lists))
 
     def _thawed(self) -> bool:
@@ -379,7 +379,9 @@ class Flats:
 
     def hand_over(self) -> None:
         """Leave the base optimizer's state to the base optimizer; it is brought in again when needed."""
-        self._state.hand_over()
+        if self._state.hand_over():
+            for flat in self:
+                flat.drop_state()
 
 
 def _sorted(

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Iterable
 from numbers import Integral
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -71,15 +72,31 @@ def _refuse_closure(base: type[torch.optim.Optimizer]) -> None:
 
 def _refuse_wrapper(base: torch.optim.Optimizer) -> None:
     """Raise for an optimizer around another one: copies and checkpoints of ours would have the state of one of them."""
-    for name, value in vars(base).items():
-        within = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-        inner = next((item for item in within if isinstance(item, torch.optim.Optimizer)), None)
+    for name, value in _attributes(base).items():
+        if name.startswith("_optimizer_") or name in {"state", "param_groups", "defaults"}:
+            continue  # torch's own, of every optimizer
+        inner = next((x for x in _within(value) if isinstance(x, torch.optim.Optimizer) and x is not base), None)
         if inner is not None:
             raise TypeError(
                 f"base_optimizer {type(base).__name__} wraps another optimizer ({name}: {type(inner).__name__}), whose "
                 f"state a sharpness-aware step could not follow: pass {type(inner).__name__} itself, and wrap this "
                 "optimizer instead"
             )
+
+
+def _attributes(owner: Any) -> dict[str, Any]:
+    slots = [name for kind in type(owner).__mro__ for name in getattr(kind, "__slots__", ())]
+    return {**getattr(owner, "__dict__", {}), **{name: getattr(owner, name) for name in slots if hasattr(owner, name)}}
+
+
+def _within(value: Any) -> list[Any]:
+    """Return what an attribute holds, as far as an optimizer may keep another one there."""
+    if isinstance(value, Tensor | torch.nn.Module | ModuleType | type):
+        return []
+    if isinstance(value, dict | list | tuple | set):
+        return [*(value.values() if isinstance(value, dict) else value)]
+    cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+    return [value, getattr(value, "__self__", None), *cells, *_attributes(value).values()]
 
 
 def _listed(params: Any) -> list[Any]:

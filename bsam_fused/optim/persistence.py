@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,12 @@ class Persistent(torch.optim.Optimizer):
     _known: list[dict[str, Any]]
     """The param groups that were checked, and have all options."""
     _from_saved: bool
+    _masters: ClassVar[dict[Tensor, Tensor]] = {}
+    """Master weights on their way from a saved state, past torch, which would cast them."""
+
+    def _check_options(self, group: dict[str, Any], index: int) -> None:
+        """Raise ValueError for an option of a param group that cannot be used."""
+        raise NotImplementedError
 
     def _notice(self) -> None:
         """Check param groups that are new, and give them the options that they lack."""
@@ -70,18 +76,18 @@ class Persistent(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: within a step.
-            ValueError: the groups do not match.
+            ValueError: the groups do not match, or have an option that cannot be used; then nothing was loaded.
         """
         self._require_rest("load_state_dict()")
-        state, masters = without_masters(state_dict["state"])
-        super().load_state_dict({**state_dict, "state": state})
         self._notice()
+        for i, (here, group) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
+            self._check_options({**here, **group}, i)
+        state, masters = without_masters(state_dict["state"])
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        if self._flats.masters:
-            for i, param in zip(ids, params, strict=True):
-                if i in masters:
-                    self.state[param][MASTER_WEIGHT] = masters[i].to(param.device, torch.float32)
+        self._masters = {p: masters[i] for i, p in zip(ids, params, strict=False) if i in masters}
+        super().load_state_dict({**state_dict, "state": state})
+        self._notice()
 
     @property
     def _kept_options(self) -> set[str]:
@@ -117,8 +123,11 @@ class Persistent(torch.optim.Optimizer):
             self._known = list(self.base_optimizer.param_groups)
             super().__setstate__(state)
         else:
+            if self._flats.masters:
+                for param, master in self._masters.items():
+                    state["state"][param][MASTER_WEIGHT] = master.to(param.device, torch.float32)
             self.base_optimizer.__setstate__({key: state[key] for key in ("state", "param_groups")})
-            self._flats = self._flats.anew()
+            self._masters = {}
 
 
 def _cloned(entry: dict[str, Any]) -> dict[str, Any]:

@@ -120,12 +120,14 @@ class StateViews:
         if self._unproven and all(flat.device.type == "cpu" for flat, *_ in self._unproven):
             self.retract()
 
-    def hand_over(self) -> None:
-        """Leave the state to the base optimizer; it is brought in again when needed."""
-        if self._kept is not None:
-            self.retract()
-            self._state.update(with_steps_on_host(dict(self._state)))
-            self._kept = None
+    def hand_over(self) -> bool:
+        """Leave the state to the base optimizer; it is brought in again when needed. Returns whether any was here."""
+        if self._kept is None:
+            return False
+        self.retract()
+        self._state.update(with_steps_on_host(dict(self._state)))
+        self._kept, self._seen, self._state = None, None, {}
+        return True
 
 
 def _held(flat: FlatParams, state: State, kept: Kept) -> dict[int, dict[str, Tensor]]:
@@ -142,6 +144,11 @@ def _held(flat: FlatParams, state: State, kept: Kept) -> dict[int, dict[str, Ten
             there = [key for key in there if key == MASTER_WEIGHT]
         tensors = {key: torch.as_tensor(entry[key]) for key in there}
         for key, tensor in tensors.items():
+            if key == MASTER_WEIGHT and tensor.dtype.itemsize == 2:
+                raise ValueError(
+                    f"{contract.describe(param, flat.places[i])} has a master weight of {tensor.dtype}, as torch's own "
+                    "load_state_dict casts it: load through the sharpness-aware optimizer, not its base_optimizer"
+                )
             if tensor.shape != (() if key == "step" else param.shape):
                 name = contract.describe(param, flat.places[i])
                 raise ValueError(f"{name} has state {key} of shape {tuple(tensor.shape)}: load a matching state dict")

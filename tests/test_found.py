@@ -1,7 +1,8 @@
-"""What `make fuzz` once found, each in the shortest sequence that shows it."""
+"""What `make fuzz` and attacks on the package once found, each in the shortest sequence that shows it."""
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -128,3 +129,93 @@ def test_state_of_what_is_in_no_group_is_packed_beside(backend):
     assert opt.state_dict()["state"] == {}
     assert opt.state is state
     assert all(opt.state[p] is entry for p, entry in entries.items())
+
+
+def test_a_load_into_the_base_within_a_step_keeps_w(backend):
+    """What counts the steps of stochastic rounding came with it, and all FlatParams, with w in them, were let go of."""
+    p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    opt = SAM([p], lr=0.1, momentum=0.9, rho=0.5, backend=backend)
+    whole_step(opt)
+    saved, w = copy.deepcopy(opt.state_dict()), p.detach().clone()
+    backward(opt)
+    opt.ascend()
+    opt.base_optimizer.load_state_dict(saved)
+    opt.restore()
+    assert torch.equal(p, w)
+    whole_step(opt)
+    assert opt.state_dict()["param_groups"][0]["rounded_steps"] == 2
+
+
+def test_a_base_that_is_refused_is_left_as_it_was():
+    p = parameter()
+    base = torch.optim.SGD([p], lr=0.1, momentum=0.9)
+    p.grad = torch.ones_like(p)
+    base.step()
+    groups, state, momentum = base.param_groups, base.state, base.state[p]["momentum_buffer"]
+    with pytest.raises(ValueError, match="rho=-1"):
+        SAM([p], base, rho=-1.0)
+    assert base.param_groups is groups
+    assert groups[0]["params"] == [p]
+    assert base.state is state
+    assert base.state[p]["momentum_buffer"] is momentum
+    assert SAM([p], base).param_groups is groups
+
+
+def test_an_owner_of_the_gradients_storage_has_it_to_himself(backend):
+    """A storage that Python holds without a tensor, and a weak reference, raise none of the tensor's counts."""
+    for hold in (lambda t: t.untyped_storage(), weakref.ref):
+        p = nn.Parameter(torch.zeros(5000))
+        opt = BSAM([p], lr=1.0, rho=0.0, backend=backend)
+        p.grad = torch.ones(5000)
+        held = hold(p.grad)
+        opt.ascend()
+        for call, value in (("descend", 10.0), ("step", 100.0)):
+            p.grad = torch.full((5000,), value)
+            getattr(opt, call)()
+        if not isinstance(held, weakref.ref):
+            assert torch.empty(0).set_(held, 0, (5000,)).eq(1).all()
+        assert p[0].item() == pytest.approx(-1.0)
+
+
+def test_masters_that_torch_has_cast_are_refused(backend):
+    opt = SAM(
+        [parameter().bfloat16().detach().requires_grad_()], lr=0.1, momentum=0.9, master_weights=True, backend=backend
+    )
+    whole_step(opt)
+    opt.base_optimizer.load_state_dict(opt.base_optimizer.state_dict())
+    backward(opt)
+    opt.ascend()
+    backward(opt)
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0.*master weight of torch.bfloat16"):
+        opt.step()
+
+
+def test_a_load_that_is_refused_loads_nothing():
+    opt = SAM([parameter()], lr=0.1, momentum=0.9)
+    whole_step(opt)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["param_groups"][0].update(rho=-1.0, lr=5.0)
+    with pytest.raises(ValueError, match="rho=-1"):
+        opt.load_state_dict(saved)
+    assert opt.param_groups[0]["lr"] == 0.1
+
+
+def test_memory_freed_within_a_step(backend):
+    """An error, and w when the memory is there again; torch's own copy would write where nothing is."""
+    p = nn.Parameter(torch.ones(1000))
+    opt = SAM([p], lr=0.1, backend=backend)
+    backward(opt)
+    opt.ascend()
+    p.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0"):
+        opt.restore()
+    p.untyped_storage().resize_(4000)
+    opt.restore()
+    assert p.eq(1).all()
+
+
+def test_parameters_in_a_tuple():
+    opt = SAM([parameter()], lr=0.1)
+    opt.param_groups[0]["params"] = (parameter(),)
+    whole_step(opt)
+    torch.testing.assert_close(opt.param_groups[0]["params"][0].detach(), torch.full((2,), 0.9))
