@@ -47,6 +47,7 @@ class RunningStats:
             wanted.discard(self._who)
             if not wanted and _is_frozen(layer):
                 layer.__class__ = type(layer).thawed
+        self._layers = []  # all are
 
 
 _wanted_frozen: WeakKeyDictionary[nn.Module, set[object]] = WeakKeyDictionary()
