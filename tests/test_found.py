@@ -1,6 +1,7 @@
 """What `make fuzz` and attacks on the package once found, each in the shortest sequence that shows it."""
 
 import copy
+import gc
 import math
 import weakref
 
@@ -219,3 +220,19 @@ def test_parameters_in_a_tuple():
     opt.param_groups[0]["params"] = (parameter(),)
     whole_step(opt)
     torch.testing.assert_close(opt.param_groups[0]["params"][0].detach(), torch.full((2,), 0.9))
+
+
+def test_a_base_that_is_no_longer_fused_has_its_state_alone(backend):
+    """A hook on the base makes it take its own step; what was in flat buffers was held for good."""
+    opt = SAM([parameter()], lr=0.1, momentum=0.9, backend=backend)
+    whole_step(opt)
+    (p,) = opt.param_groups[0]["params"]
+    view = weakref.ref(opt.state[p]["momentum_buffer"])
+    (flat,) = opt._flats
+    held = flat.extra_bytes
+    opt.base_optimizer.register_step_post_hook(lambda *_: None)
+    whole_step(opt)
+    opt.state.clear()
+    gc.collect()
+    assert view() is None
+    assert flat.extra_bytes < held

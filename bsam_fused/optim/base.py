@@ -1,4 +1,4 @@
-"""What every sharpness-aware optimizer shares: phases, faults, param groups, state. No algorithm.
+"""What every sharpness-aware optimizer shares: options, ascend, plain steps, the update. No algorithm.
 
 A step is a walk through phases: at rest the weights are w; ``ascend`` and its like move them; ``step`` brings
 them to the next w. A phase reads all gradients before it writes anything, so an error leaves the phase as it was.

@@ -150,7 +150,7 @@ class Flats:
         if not self._thawed():
             return []
         known = list(self)
-        self._state.hand_over()
+        self.hand_over()
         self._add(groups, backend, known)
         return list(self)[len(known) :]
 
@@ -340,7 +340,7 @@ class Flats:
         """Leave the update to the base optimizer: d in .grad, the weights at w, then its own step."""
         combined = [flat.combine(sums, from_saved, max_norm) for flat, sums in zip(self, totals, strict=True)]
         if all(combined):
-            self._state.hand_over()
+            self.hand_over()
             counts = [partial(flat.step_count.add_, 1) for flat in self]
             in_one_go(base_step, *counts, partial(self._stepped.append, True))
 

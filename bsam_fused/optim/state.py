@@ -130,8 +130,8 @@ class StateViews:
         return True
 
 
-def _held(flat: FlatParams, state: State, kept: Kept) -> dict[int, dict[str, Tensor]]:
-    """Return what there is in ``state``: of the rule's keys all or none, as torch begins where one is missing.
+def _held(flat: FlatParams, state: State, kept: Kept) -> dict[int, tuple[dict[str, Any], Views]]:
+    """Return the entries that there are, and their tensors: of the rule's keys all or none, as torch begins then.
 
     Raises:
         ValueError: another shape than the parameter's.
@@ -158,7 +158,7 @@ def _held(flat: FlatParams, state: State, kept: Kept) -> dict[int, dict[str, Ten
 
 
 @torch.no_grad()
-def _copy(flat: FlatParams, held: dict[int, Any], kept: Kept) -> None:
+def _copy(flat: FlatParams, held: dict[int, tuple[dict[str, Any], Views]], kept: Kept) -> None:
     """Copy what is held into new buffers; when all of it is there, show it."""
     flat.drop_state()
     views = {key: flat.state(key) for key in {key: None for _, tensors in held.values() for key in tensors}}
