@@ -5,26 +5,18 @@ import sys
 import time
 
 import hypothesis
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from .machine import Machine
+from .machine import PROFILE, Machine
 
-PROFILE = settings(
-    max_examples=200,
-    stateful_step_count=30,
-    deadline=None,
-    database=None,
-    phases=[Phase.generate, Phase.shrink],
-    suppress_health_check=list(HealthCheck),
-    print_blob=False,
-)
+LONG = settings(PROFILE, max_examples=200, stateful_step_count=30, print_blob=False)
 
 
 def batch(seed):
     """200 sequences. The same seed makes the same ones."""
     machine = hypothesis.seed(seed)(type("Machine", (Machine,), {}))
-    run_state_machine_as_test(machine, settings=PROFILE)
+    run_state_machine_as_test(machine, settings=LONG)
 
 
 def main():

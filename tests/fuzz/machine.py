@@ -2,6 +2,7 @@
 
 import copy
 
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
@@ -12,6 +13,13 @@ from .interrupts import interrupted
 from .setups import values
 from .steps import Steps
 
+PROFILE = settings(
+    deadline=None,
+    database=None,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+"""What all runs share."""
 INTERRUPTED = st.sampled_from(["go_on", "closure", "restore", "look", "save", "load", "copy"])
 
 
