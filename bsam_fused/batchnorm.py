@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -23,6 +23,8 @@ class RunningStats:
     Args:
         model: whose normalisation layers to freeze.
     """
+
+    _layers: Sequence[nn.Module] = ()
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = [
@@ -47,7 +49,7 @@ class RunningStats:
             wanted.discard(self._who)
             if not wanted and _is_frozen(layer):
                 layer.__class__ = type(layer).thawed
-        self._layers = []  # all are
+        self._layers = ()  # all are
 
 
 _wanted_frozen: WeakKeyDictionary[nn.Module, set[object]] = WeakKeyDictionary()
