@@ -9,32 +9,16 @@ import torch
 from torch import Tensor
 
 from bsam_fused.ops.contract import MASTER_WEIGHT
-from bsam_fused.optim.flats import Flats
+from bsam_fused.optim.around import Around
 from bsam_fused.optim.state import with_steps_on_host, without_masters
 
 
-class Persistent(torch.optim.Optimizer):
-    """An optimizer around a base optimizer, whose param groups and state are its own."""
+class Persistent(Around):
+    """An optimizer around a base optimizer that can be saved, loaded and copied."""
 
-    base_optimizer: torch.optim.Optimizer
-    _flats: Flats
-    _known: list[dict[str, Any]]
-    """The param groups that were checked, and have all options."""
     _from_saved: bool
     _masters: ClassVar[dict[Tensor, Tensor]] = {}
     """Master weights on their way from a saved state, past torch, which would cast them."""
-
-    def _check_options(self, group: dict[str, Any], index: int) -> None:
-        """Raise ValueError for an option of a param group that cannot be used."""
-        raise NotImplementedError
-
-    def _notice(self) -> None:
-        """Check param groups that are new, and give them the options that they lack."""
-        raise NotImplementedError
-
-    def _require_rest(self, call: str) -> None:
-        """Raise within a step."""
-        raise NotImplementedError
 
     def _require_w(self, call: str) -> None:
         """Raise while the weights are perturbed."""
@@ -88,10 +72,6 @@ class Persistent(torch.optim.Optimizer):
         self._masters = {p: masters[i] for i, p in zip(ids, params, strict=False) if i in masters}
         super().load_state_dict({**state_dict, "state": state})
         self._notice()
-
-    @property
-    def _kept_options(self) -> set[str]:
-        return set(self.defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy take: no flat buffers, and state that is no view of one."""

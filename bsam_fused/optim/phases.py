@@ -91,8 +91,12 @@ class Phased(Persistent):
             f"next come backward() and {self._following}(){mend}{alone}"
         )
 
+    @property
+    def _at_rest(self) -> bool:
+        return self._phase is Phase.REST
+
     def _require_rest(self, call: str) -> None:
-        if self._phase is not Phase.REST:
+        if not self._at_rest:
             raise RuntimeError(
                 f"{call} while the weights are perturbed ({self._phase.value}): finish the step, or give it up "
                 "with restore()"

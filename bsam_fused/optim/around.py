@@ -1,0 +1,112 @@
+"""The base optimizer, and param groups that have its options and ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bsam_fused.ops.identity import same_items
+from bsam_fused.optim import groups
+from bsam_fused.optim.flats import Flats
+
+
+class Around(torch.optim.Optimizer):
+    """An optimizer around a base optimizer, whose param groups and state are its own."""
+
+    base_optimizer: torch.optim.Optimizer
+    _flats: Flats
+    _known: list[dict[str, Any]]
+    """The param groups that were checked, and have all options."""
+
+    @property
+    def _at_rest(self) -> bool:
+        """Whether no step is under way."""
+        raise NotImplementedError
+
+    def _require_rest(self, call: str) -> None:
+        """Raise within a step."""
+        raise NotImplementedError
+
+    def _key(self, option: str) -> str:
+        """Return where param groups keep ``option``: elsewhere if the base has one of that name (Adadelta's rho)."""
+        return f"sharpness_{option}" if option in self.base_optimizer.defaults else option
+
+    # ---- what the base optimizer owns
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's own param groups, with the sharpness-aware options in them."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base optimizer's own state."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise TypeError(f"state is a {type(state).__name__}: assign a dict of dicts, one a parameter")
+        self.base_optimizer.state = state
+
+    # ---- options
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as torch.optim has it, with options of its own.
+
+        Raises:
+            RuntimeError: within a step.
+            TypeError, ValueError: a parameter or an option that cannot be used; nothing was added.
+        """
+        self._require_rest("add_param_group()")
+        self._notice()
+        super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
+        try:
+            others = [p for group in self.param_groups[:-1] for p in group["params"]]
+            groups.check_parameters(self.param_groups[-1], index, others)
+            self._check_options(self.param_groups[-1], index)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _notice(self) -> None:
+        """Give param groups that others added or loaded into the base optimizer the options that they lack.
+
+        Raises:
+            ValueError: an option that cannot be used.
+        """
+        if same_items(self.param_groups, self._known):
+            return
+        for i, group in enumerate(self.param_groups):
+            before = self._known[i] if i < len(self._known) else {}
+            kept = {**self.defaults, **{option: before[option] for option in self._kept_options & before.keys()}}
+            for option, value in kept.items():
+                group.setdefault(option, value)
+            self._check_options(group, i)
+        count = self.param_groups[0].get("rounded_steps")
+        if count is not None:  # a state dict of ours
+            if not self._at_rest:
+                return  # the FlatParams have this step's w
+            self._flats = self._flats.anew(count)
+            for group in self.param_groups:
+                group.pop("rounded_steps", None)
+        self._known = list(self.param_groups)
+
+    @property
+    def _kept_options(self) -> set[str]:
+        """What a group that is loaded keeps of the group in its place, where it lacks it."""
+        return set(self.defaults)
+
+    def _non_negative(self, group: dict[str, Any], option: str, index: int) -> float:
+        return groups.check_non_negative(option, group[self._key(option)], index)
+
+    def _check_options(self, group: dict[str, Any], index: int) -> None:
+        """Raise ValueError for an option of a param group that cannot be used."""
+        for option in ("rho", "eta"):
+            self._non_negative(group, option, index)
