@@ -140,7 +140,8 @@ class Exchange:
         if rows.is_cpu:
             self._raise(differ.any(0).tolist(), meaning)
             return rows[:, : len(row)]
-        arrived, event = torch.empty(len(alike), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+        arrived = torch.empty(len(alike), dtype=torch.bool, device="cpu", pin_memory=True)
+        event = torch.cuda.Event()
         arrived.copy_(differ.any(0), non_blocking=True)
         event.record()
         self._told.append((event, arrived, meaning))

@@ -80,7 +80,7 @@ void update(const std::vector<py::object>& flats, const std::vector<at::Tensor>&
   try {
     std::deque<Use> uses;
     for (const py::object& flat : flats) uses.emplace_back(flat);
-    for (; i < flats.size(); ++i) uses[i].flat.template prepare_update<Group>(sums[i], groups);
+    for (; i < flats.size(); ++i) uses[i].flat.template prepare_update<Group>(sums[i], groups, max_norm);
     for (i = 0; i < flats.size(); ++i) uses[i].flat.template make_update<Group>(sums[i], groups, from_saved, max_norm);
   } catch (const BadParameter& bad) {
     refuse(flats[i], bad);
@@ -133,6 +133,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("state", exposed(&FlatParams::state))
       .def("clear_state", exposed(&FlatParams::clear_state))
       .def("drop_state", exposed(&FlatParams::drop_state))
+      .def_property(
+          "limit", [](const py::object& self) { return flat_of(self).limit; },
+          [](const py::object& self, double limit) { flat_of(self).limit = limit; })
       .def_property_readonly("params", read(&FlatParams::params))
       .def_property_readonly("places", read(&FlatParams::places))
       .def_property_readonly("sums", read(&FlatParams::sums))

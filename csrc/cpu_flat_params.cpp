@@ -4,6 +4,7 @@
 #include <c10/util/irange.h>
 #include <pybind11/pybind11.h>
 
+#include <limits>
 #include <optional>
 
 #include "math.h"
@@ -77,10 +78,12 @@ void CpuFlatParams::sum_segments(std::initializer_list<int64_t> slots, AddTerms 
   for (int64_t slot : slots) {
     double sum = 0;
     for (const Terms& part : partial_) sum += part[term];
-    sums_.mutable_data_ptr<double>()[slot] = sum;
+    *sum_at(slot) = sum;
     ++term;
   }
 }
+
+double* CpuFlatParams::sum_at(int64_t slot) { return sums_.mutable_data_ptr<double>() + slot; }
 
 const double* CpuFlatParams::on_host(const at::Tensor& sums) const { return sums.const_data_ptr<double>(); }
 
@@ -115,7 +118,9 @@ void CpuFlatParams::run_direction_sums() {
 
 void CpuFlatParams::run_ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) {
   const double sum = at_slot(sums, kAscent);
-  if (!is_finite(sum)) return;
+  const bool beyond = is_out_of_reach(RadiusGroup::from(radii[0].data()), sum, norm_eps, limit);
+  if (beyond) *sum_at(kAscent) = std::numeric_limits<double>::quiet_NaN();
+  if (beyond || !is_finite(sum)) return;
   const auto groups = reaches(radii, sum, norm_eps);
   char* saved = buffer(kSaved);
   for (Entry& e : entries_) e.perturbed = e.now != nullptr;
@@ -129,7 +134,9 @@ void CpuFlatParams::run_ascend(const at::Tensor& sums, const Options<RadiusGroup
 }
 
 void CpuFlatParams::run_descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) {
-  const auto groups = reaches(radii, at_slot(sums, kAscent), norm_eps);
+  const double sum_ascent = at_slot(sums, kAscent);
+  const bool beyond = is_out_of_reach(RadiusGroup::from(radii[0].data()), sum_ascent, norm_eps, limit);
+  const auto groups = reaches(radii, sum_ascent, norm_eps);
   const char* saved = buffer(kSaved);
   // Without g (a gradient in this pass only) the weights stay, and g + g_max is g_max.
   sum_segments({kMax}, [&](const Segment& s, double* sum) {
@@ -141,6 +148,7 @@ void CpuFlatParams::run_descend(const at::Tensor& sums, const Options<RadiusGrou
                                          site(s), stream_, s.count)
                         : loops_.square_norm(nullptr, g_max, Reach{}, s.count);
   });
+  if (beyond) *sum_at(kMax) = std::numeric_limits<double>::quiet_NaN();
 }
 
 // Applies rule(Update, entry, segment, t) to every member's segments, in its t-th step.

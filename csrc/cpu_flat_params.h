@@ -24,6 +24,7 @@ class CpuFlatParams final : public FlatParams {
 
   using Terms = std::array<double, 3>;  // of as many sums at once
 
+  double* sum_at(int64_t slot);
   Site site(const Segment& s) const;
   void copy_taken(const Entry& e, const Segment& s) const;
   template <class Rule>

@@ -77,7 +77,14 @@ struct Exact {
   }
 };
 
-// Σ (T g)²; w is read where adaptive.
+// w is read where adaptive.
+template <bool adaptive, class S>
+BSAM_INLINE arithmetic_t<S> adaptivity_at(const S* w, const S* g, arithmetic_t<S> eta, int64_t i) {
+  using T = arithmetic_t<S>;
+  return adaptive ? adaptivity<true, T>(value(w[i]), value(g[i]), eta) : T(1);
+}
+
+// Σ (T g)².
 template <bool adaptive, class S>
 BSAM_INLINE double square_sum(const S* w, const S* g, double eta, int64_t n) {
   using T = arithmetic_t<S>;
@@ -85,10 +92,9 @@ BSAM_INLINE double square_sum(const S* w, const S* g, double eta, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
     for (int64_t j = 0; j < kLanes; ++j)
-      lanes[j] =
-          plus_square<T>(lanes[j], value(g[i + j]), adaptive ? adaptivity<true, T>(value(w[i + j]), T(eta)) : T(1));
+      lanes[j] = plus_square<T>(lanes[j], value(g[i + j]), adaptivity_at<adaptive>(w, g, T(eta), i + j));
   for (int64_t j = 0; i < n; ++i, ++j)
-    lanes[j] = plus_square<T>(lanes[j], value(g[i]), adaptive ? adaptivity<true, T>(value(w[i]), T(eta)) : T(1));
+    lanes[j] = plus_square<T>(lanes[j], value(g[i]), adaptivity_at<adaptive>(w, g, T(eta), i));
   for (int64_t width = kLanes / 2; width > 0; width /= 2)
     for (int64_t j = 0; j < width; ++j) lanes[j] += lanes[j + width];
   return lanes[0];
@@ -123,8 +129,8 @@ BSAM_INLINE void perturb(S* to, const S* from, const S* g, const Reach& reach, c
   const T step = T(reach.step), eta = T(reach.eta);
   BSAM_ELEMENTWISE
   for (int64_t i = 0; i < n; ++i) {
-    const T w = value(from[i]);
-    round(to[i], perturbed<T>(w, value(g[i]), adaptivity<adaptive, T>(w, eta), step), first + uint32_t(i));
+    const T w = value(from[i]), slope = value(g[i]), t = adaptivity<adaptive, T>(w, slope, eta);
+    round(to[i], perturbed<T>(w, slope, t, step, Arithmetic<S>::kMost), first + uint32_t(i));
   }
 }
 
@@ -236,10 +242,13 @@ struct SegmentLoops {
       perturb(stream ? tile : w + i, saved + i, g + i, reach, round, uint32_t(site.begin + i), count);
       if (stream) copy_elements(w + i, tile, true, count);
       sum += square_sum<false>(w, g_max + i, 0, count);
+      int too_long = 0;
       BSAM_ELEMENTWISE
-      for (int64_t j = i; j < i + count; ++j) store(g[j], direction_so_far<T>(value(g[j]), value(g_max[j])));
-      // float16 overflows at 65504: a g + g_max that did must not reach the weights.
-      if (std::is_same<S, Float16>::value) sum += 0 * square_sum<false>(w, g + i, 0, count);
+      for (int64_t j = i; j < i + count; ++j) {
+        store(g[j], direction_so_far<T>(value(g[j]), value(g_max[j])));
+        too_long |= is_too_long<T>(value(g[j]));
+      }
+      if (too_long) sum = std::numeric_limits<double>::quiet_NaN();
     }
     return sum;
   }

@@ -24,13 +24,22 @@ struct Reach {
   T step, eta;
   bool adaptive;
 
-  __device__ T adaptivity(T w) const { return adaptive ? bsam::adaptivity<true, T>(w, eta) : T(1); }
+  __device__ T adaptivity(T w, T g) const { return adaptive ? bsam::adaptivity<true, T>(w, g, eta) : T(1); }
+  template <class S>
+  __device__ T perturbed(T w, T g) const {
+    return bsam::perturbed<T>(w, g, adaptivity(w, g), step, Arithmetic<S>::kMost);
+  }
 };
 
 template <class T>
 __device__ Reach<T> reach(const double* groups, uint32_t group, double sum, double norm_eps) {
   const RadiusGroup o = RadiusGroup::from(groups + RadiusGroup::kOptions * group);
   return {T(step_length(o.radius, sum, norm_eps)), T(o.eta), o.adaptive};
+}
+
+// Whether a phase's step lengths are beyond its limit.
+__device__ bool is_out_of_reach(const Reaching& r, double sum) {
+  return bsam::is_out_of_reach(RadiusGroup::from(r.groups), sum, r.norm_eps, r.limit);
 }
 
 // How an operand of a piece is stored, element by element of its tensor.
@@ -85,8 +94,10 @@ struct SquareNorm {
       });
       for_vectors<S>(p.count, [&](int k, int, int) {
         if (o.adaptive)
-          for_lanes<S>(
-              [&](int j) { sum = plus_square<T>(sum, value(g[k].lane[j]), o.adaptivity(value(w[k].lane[j]))); });
+          for_lanes<S>([&](int j) {
+            const T slope = value(g[k].lane[j]);
+            sum = plus_square<T>(sum, slope, o.adaptivity(value(w[k].lane[j]), slope));
+          });
         else  // one conversion to double an element, of which GPUs make few at a time
           for_lanes<S>([&](int j) { sum = plus_square<T>(sum, value(g[k].lane[j]), T(1)); });
       });
@@ -122,19 +133,22 @@ struct DirectionSums {
 };
 
 struct Ascend {
-  const double *groups, *sums;
-  double norm_eps;
+  Reaching reaching;
   void* saved;
   Rounding rounding;
+  double* own;
 
   template <class S, int capacity>
   __device__ void run(const Rows<capacity>& rows) const {
     using T = arithmetic_t<S>;
-    const double sum = sums[kAscent];
-    const bool finite = is_finite(sum);
+    const double sum = reaching.sums[kAscent];
+    const bool beyond = Shared<bool>()(0, [&] { return is_out_of_reach(reaching, sum); });
+    const bool finite = is_finite(sum) && !beyond;
+    // A block that reads it from here on finds a sum that is not finite, and leaves w alone as well.
+    if (beyond && threadIdx.x == 0) *own = nan("");
     Shared<Reach<T>> shared;
     for_pieces<S>(rows, [&](const Piece<S>& p) {
-      const Reach<T> o = shared(p.group, [&] { return reach<T>(groups, p.group, sum, norm_eps); });
+      const Reach<T> o = shared(p.group, [&] { return reach<T>(reaching.groups, p.group, sum, reaching.norm_eps); });
       const Rounder<S> round(rounding, p, kToMax);
       Vector<S> w[kVectors<S>], g[kVectors<S>];
       for_vectors<S>(p.count, [&](int k, int i, int valid) {
@@ -146,8 +160,7 @@ struct Ascend {
         if (p.g) store(p.g, i, g[k], valid);
         if (!finite) return;
         for_lanes<S>([&](int j) {
-          const T x = value(w[k].lane[j]);
-          round(w[k].lane[j], perturbed<T>(x, value(g[k].lane[j]), o.adaptivity(x), o.step), i + j);
+          round(w[k].lane[j], o.template perturbed<S>(value(w[k].lane[j]), value(g[k].lane[j])), i + j);
         });
         store(p.w, i, w[k], valid);
       });
@@ -156,8 +169,7 @@ struct Ascend {
 };
 
 struct Descend {
-  const double *groups, *sums;
-  double norm_eps;
+  Reaching reaching;
   const void* saved;
   Rounding rounding;
   Totals<1> total;
@@ -165,12 +177,14 @@ struct Descend {
   template <class S, int capacity>
   __device__ void run(const Rows<capacity>& rows) const {
     using T = arithmetic_t<S>;
-    const double sum_ascent = sums[kAscent];
-    const bool finite = is_finite(sum_ascent);
+    const double sum_ascent = reaching.sums[kAscent];
+    bool beyond = Shared<bool>()(0, [&] { return is_out_of_reach(reaching, sum_ascent); });
+    const bool finite = is_finite(sum_ascent) && !beyond;
     Shared<Reach<T>> shared;
     double sum = 0;
     for_pieces<S>(rows, [&](const Piece<S>& p) {
-      const Reach<T> o = shared(p.group, [&] { return reach<T>(groups, p.group, sum_ascent, norm_eps); });
+      const Reach<T> o =
+          shared(p.group, [&] { return reach<T>(reaching.groups, p.group, sum_ascent, reaching.norm_eps); });
       const Rounder<S> round(rounding, p, kToMin);
       Vector<S> w[kVectors<S>], g[kVectors<S>], g_max[kVectors<S>];
       for_vectors<S>(p.count, [&](int k, int i, int valid) {
@@ -186,17 +200,16 @@ struct Descend {
           return;
         }
         for_lanes<S>([&](int j) {
-          const T x = value(w[k].lane[j]), slope = value(g[k].lane[j]);
-          if (finite) round(w[k].lane[j], perturbed<T>(x, slope, o.adaptivity(x), o.step), i + j);
+          const T slope = value(g[k].lane[j]);
+          if (finite) round(w[k].lane[j], o.template perturbed<S>(value(w[k].lane[j]), slope), i + j);
           bsam::store(g[k].lane[j], direction_so_far<T>(slope, value(g_max[k].lane[j])));
-          // float16 overflows at 65504: a g + g_max that did must not reach the weights.
-          if (std::is_same<S, Float16>::value) sum += 0 * double(value(g[k].lane[j]));
+          beyond |= is_too_long<T>(value(g[k].lane[j]));
         });
         store(p.w, i, w[k], valid);
         store(p.g, i, g[k], valid);
       });
     });
-    add_up(total, {sum}, rows.begin == 0);
+    add_up(total, {beyond ? nan("") : sum}, rows.begin == 0);
   }
 };
 
@@ -313,7 +326,7 @@ struct Step {
 
   template <class S, int capacity>
   __device__ void run(const Rows<capacity>& rows) const {
-    const bool finite = all_finite(u.sums);
+    const bool finite = Shared<bool>()(0, [&] { return can_update(u.sums, u.bilateral, u.max_norm, u.limit); });
     Shared<Scalars<arithmetic_t<S>>> shared;
     for_pieces<S>(rows, [&](const Piece<S>& p) {
       if (finite)
@@ -404,14 +417,14 @@ void direction_sums(const Context& context, const Items& items, double* const (&
   launch(context, items, DirectionSums{{context.partials, context.ticket, {to[0], to[1], to[2]}}});
 }
 
-void ascend(const Context& context, const Items& items, const double* groups, const double* sums, double norm_eps,
-            void* saved, const Rounding& rounding) {
-  launch(context, items, Ascend{groups, sums, norm_eps, saved, rounding});
+void ascend(const Context& context, const Items& items, const Reaching& reaching, void* saved, const Rounding& rounding,
+            double* own) {
+  launch(context, items, Ascend{reaching, saved, rounding, own});
 }
 
-void descend(const Context& context, const Items& items, const double* groups, const double* sums, double norm_eps,
-             const void* saved, const Rounding& rounding, double* to) {
-  launch(context, items, Descend{groups, sums, norm_eps, saved, rounding, {context.partials, context.ticket, {to}}});
+void descend(const Context& context, const Items& items, const Reaching& reaching, const void* saved,
+             const Rounding& rounding, double* to) {
+  launch(context, items, Descend{reaching, saved, rounding, {context.partials, context.ticket, {to}}});
 }
 
 void direction(const Context& context, const Items& items, const double* sums) {

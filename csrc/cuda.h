@@ -49,12 +49,16 @@ struct Rounding {
 void square_norm(const Context&, const Items&, const double* groups, double* to);
 // to[0], [1], [2] = Σ g_min², Σ s², Σ s g_min; s = g + g_max in g, g_min in `now`.
 void direction_sums(const Context&, const Items&, double* const (&to)[kTerms]);
-// saved = w, w = w_max; `now`, g at w, is copied into g where that is not null.
-void ascend(const Context&, const Items&, const double* groups, const double* sums, double norm_eps, void* saved,
-            const Rounding&);
+// How far a phase perturbs; no step length may exceed `limit`.
+struct Reaching {
+  const double *groups, *sums;
+  double norm_eps, limit;
+};
+// saved = w, w = w_max; `now`, g at w, is copied into g where that is not null. *own, this FlatParams' Σ (T g)²,
+// becomes NaN where w is out of reach.
+void ascend(const Context&, const Items&, const Reaching&, void* saved, const Rounding&, double* own);
 // w = w_min from saved, g += g_max in `now`, *to = Σ g_max². What is not perturbed has no w, and only copies g_max.
-void descend(const Context&, const Items&, const double* groups, const double* sums, double norm_eps, const void* saved,
-             const Rounding&, double* to);
+void descend(const Context&, const Items&, const Reaching&, const void* saved, const Rounding&, double* to);
 // g = g + g_max − c g_min, g_min in `now`.
 void direction(const Context&, const Items&, const double* sums);
 // w = saved.
@@ -68,6 +72,7 @@ struct Update {
   bool from_saved;    // start from saved where perturbed, else from w
   bool bilateral;
   double max_norm;  // of d
+  double limit;     // of what d is made of
   Rounding rounding;
   int64_t* step_count;  // advanced
   float* steps;         // a tensor: updates made so far; advanced

@@ -117,7 +117,8 @@ void CudaFlatParams::run_ascend(const at::Tensor& sums, const Options<RadiusGrou
     if (!e.copying) item.g = nullptr;
     return e.perturbed;
   });
-  cuda::ascend(context(), all, groups, sums.const_data_ptr<double>(), norm_eps, saved, rounding());
+  cuda::ascend(context(), all, {groups, sums.const_data_ptr<double>(), norm_eps, limit}, saved, rounding(),
+               sum(kAscent));
 }
 
 void CudaFlatParams::run_descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) {
@@ -127,7 +128,8 @@ void CudaFlatParams::run_descend(const at::Tensor& sums, const Options<RadiusGro
     if (!e.perturbed && !e.copying) item.g = nullptr;
     return e.perturbed || e.now != nullptr;
   });
-  cuda::descend(context(), all, groups, sums.const_data_ptr<double>(), norm_eps, buffer(kSaved), rounding(), sum(kMax));
+  cuda::descend(context(), all, {groups, sums.const_data_ptr<double>(), norm_eps, limit}, buffer(kSaved), rounding(),
+                sum(kMax));
 }
 
 const cuda::Items& CudaFlatParams::members() {
@@ -142,6 +144,7 @@ cuda::Update CudaFlatParams::update(const at::Tensor& sums, const double* groups
           from_saved,
           bilateral_,
           max_norm,
+          limit,
           rounding(),
           step_count_.mutable_data_ptr<int64_t>(),
           steps_.mutable_data_ptr<float>(),

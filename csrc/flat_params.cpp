@@ -75,7 +75,9 @@ Dtype element_type(at::ScalarType dtype) {
 
 FlatParams::FlatParams(std::vector<py::object> params, std::vector<std::pair<int64_t, int64_t>> places,
                        std::optional<uint32_t> seed)
-    : params_(std::move(params)),
+    : limit(element_type(first(params).scalar_type()) == Dtype::float64 ? std::numeric_limits<double>::max()
+                                                                        : std::numeric_limits<float>::max()),
+      params_(std::move(params)),
       places_(std::move(places)),
       device_(first(params_).device()),
       dtype_(param(0).scalar_type()),

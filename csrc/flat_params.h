@@ -63,12 +63,12 @@ class FlatParams : public Built {
   void begin_state(const std::vector<int64_t>& members);
   // An update in two parts: all that can raise, and all that writes.
   template <class Group>
-  void prepare_update(const at::Tensor& sums, const Options<Group>& groups);
+  void prepare_update(const at::Tensor& sums, const Options<Group>& groups, double max_norm);
   template <class Group>
   void make_update(const at::Tensor& sums, const Options<Group>& groups, bool from_saved, double max_norm);
   template <class Group>
   void update(const at::Tensor& sums, const Options<Group>& groups, bool from_saved, double max_norm) {
-    prepare_update<Group>(sums, groups);
+    prepare_update<Group>(sums, groups, max_norm);
     make_update<Group>(sums, groups, from_saved, max_norm);
   }
   bool combine(const at::Tensor& sums, bool from_saved, double max_norm);
@@ -92,6 +92,7 @@ class FlatParams : public Built {
   at::Device device() const { return device_; }
   at::ScalarType dtype() const { return dtype_; }
 
+  double limit;       // what no number of a step may exceed
   bool busy = false;  // a method runs, perhaps without Python's lock
 
  protected:
@@ -195,6 +196,7 @@ class FlatParams : public Built {
   void end_pass();
   void forget();
   void finish();
+  bool is_skipped(const at::Tensor& sums, double max_norm) const;
   void skip();
   std::vector<at::Tensor> last_gradients(double factor) const;
   std::vector<at::Tensor> mixed_directions(const at::Tensor& sums, double factor);

@@ -29,6 +29,11 @@ std::vector<const char*> state_keys(const FlatParams::Options<SgdGroup>& groups)
 
 std::vector<const char*> state_keys(const FlatParams::Options<AdamGroup>&) { return {kExpAvg, kExpAvgSq}; }
 
+bool are_finite(const std::vector<at::Tensor>& tensors) {
+  return std::all_of(tensors.begin(), tensors.end(),
+                     [](const at::Tensor& t) { return !t.defined() || at::isfinite(t).all().item<bool>(); });
+}
+
 // Whether a tensor's elements still are where they were; in other strides they are as well.
 inline bool still_at(const at::Tensor& t, const char* address, int64_t numel, at::ScalarType dtype, int64_t itemsize) {
   return t.numel() == numel && t.scalar_type() == dtype &&
@@ -174,13 +179,18 @@ void FlatParams::end_pass() {
 
 // ---- the end of a step
 
+// Whether an update will be skipped, as far as the host knows.
+bool FlatParams::is_skipped(const at::Tensor& sums, double max_norm) const {
+  const double* known = on_host(sums);
+  return known && !can_update(known, bilateral_, max_norm, limit);
+}
+
 // Finds the members, the tensors that had a gradient in some pass of this step, and makes room for their state.
 template <class Group>
-void FlatParams::prepare_update(const at::Tensor& sums, const Options<Group>& groups) {
+void FlatParams::prepare_update(const at::Tensor& sums, const Options<Group>& groups, double max_norm) {
   check_groups(groups.size());
   begin_last(sums);
-  const double* known = on_host(sums);
-  if (known && !all_finite(known)) check_saved();
+  if (is_skipped(sums, max_norm)) check_saved();
   std::vector<bool> counts;
   for (const auto& options : groups) counts.push_back(keeps_state(Group::from(options.data())));
   for (size_t i : c10::irange(params_.size())) {
@@ -197,8 +207,7 @@ void FlatParams::prepare_update(const at::Tensor& sums, const Options<Group>& gr
 
 template <class Group>
 void FlatParams::make_update(const at::Tensor& sums, const Options<Group>& groups, bool from_saved, double max_norm) {
-  const double* known = on_host(sums);
-  if (known && !all_finite(known)) {
+  if (is_skipped(sums, max_norm)) {
     skip();
     return;
   }
@@ -208,8 +217,8 @@ void FlatParams::make_update(const at::Tensor& sums, const Options<Group>& group
   finish();
 }
 
-template void FlatParams::prepare_update<SgdGroup>(const at::Tensor&, const Options<SgdGroup>&);
-template void FlatParams::prepare_update<AdamGroup>(const at::Tensor&, const Options<AdamGroup>&);
+template void FlatParams::prepare_update<SgdGroup>(const at::Tensor&, const Options<SgdGroup>&, double);
+template void FlatParams::prepare_update<AdamGroup>(const at::Tensor&, const Options<AdamGroup>&, double);
 template void FlatParams::make_update<SgdGroup>(const at::Tensor&, const Options<SgdGroup>&, bool, double);
 template void FlatParams::make_update<AdamGroup>(const at::Tensor&, const Options<AdamGroup>&, bool, double);
 
@@ -265,7 +274,7 @@ bool FlatParams::combine(const at::Tensor& sums, bool from_saved, double max_nor
   check_saved();
   const at::Tensor here = sums.cpu();
   const double* known = here.const_data_ptr<double>();
-  if (!all_finite(known)) {
+  if (!can_update(known, bilateral_, max_norm, limit)) {
     skip();
     return false;
   }
@@ -278,6 +287,10 @@ bool FlatParams::combine(const at::Tensor& sums, bool from_saved, double max_nor
   save_rest();
   if (from_saved) write_saved();
   if (bilateral_) directions = mixed_directions(sums, factor);
+  if (itemsize_ == 2 && !are_finite(directions)) {  // 16 bits may hold less than what d was computed with
+    skip();
+    return false;
+  }
   for (size_t i : c10::irange(entries_.size())) {
     entries_[i].perturbed = true;
     if (directions[i].defined()) param(i).mutable_grad() = std::move(directions[i]);

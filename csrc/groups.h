@@ -23,6 +23,14 @@ BSAM_INLINE bool all_finite(const double* sums) {
 struct DirectionScales {
   double c, factor;
 
+  // Whether neither they nor d can be beyond `limit`: |factor g_max,i| ≤ factor ‖g_max‖, and |c g_min,i| ≤ ‖g_max‖ is
+  // at most half of it, as descend saw to for g + g_max.
+  BSAM_INLINE bool within(const double* sums, bool bilateral, double limit) const {
+    const double norm_max = std::sqrt(sums[kMax]);
+    if (!bilateral) return factor <= 1 || factor * norm_max <= limit;
+    return c <= limit && 2 * (factor > 1 ? factor : 1) * norm_max <= limit;
+  }
+
   static BSAM_INLINE DirectionScales from(const double* sums, bool bilateral, double max_norm) {
     const double c = bilateral ? bilateral_coefficient(sums[kMax], sums[kMin]) : 0.0;
     const double square = bilateral ? bilateral_square(sums[kSoFar], sums[kCross], sums[kMin], c) : sums[kMax];
@@ -30,15 +38,26 @@ struct DirectionScales {
   }
 };
 
+// Whether an update can be made: else the step is skipped.
+BSAM_INLINE bool can_update(const double* sums, bool bilateral, double max_norm, double limit) {
+  return all_finite(sums) && DirectionScales::from(sums, bilateral, max_norm).within(sums, bilateral, limit);
+}
+
 // The options of a param group, in the order of contract.py's tuples, which come as doubles.
 struct RadiusGroup {
-  static constexpr int kOptions = 3;
+  static constexpr int kOptions = 4;
   double radius;
   bool adaptive;
   double eta;
+  double largest;  // |radius| of all groups, by which all decide alike
 
-  static BSAM_INLINE RadiusGroup from(const double* o) { return {o[0], o[1] != 0, o[2]}; }
+  static BSAM_INLINE RadiusGroup from(const double* o) { return {o[0], o[1] != 0, o[2], o[3]}; }
 };
+
+// Whether a step length is beyond `limit`: nothing is perturbed then, and the step will be skipped.
+BSAM_INLINE bool is_out_of_reach(const RadiusGroup& any, double sum_ascent, double norm_eps, double limit) {
+  return step_length(any.largest, sum_ascent, norm_eps) > limit;
+}
 
 struct SgdGroup {
   static constexpr int kOptions = 6;

@@ -37,7 +37,10 @@ BSAM_INLINE T fmadd(T a, T b, T c) {
 }
 
 // Whether x is a number: inf − inf and NaN − NaN are not 0.
-BSAM_INLINE bool is_finite(double x) { return x - x == 0; }
+template <class T>
+BSAM_INLINE bool is_finite(T x) {
+  return x - x == 0;
+}
 
 // ---- scalars of a step: in double, once a group or a step, never once an element
 
@@ -69,10 +72,10 @@ BSAM_INLINE double direction_factor(double square, double scale, double max_norm
 
 // ---- perturbations
 
-// T: 1 (SAM, BSAM), or |w| + η (adaptive: ASAM).
+// T: 1 (SAM, BSAM), or |w| + η (adaptive: ASAM). Where g is 0 nothing counts or moves, even if w is infinite: then 0.
 template <bool adaptive, class T>
-BSAM_INLINE T adaptivity(T w, T eta) {
-  return adaptive ? std::fabs(w) + eta : T(1);
+BSAM_INLINE T adaptivity(T w, T g, T eta) {
+  return !adaptive ? T(1) : g == 0 ? T(0) : std::fabs(w) + eta;
 }
 
 // sum + a b, in double.
@@ -88,10 +91,12 @@ BSAM_INLINE double plus_square(double sum, T g, T t) {
   return plus_product(sum, x, x);
 }
 
-// w + step T² g: w_max with step = ρ / (n + norm_eps), w_min with step = −ρ_min / (n + norm_eps).
+// w + step T² g: w_max with step = ρ / (n + norm_eps), w_min with step = −ρ_min / (n + norm_eps). w, where that is
+// beyond `most`, the largest number as stored.
 template <class T>
-BSAM_INLINE T perturbed(T w, T g, T t, T step) {
-  return fmadd(step * t * t, g, w);
+BSAM_INLINE T perturbed(T w, T g, T t, T step, T most) {
+  const T moved = fmadd(step * t, t * g, w);
+  return std::fabs(moved) <= most ? moved : w;
 }
 
 // ---- directions (SAM's is g_max itself)
@@ -102,6 +107,12 @@ BSAM_INLINE T direction_so_far(T g, T g_max) {
   return g + g_max;
 }
 
+// Whether d may be beyond T, if c g_min is as long as T is wide at most half: from g + g_max, as it is stored.
+template <class T>
+BSAM_INLINE bool is_too_long(T g_plus_g_max) {
+  return !is_finite(g_plus_g_max + g_plus_g_max);
+}
+
 // d = g + g_max − c g_min. BSAM.
 template <class T>
 BSAM_INLINE T bilateral_direction(T g_plus_g_max, T g_min, T c) {
@@ -109,6 +120,12 @@ BSAM_INLINE T bilateral_direction(T g_plus_g_max, T g_min, T c) {
 }
 
 // ---- base updates: torch.optim's rules from w with gradient d
+
+// Weight decay's w: none where there is no decay, for 0 · ∞ is no number.
+template <class T>
+BSAM_INLINE T decaying(T weight_decay, T w) {
+  return weight_decay == 0 ? T(0) : w;
+}
 
 // torch.optim.SGD, its cases as coefficients. Nesterov's step is d + μ m, the plain one m.
 template <class T>
@@ -135,14 +152,14 @@ BSAM_INLINE Sgd<T> sgd_rule(double lr, double momentum, double dampening, double
 // Without momentum: w − lr (d + weight_decay w).
 template <class T>
 BSAM_INLINE T sgd(const Sgd<T>& o, T w, T d) {
-  d = fmadd(o.weight_decay, w, o.of_gradient * d);
+  d = fmadd(o.weight_decay, decaying(o.weight_decay, w), o.of_gradient * d);
   return fmadd(-o.lr, d, w);
 }
 
 // With momentum: m = μ m + (1 − dampening) d;  w − lr m, or w − lr (d + μ m).
 template <class T>
 BSAM_INLINE T sgd(const Sgd<T>& o, T w, T d, T& m) {
-  d = fmadd(o.weight_decay, w, o.of_gradient * d);
+  d = fmadd(o.weight_decay, decaying(o.weight_decay, w), o.of_gradient * d);
   m = fmadd(o.keep, m, o.take * d);
   return fmadd(-o.lr, fmadd(o.of_m, m, o.of_d * d), w);
 }
@@ -179,7 +196,7 @@ BSAM_INLINE Adam<T> adam_rule(double lr, double beta1, double beta2, double eps,
 // m = β1 m + (1 − β1) d;  v = β2 v + (1 − β2) d²;  w − lr m̂ / (√v̂ + eps), m̂ and v̂ bias-corrected.
 template <class T>
 BSAM_INLINE T adam(const Adam<T>& o, T w, T d, T& m, T& v) {
-  d = fmadd(o.weight_decay, w, o.of_gradient * d);
+  d = fmadd(o.weight_decay, decaying(o.weight_decay, w), o.of_gradient * d);
   m = fmadd(o.one_minus_beta1, d - m, m);
   v = fmadd(o.beta2, v, o.one_minus_beta2 * d * d);
   return fmadd(-o.step_size, m / (std::sqrt(v) / o.sqrt_bias_correction + o.eps), o.shrink * w);

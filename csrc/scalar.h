@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "math.h"
 
@@ -20,18 +21,21 @@ struct Float16 {
   uint16_t bits;
 };
 
-// The type that a stored S is computed with.
+// The type that a stored S is computed with, and the largest number that S can store.
 template <class S>
 struct Arithmetic {
   using type = S;
+  static constexpr type kMost = std::numeric_limits<S>::max();
 };
 template <>
 struct Arithmetic<BFloat16> {
   using type = float;
+  static constexpr type kMost = 0x1.fep127f;
 };
 template <>
 struct Arithmetic<Float16> {
   using type = float;
+  static constexpr type kMost = 65504;
 };
 template <class S>
 using arithmetic_t = typename Arithmetic<S>::type;

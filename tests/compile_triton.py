@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -41,7 +42,7 @@ def compiled(target, name, dtype):
     kernel, size = getattr(triton_kernels, name), DTYPES[dtype].primitive_bitwidth // 8
     wide = {"S": DTYPES[dtype], "T": tl.float64 if dtype == "float64" else tl.float32}
     flags = {"STOCHASTIC": size == 2, "MASTER": size == 2, "BILATERAL": True, "FROM_SAVED": True}
-    constants = {**wide, "CHUNK": CHUNK[dtype], **flags}
+    constants = {**wide, "CHUNK": CHUNK[dtype], "MOST": torch.finfo(getattr(torch, dtype)).max, **flags}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {a: "constexpr" if a in constants else TYPES[a] for a in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if signature[a].startswith("*")}

@@ -17,14 +17,14 @@ from bsam_fused.ops import native_flat
 
 MODULE = native_flat.load()[0]
 CASES = {}
-RADII, RULE, ADAM = [(0.05, 0.0, 0.0)], [(0.1, 0.9, 0.0, 0.0, 0.0, 0.0)], [(0.1, 0.9, 0.999, 1e-8, 0.0, 0.0, 0.0)]
+RADII = [(0.05, 0.0, 0.0, 0.05)]
+RULE, ADAM = [(0.1, 0.9, 0.0, 0.0, 0.0, 0.0)], [(0.1, 0.9, 0.999, 1e-8, 0.0, 0.0, 0.0)]
 STAGES = ("rest", "read", "ascended", "read at w_max", "descended", "read at w_min", "plain")
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError)
 
 
 def case(function):
-    CASES[function.__name__] = function
-    return function
+    return CASES.setdefault(function.__name__, function)
 
 
 def cases(name, **variants):

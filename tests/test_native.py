@@ -11,7 +11,7 @@ from torch import nn
 import bsam_fused
 from bsam_fused.ops import native_flat
 
-RADII, RULE = [(0.05, 0.0, 0.0)], [(0.1, 0.9, 0.0, 0.0, 0.0, 0.0)]
+RADII, RULE = [(0.05, 0.0, 0.0, 0.05)], [(0.1, 0.9, 0.0, 0.0, 0.0, 0.0)]
 MODULE = native_flat.load()[0]
 
 

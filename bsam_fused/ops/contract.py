@@ -34,6 +34,8 @@ class Radius(NamedTuple):
     radius: float
     adaptive: bool = False
     eta: float = 0.0
+    largest: float = 0.0
+    """The largest |radius| of all groups, by which all FlatParams decide alike whether w is within reach."""
 
 
 class SGDScalars(NamedTuple):
@@ -80,7 +82,9 @@ class FlatParams(Protocol):
     zero there; one without any in a whole step is left alone. Options come as one entry a param group.
     ``sums`` arguments are the sums over *all* FlatParams of the optimizer, on this one's device.
 
-    Weights and state of a step with a sum that is not finite stay as they were before it.
+    Weights and state of a step that cannot be made stay as they were before it: one with a sum that is not finite, or
+    where d, c, d's factor or a step length may be beyond `limit`; phases note the latter as NaN in the sum of their
+    pass. Where w_max or w_min is beyond the dtype, an element stays at w.
 
     What is read and decided comes before the first write, and what can raise before that, so an error leaves a phase
     as it was; an update is one call that Python cannot interrupt, and `updated` says whether it was made. ``saved``
@@ -90,6 +94,10 @@ class FlatParams(Protocol):
     A gradient is taken only where nobody else can see its memory, which torch itself must have allocated; else it is
     copied, and never written to. One that lies in the storage of a parameter or of state is copied as it is read.
     """
+
+    limit: float
+    """What no number of a step may exceed: float32's largest, or float64's where that is all that there is; the same
+    for all FlatParams of the optimizer, by which it is set."""
 
     @property
     def params(self) -> Sequence[Tensor]:
@@ -155,10 +163,10 @@ class FlatParams(Protocol):
         """
 
     def ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float, keep: bool) -> None:
-        """Save w, then w = w_max = w + radius T² g / (n + norm_eps); where n is not finite, w stays.
+        """Save w, then w = w_max = w + radius T² g / (n + norm_eps).
 
-        Leaves ``.grad`` None; with ``keep`` g is taken: the tensor itself where nobody else holds its
-        storage, else a copy. Moves 4 N.
+        Where n is not finite, or w_max out of reach, w stays. Leaves ``.grad`` None; with ``keep`` g is taken: the
+        tensor itself where nobody else holds its storage, else a copy. Moves 4 N.
         """
 
     def descend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bsam_fused.ops import contract, rounding
-from bsam_fused.ops.contract import CHECKED, SCALE, SLOTS, AdamScalars, Radius, SGDScalars
+from bsam_fused.ops.contract import CHECKED, CROSS, MAX, MIN, SCALE, SLOTS, SO_FAR, AdamScalars, Radius, SGDScalars
 from bsam_fused.ops.one_go import in_one_go
 
 Call = Callable[[], object]
@@ -29,6 +29,30 @@ ALIGNMENT = 64  # bytes: every tensor starts on a cache line of the flat buffers
 SMALL_BYTES = 4096  # up to here a gradient is copied rather than taken
 
 _kind = attrgetter("shape", "dtype", "device", "layout")
+
+
+class DirectionScales(NamedTuple):
+    """What an update multiplies by: g_min by c (BSAM), and all of d by a factor. On the host; groups.h's twin."""
+
+    c: float
+    """‖g_max‖ / ‖g_min‖, 0 where ‖g_min‖ = 0."""
+    factor: float
+    """1 / scale, times what clips ‖d‖ / scale to max_norm."""
+
+    @classmethod
+    def of(cls, sums: Sequence[float], bilateral: bool, max_norm: float) -> DirectionScales:
+        """Return those of finite sums, with d = s − c g_min, or g_max."""
+        c = math.sqrt(sums[MAX]) / math.sqrt(sums[MIN]) if sums[MIN] > 0 else 0.0
+        square = max(sums[SO_FAR] - 2 * c * sums[CROSS] + c * c * sums[MIN], 0.0) if bilateral else sums[MAX]
+        unscaled = 1 / sums[SCALE] if sums[SCALE] else 1.0
+        return cls(c, min(max_norm / (math.sqrt(square) * unscaled + 1e-6), 1.0) * unscaled)
+
+    def are_within(self, sums: Sequence[float], bilateral: bool, limit: float) -> bool:
+        """Return whether neither they nor d can be beyond ``limit``: |c g_min,i| ≤ ‖g_max‖; descend saw to s."""
+        norm_max = math.sqrt(sums[MAX])
+        if not bilateral:
+            return self.factor <= 1 or self.factor * norm_max <= limit
+        return self.c <= limit and 2 * max(self.factor, 1.0) * norm_max <= limit
 
 
 class Update(NamedTuple):
@@ -52,7 +76,7 @@ class PythonFlatParams(ABC):
         self.step_count = torch.zeros((), dtype=torch.int64, device=self.device)
         # Of parameters that are rounded stochastically.
         self._keys = [rounding.tensor_key(seed, *place) for place in places] if self._rounds(seed) else []
-        self._steps = torch.zeros(len(self.params), device=self.device)
+        self._steps = torch.zeros(len(self.params), dtype=torch.float32, device=self.device)
         self._kinds = list(map(_kind, self.params))
         self._layouts = list(map(Tensor.stride, self.params))
         self._numels = [p.numel() for p in self.params]
@@ -80,6 +104,7 @@ class PythonFlatParams(ABC):
         self._perturbed: list[int] = []  # what is not w, but saved is
         self._shown: list[list[Tensor]] = []  # the perturbed weights, while the weights are w
         self._done: list[bool] = []  # not empty: an update was made of the gradients read last
+        self.limit = torch.finfo(torch.promote_types(self.dtype, torch.float32)).max
         self._refuse_capture()
 
     def _rounds(self, seed: int | None) -> TypeGuard[int]:
@@ -330,15 +355,26 @@ class PythonFlatParams(ABC):
     @torch.no_grad()
     def combine(self, sums: Tensor, from_saved: bool, max_norm: float) -> bool:
         """Put d into .grad, w into the weights."""
-        if not sums[:CHECKED].isfinite().all():
+        directions = self._run_direction(sums, max_norm) if self._can_update(sums, max_norm) else None
+        if directions is None or not self._holds(directions.values()):
             self._commit(*self._put_back(), partial(self._skipped.add_, 1), partial(self.step_count.add_, 1))
             return False
-        directions = self._run_direction(sums, max_norm)
         self._save([i for i in range(len(self.params)) if i not in set(self._perturbed)])
         in_one_go(*(self._put_back() if from_saved else []))
         for i, d in directions.items():
             self.params[i].grad = d
         return True
+
+    def _can_update(self, sums: Tensor, max_norm: float) -> bool:
+        """Return whether the sums are finite, and d and what it is made of within the limit; waits for them."""
+        numbers = sums.tolist()
+        if not all(map(math.isfinite, numbers[:CHECKED])):
+            return False
+        return DirectionScales.of(numbers, self._bilateral, max_norm).are_within(numbers, self._bilateral, self.limit)
+
+    def _holds(self, directions: Iterable[Tensor]) -> bool:
+        """Return whether directions are finite in 16 bits, which hold less than what d was computed with."""
+        return self.dtype.itemsize > 2 or all(bool(d.isfinite().all()) for d in directions)
 
     def _save(self, members: Sequence[int]) -> None:
         """w -> saved, and only then is it noted: what was saved half way must not be restored from."""

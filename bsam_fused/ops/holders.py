@@ -35,7 +35,7 @@ def _counts(grad: Tensor) -> Counts:
 @functools.cache
 def _idle_counts() -> Counts:
     """Return what `_counts` says where nobody else holds anything: torch's and Python's versions count differently."""
-    param = torch.zeros(1, requires_grad=True)
-    param.grad = torch.zeros(1)
+    param = torch.zeros(1, requires_grad=True, device="cpu")
+    param.grad = torch.zeros_like(param)
     grads = {0: param.grad}
     return _counts(grads[0])

@@ -46,6 +46,15 @@ class ShardedFlatParams:
             raise AttributeError(name)
         return getattr(self.over_shards, name)
 
+    @property
+    def limit(self) -> float:
+        """What no number of a step may exceed."""
+        return self.over_shards.limit
+
+    @limit.setter
+    def limit(self, limit: float) -> None:
+        self.over_shards.limit = limit
+
     def _attach(self) -> None:
         """Follow parameters whose storage was replaced."""
         for param, shard in zip(self.params, self._shards, strict=True):

@@ -6,6 +6,7 @@ waited for. What is readable, and has each formula as the papers have it, is the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -41,10 +42,30 @@ Rule = Callable[[int, Tensor, Tensor], Next]
 """(parameter, w, d) -> what an update makes of it."""
 
 
-def perturbed(w: Tensor, g: Tensor, step: Tensor, radius: Radius) -> Tensor:
-    """Return w + step T² g, T = |w| + η if adaptive, else 1. SAM, ASAM, BSAM."""
-    t_squared = (w.abs() + radius.eta).square() if radius.adaptive else 1.0
-    return w + step * t_squared * g
+def adaptivity(w: Tensor, g: Tensor, eta: float) -> Tensor:
+    """Return T = |w| + η, and 0 where g is: nothing counts or moves there, even if w is infinite. ASAM."""
+    return torch.where(g == 0, 0.0, w.abs() + eta)
+
+
+def perturbed(w: Tensor, g: Tensor, step: Tensor | float, radius: Radius, dtype: torch.dtype | None = None) -> Tensor:
+    """Return w + step T² g, T = |w| + η if adaptive, else 1; w where that is beyond ``dtype``. SAM, ASAM, BSAM."""
+    if radius.adaptive:
+        t = adaptivity(w, g, radius.eta)
+        moved = w + step * t * (t * g)
+    else:
+        moved = w + step * g
+    return torch.where(moved.abs() <= torch.finfo(dtype or w.dtype).max, moved, w)
+
+
+def is_too_long(so_far: Tensor) -> Tensor:
+    """Return where d may be beyond what it is computed in, from s = g + g_max, if c g_min is at most half as long."""
+    s = so_far.to(torch.promote_types(so_far.dtype, torch.float32))
+    return ~(s + s).isfinite()
+
+
+def decayed(d: Tensor, w: Tensor, weight_decay: float) -> Tensor:
+    """Return d + weight_decay w; where there is no decay, d: 0 · ∞ is no number."""
+    return d + weight_decay * w if weight_decay else d
 
 
 def bilateral_coefficient(sums: Tensor) -> Tensor:
@@ -54,12 +75,22 @@ def bilateral_coefficient(sums: Tensor) -> Tensor:
 
 
 def direction_scales(sums: Tensor, bilateral: bool, max_norm: float) -> tuple[Tensor, Tensor]:
-    """Return c, and the factor of d = s − c g_min: 1 / scale, times what clips ‖d‖ / scale to ``max_norm``."""
+    """Return c, and the factor of d: `flat_params.DirectionScales` without asking the device."""
     c = bilateral_coefficient(sums)
     square = (sums[SO_FAR] - 2 * c * sums[CROSS] + c.square() * sums[MIN]).clamp(min=0) if bilateral else sums[MAX]
     unscaled = torch.where(sums[SCALE] == 0, 1.0, 1 / sums[SCALE])
     clip = max_norm / (square.sqrt() * unscaled + 1e-6)
     return c, torch.where(clip < 1, clip * unscaled, unscaled)
+
+
+def can_update(sums: Tensor, c: Tensor, factor: Tensor, bilateral: bool, limit: float) -> Tensor:
+    """Return whether the sums are finite, and d and what it is made of within ``limit``, likewise."""
+    norm_max = sums[MAX].sqrt()
+    if bilateral:
+        within = (c <= limit) & (2 * factor.clamp(min=1) * norm_max <= limit)
+    else:
+        within = (factor <= 1) | (factor * norm_max <= limit)
+    return sums[:CHECKED].isfinite().all() & within
 
 
 class TorchFlatParams(PythonFlatParams):
@@ -82,8 +113,8 @@ class TorchFlatParams(PythonFlatParams):
         """Σ (T g)²."""
         scaled = []
         for i, g in self._now.items():
-            radius, w = radii[self.places[i][0]], self._weights(i)
-            scaled.append((w.to(self.sums.dtype).abs() + radius.eta) * g if radius.adaptive else g)
+            radius, w = radii[self.places[i][0]], self._weights(i).to(self.sums.dtype)
+            scaled.append(adaptivity(w, g, radius.eta) * g if radius.adaptive else g)
         self.sums[slot] = 0
         if scaled:
             norms = torch._foreach_norm(scaled, 2, dtype=self.sums.dtype)
@@ -106,17 +137,25 @@ class TorchFlatParams(PythonFlatParams):
 
     def _run_ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
         self._save(list(self._now))
-        self._perturb(rounding.TO_MAX, sums, radii, norm_eps, sums[ASCENT].isfinite(), self._now)
+        beyond = self._is_out_of_reach(sums, radii, norm_eps)
+        self.sums[ASCENT].masked_fill_(beyond, math.nan)
+        self._perturb(rounding.TO_MAX, sums, radii, norm_eps, sums[ASCENT].isfinite() & ~beyond, self._now)
 
     def _run_descend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
         self.square_norm(MAX, [Radius(0.0)] * len(radii))
+        self.sums[MAX].masked_fill_(self._is_out_of_reach(sums, radii, norm_eps), math.nan)
         finite = sums[ASCENT].isfinite() & self.sums[MAX].isfinite()
         self._perturb(rounding.TO_MIN, sums, radii, norm_eps, finite, {i: self._g[i] for i in self._perturbed})
         both = [i for i in self._perturbed if i in self._now]
         if both:
             torch._foreach_add_([self._g[i] for i in both], [self._now[i] for i in both])
-            if self.dtype == torch.float16:  # overflows at 65504: a g + g_max that did must not reach the weights
-                self.sums[MAX] += 0 * torch.stack(torch._foreach_norm([self._g[i] for i in both])).sum()
+            too_long = torch.stack([is_too_long(self._g[i]).any() for i in both]).any()
+            self.sums[MAX].masked_fill_(too_long, math.nan)
+
+    def _is_out_of_reach(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> Tensor:
+        """Return whether a step length is beyond the limit."""
+        length = sums[ASCENT].sqrt() + norm_eps
+        return (length != 0) & (radii[0].largest / length > self.limit)
 
     def _perturb(
         self,
@@ -132,7 +171,7 @@ class TorchFlatParams(PythonFlatParams):
         for i, g in gradients.items():
             radius, w = radii[self.places[i][0]], self._view("saved", i).to(self._compute)
             step = (radius.radius * inverse).to(self._compute)
-            moved = torch.where(finite, perturbed(w, g.to(self._compute), step, radius), w)
+            moved = torch.where(finite, perturbed(w, g.to(self._compute), step, radius, self.dtype), w)
             self._weights(i).copy_(self._rounded(i, operand, moved))
 
     def _direction(self, i: int, c: Tensor, factor: Tensor) -> Tensor:
@@ -147,7 +186,8 @@ class TorchFlatParams(PythonFlatParams):
     def _run(self, update: Update, members: list[int], counted: Sequence[int], rule: Rule) -> None:
         """Work out everything that is to be written, then write it in one go."""
         sums = update.sums
-        finite, scales = sums[:CHECKED].isfinite().all(), direction_scales(sums, self._bilateral, update.max_norm)
+        scales = direction_scales(sums, self._bilateral, update.max_norm)
+        finite = can_update(sums, *scales, self._bilateral, self.limit)
         # The weights before the step are in saved only where they were perturbed.
         before = {i: self._weights(i) for i in members} | {i: self._view("saved", i) for i in self._perturbed}
         written: list[tuple[Tensor, Tensor]] = []
@@ -179,7 +219,7 @@ class TorchFlatParams(PythonFlatParams):
     def _run_sgd(self, update: Update, groups: Sequence[SGDScalars], members: list[int]) -> None:
         def rule(i: int, w: Tensor, d: Tensor) -> Next:
             o = groups[self.places[i][0]]
-            d = (-d if o.maximize else d) + o.weight_decay * w
+            d = decayed(-d if o.maximize else d, w, o.weight_decay)
             if not o.momentum:
                 return Next(w - o.lr * d, {})
             averaged = o.momentum * self._view("momentum_buffer", i).to(self._compute) + (1 - o.dampening) * d
@@ -196,7 +236,7 @@ class TorchFlatParams(PythonFlatParams):
             if o.decoupled:
                 w = w * (1 - o.lr * o.weight_decay)
             else:
-                d = d + o.weight_decay * w
+                d = decayed(d, w, o.weight_decay)
             m, v = self._view("exp_avg", i).to(self._compute), self._view("exp_avg_sq", i).to(self._compute)
             m, v = m + (1 - o.beta1) * (d - m), o.beta2 * v + (1 - o.beta2) * d.square()
             t = self._steps[i].to(self.sums.dtype) + 1

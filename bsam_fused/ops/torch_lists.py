@@ -16,24 +16,18 @@ from torch import Tensor
 from bsam_fused.ops import holders
 from bsam_fused.ops.contract import (
     ASCENT,
-    CHECKED,
-    CROSS,
     MAX,
-    MIN,
-    SCALE,
-    SO_FAR,
     AdamScalars,
     Radius,
     SGDScalars,
 )
-from bsam_fused.ops.flat_params import SMALL_BYTES, Call, Update, pick
-from bsam_fused.ops.torch_flat import TorchFlatParams
+from bsam_fused.ops.flat_params import SMALL_BYTES, Call, DirectionScales, Update, pick
+from bsam_fused.ops.torch_flat import TorchFlatParams, adaptivity, is_too_long, perturbed
 
 BLOCK = 1 << 14  # elements that are summed in their own dtype
 LARGE = 1 << 16  # elements from which on a tensor is summed in blocks
 SMALL = 1024  # elements of tensors that are summed together
 MANY = 32  # from so many tensors on, small ones are worth putting together
-FLOAT32_MAX = torch.finfo(torch.float32).max
 LEAST, MOST = 1e-10, 1e18  # between these norms squares neither vanish from float32 nor overflow it
 
 Tensors = list[Tensor]
@@ -71,36 +65,12 @@ def _sum_of_rows(rows: Tensor) -> float:
     return sum([norm * norm for norm in norms])
 
 
-def plus(ws: Tensors, gs: Tensors, factor: float) -> Call:
-    """Prepare w = w + factor g."""
-    if abs(factor) > FLOAT32_MAX and ws[0].dtype == torch.float32:
-        gs, factor = [(factor * g.double()).to(g.dtype) for g in gs], 1.0
-    return partial(torch._foreach_add_, ws, gs, alpha=factor)
-
-
 def perturb(ws: Tensors, gs: Tensors, step: float, radius: Radius) -> Call:
     """Prepare w = w + step T² g, T = |w| + η if adaptive, else 1. SAM, ASAM, BSAM."""
-    if not radius.adaptive:
-        return plus(ws, gs, step)
-    ts = adaptivity(ws, radius.eta)
-    torch._foreach_mul_(ts, ts)
-    torch._foreach_mul_(ts, gs)
-    return plus(ws, ts, step)
-
-
-def adaptivity(ws: Tensors, eta: float) -> Tensors:
-    """Return T = |w| + η. ASAM."""
-    ts = list(torch._foreach_abs(ws))
-    torch._foreach_add_(ts, eta)
-    return ts
-
-
-def direction_scales(sums: Sequence[float], bilateral: bool, max_norm: float) -> tuple[float, float]:
-    """Return c = ‖g_max‖ / ‖g_min‖, 0 where ‖g_min‖ = 0, and the factor of d = s − c g_min, as torch_flat.py has it."""
-    c = math.sqrt(sums[MAX]) / math.sqrt(sums[MIN]) if sums[MIN] > 0 else 0.0
-    square = max(sums[SO_FAR] - 2 * c * sums[CROSS] + c * c * sums[MIN], 0.0) if bilateral else sums[MAX]
-    unscaled = 1 / sums[SCALE] if sums[SCALE] else 1.0
-    return c, min(max_norm / (math.sqrt(square) * unscaled + 1e-6), 1.0) * unscaled
+    numbers = torch.finfo(ws[0].dtype)
+    if not radius.adaptive and abs(radius.radius) < numbers.max * numbers.eps / 4:  # |w_max − w|: too short to overflow
+        return partial(torch._foreach_add_, ws, gs, alpha=step)
+    return partial(torch._foreach_copy_, ws, [perturbed(w, g, step, radius) for w, g in zip(ws, gs, strict=True)])
 
 
 def sgd(ws: Tensors, ds: Tensors, ms: Tensors, o: SGDScalars, first: bool) -> Call:
@@ -174,9 +144,7 @@ class TorchListFlatParams(TorchFlatParams):
     def _adaptive_sum(self, radius: Radius, members: Sequence[int]) -> float:
         gs = [self._now[i] for i in members]
         if radius.adaptive:
-            ts = adaptivity(self._weights_of(members), radius.eta)
-            torch._foreach_mul_(ts, gs)
-            gs = ts
+            gs = [adaptivity(w, g, radius.eta) * g for w, g in zip(self._weights_of(members), gs, strict=True)]
         return sum_of_squares(gs)
 
     def _take(self) -> None:
@@ -202,17 +170,26 @@ class TorchListFlatParams(TorchFlatParams):
 
     def _run_ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
         self._save(list(self._now))
-        self._perturb_all(sums, radii, norm_eps, self._now)
+        self._perturb_all(ASCENT, sums, radii, norm_eps, self._now)
 
     def _run_descend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
         self.square_norm(MAX, [Radius(0.0)] * len(radii))
         if self._perturbed:
             self._reset()()
         if math.isfinite(self._slots[MAX].item()):
-            self._perturb_all(sums, radii, norm_eps, {i: self._g[i] for i in self._perturbed})
+            self._perturb_all(MAX, sums, radii, norm_eps, {i: self._g[i] for i in self._perturbed})
         both = [i for i in self._perturbed if i in self._now]
         if both:
-            torch._foreach_add_([self._g[i] for i in both], [self._now[i] for i in both])
+            so_far = [self._g[i] for i in both]
+            torch._foreach_add_(so_far, [self._now[i] for i in both])
+            if not self._are_short(sums, radii) and any(bool(is_too_long(s).any()) for s in so_far):
+                self._slots[MAX].fill_(math.nan)
+
+    def _are_short(self, sums: Tensor, radii: Sequence[Radius]) -> bool:
+        """Return whether the norms of g and g_max alone say that no g + g_max is too long."""
+        adaptive = any(radius.adaptive for radius in radii)
+        longest = math.sqrt(max(sums[ASCENT].item(), self._slots[MAX].item()))
+        return not adaptive and longest < torch.finfo(self.dtype).max / 4
 
     def _reset(self) -> Call:
         """Prepare w = saved, where a phase works on it."""
@@ -220,10 +197,14 @@ class TorchListFlatParams(TorchFlatParams):
         return partial(torch._foreach_copy_, self._weights_of(self._perturbed), saved)
 
     def _perturb_all(
-        self, sums: Tensor, radii: Sequence[Radius], norm_eps: float, gradients: dict[int, Tensor]
+        self, slot: int, sums: Tensor, radii: Sequence[Radius], norm_eps: float, gradients: dict[int, Tensor]
     ) -> None:
+        """Perturb all; out of reach none, which is noted in ``slot``."""
         length = math.sqrt(sums[ASCENT].item()) + norm_eps
         if not math.isfinite(length):
+            return
+        if length and radii[0].largest / length > self.limit:
+            self._slots[slot].fill_(math.nan)
             return
         for group, members in self._grouped(gradients).items():
             step = radii[group].radius / length if length else 0.0
@@ -234,7 +215,7 @@ class TorchListFlatParams(TorchFlatParams):
         self, members: Sequence[int], sums: Sequence[float], max_norm: float
     ) -> tuple[dict[int, Tensor], list[Call]]:
         """Return d of every member, once the calls were made: g is written to, this pass's gradients are not."""
-        c, factor = direction_scales(sums, self._bilateral, max_norm)
+        c, factor = DirectionScales.of(sums, self._bilateral, max_norm)
         if not self._bilateral and factor == 1 and len(members) == len(self._now):
             return self._now, []
         none = [i for i in members if i not in self._now and i not in self._g]
@@ -245,7 +226,11 @@ class TorchListFlatParams(TorchFlatParams):
         new = {i: g for i, g in self._now.items() if i not in self._g}
         made.update(scaled(new, -c) if new else {})
         both = [i for i in self._g if i in self._now]
-        calls = [plus([self._g[i] for i in both], [self._now[i] for i in both], -c)] if both else []
+        calls: list[Call] = []
+        if both:
+            calls.append(
+                partial(torch._foreach_add_, [self._g[i] for i in both], [self._now[i] for i in both], alpha=-c)
+            )
         ds = {**self._g, **made}
         if factor != 1 and ds:
             calls.append(partial(torch._foreach_mul_, list(ds.values()), factor))
@@ -258,12 +243,11 @@ class TorchListFlatParams(TorchFlatParams):
         members: list[int],
         rule: Callable[[Options, list[int], Tensors, Tensors], list[Call]],
     ) -> None:
-        sums = update.sums.tolist()
         count = partial(self.step_count.add_, 1)
-        if not all(map(math.isfinite, sums[:CHECKED])):
+        if not self._can_update(update.sums, update.max_norm):
             self._commit(*self._put_back(), partial(self._skipped.add_, 1), count)
             return
-        ds, writes = self._directions(members, sums, update.max_norm)
+        ds, writes = self._directions(members, update.sums.tolist(), update.max_norm)
         if update.from_saved and self._perturbed:
             writes.append(self._reset())
         grouped = self._grouped(members)

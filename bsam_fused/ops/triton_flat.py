@@ -88,7 +88,7 @@ class _Table:
         return self._on_device.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _on_host(self, rows: Rows) -> Tensor:
-        return torch.tensor(rows, dtype=self._on_device.dtype, pin_memory=self._on_device.is_cuda)
+        return torch.tensor(rows, dtype=self._on_device.dtype, device="cpu", pin_memory=self._on_device.is_cuda)
 
     def _copy(self, host: Tensor) -> None:
         self._on_device.copy_(host, non_blocking=True)
@@ -108,7 +108,7 @@ class _Pointers(_Table):
     def write(self, rows: Rows) -> Tensor:
         """Return the tensor on the device, with these rows."""
         if self._capturing():
-            host = self._on_host(rows) if self._spare is None else self._spare.copy_(torch.tensor(rows))
+            host = self._on_host(rows) if self._spare is None else self._spare.copy_(torch.tensor(rows, device="cpu"))
             self._spare = None
             self._captured.append(host)
             self._copy(host)
@@ -133,13 +133,14 @@ class TritonFlatParams(PythonFlatParams):
         self._map = _chunks(self._numels, chunk).to(self.device)
         groups, keys = [group for group, _ in places], self._keys or [0] * len(self.params)
         columns = [self._offsets[:-1], self._numels, groups, keys]
-        self._tensors = torch.tensor(columns, dtype=torch.int64).t().contiguous().to(self.device)
+        self._tensors = torch.tensor(columns, dtype=torch.int64, device="cpu").t().contiguous().to(self.device)
         processors, warp = _processors(self.device)
         self._grid = (max(1, min(len(self._map), PROGRAMS * processors)),)
         partials = torch.zeros(TERMS * self._grid[0], dtype=torch.float64, device=self.device)
         ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._reduction = {"partials": partials, "ticket": ticket}
         self._rounding = {"step_count": self.step_count, "STOCHASTIC": bool(self._keys)}
+        self._perturbing = {**self._rounding, "MOST": torch.finfo(self.dtype).max}
         self._copying: set[int] = set()  # whose gradient of this pass is taken by copying it into g
         self._tables: dict[str, _Table] = {}
         self._pointers: dict[str, _Pointers] = {}
@@ -166,8 +167,8 @@ class TritonFlatParams(PythonFlatParams):
         self._norm_options(ASCENT, [Radius(*row) for row in tables[0]])
         for name, rows in zip(("ascend", "descend", "update"), tables, strict=True):
             if rows and name in self._tables:
-                (*_, last), *_ = self._tables[name].rows  # norm_eps or max_norm
-                self._table(name, [(*row, last) for row in rows])
+                (*_, last, _), *_ = self._tables[name].rows  # norm_eps or max_norm
+                self._table(name, [(*row, last, self.limit) for row in rows])
 
     def _launch(self, name: str, wanted: Iterable[int], pointers: Callable[[int], Pointers], **arguments: Any) -> None:
         """Launch a kernel over the ``wanted`` parameters."""
@@ -194,10 +195,10 @@ class TritonFlatParams(PythonFlatParams):
         return self._buffer(key).data_ptr()
 
     def _reach(self, name: str, radii: Sequence[Radius], norm_eps: float) -> Tensor:
-        return self._table(name, [(*radius, norm_eps) for radius in radii])
+        return self._table(name, [(*radius, norm_eps, self.limit) for radius in radii])
 
     def _norm_options(self, slot: int, radii: Sequence[Radius]) -> Tensor:
-        return self._reach(f"square_norm {slot}", [radius._replace(radius=0.0) for radius in radii], 0.0)
+        return self._reach(f"square_norm {slot}", [radius._replace(radius=0.0, largest=0.0) for radius in radii], 0.0)
 
     @torch.no_grad()
     def square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
@@ -247,7 +248,14 @@ class TritonFlatParams(PythonFlatParams):
 
         options = self._reach("ascend", radii, norm_eps)
         launch = self._prepared(
-            "ascend", self._now, pointers, options=options, sums=sums, saved=self._at("saved"), **self._rounding
+            "ascend",
+            self._now,
+            pointers,
+            options=options,
+            sums=sums,
+            own_sums=self.sums,
+            saved=self._at("saved"),
+            **self._perturbing,
         )
         with torch.cuda.device_of(self._tensors):
             in_one_go(launch, partial(self._perturbed.extend, list(self._now)))
@@ -270,7 +278,7 @@ class TritonFlatParams(PythonFlatParams):
             sums=sums,
             own_sums=self.sums,
             saved=self._at("saved"),
-            **self._rounding,
+            **self._perturbing,
             **self._reduction,
         )
 
@@ -305,13 +313,13 @@ class TritonFlatParams(PythonFlatParams):
             self._commit(launch, *self._written(members))
 
     def _run_sgd(self, update: Update, groups: Sequence[SGDScalars], members: list[int]) -> None:
-        options = self._table("update", [(*o, update.max_norm) for o in groups])
+        options = self._table("update", [(*o, update.max_norm, self.limit) for o in groups])
         counted = {i for i in members if groups[self.places[i][0]].stateful}
         momentum_buffer = self._at("momentum_buffer") if counted else 0
         self._run_update("update_sgd", update, options, members, counted, momentum_buffer=momentum_buffer)
 
     def _run_adam(self, update: Update, groups: Sequence[AdamScalars], members: list[int]) -> None:
-        options = self._table("update", [(*o, update.max_norm) for o in groups])
+        options = self._table("update", [(*o, update.max_norm, self.limit) for o in groups])
         state = {key: self._at(key) for key in ("exp_avg", "exp_avg_sq")}
         self._run_update("update_adam", update, options, members, set(members), **state)
 
@@ -321,7 +329,7 @@ class TritonFlatParams(PythonFlatParams):
         def pointers(i: int) -> Pointers:
             return directions[i].data_ptr(), _address(self._g.get(i)), _address(self._now.get(i)), WANTED
 
-        options = self._table("direction", [(max_norm,)])
+        options = self._table("direction", [(max_norm, self.limit)])
         self._launch("direction", directions, pointers, options=options, sums=sums, BILATERAL=self._bilateral)
         return directions
 
@@ -332,10 +340,10 @@ def _address(tensor: Tensor | None) -> int:
 
 def _chunks(numels: Sequence[int], chunk: int) -> Tensor:
     """Return int32 (chunks, 2): of each chunk, the tensor and which of its chunks it is."""
-    counts = torch.tensor([-(-numel // chunk) for numel in numels])
-    tensor = torch.repeat_interleave(torch.arange(len(numels)), counts)
+    counts = torch.tensor([-(-numel // chunk) for numel in numels], device="cpu")
+    tensor = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), counts)
     first = (counts.cumsum(0) - counts)[tensor]
-    return torch.stack([tensor, torch.arange(len(tensor)) - first], 1).to(torch.int32)
+    return torch.stack([tensor, torch.arange(len(tensor), device="cpu") - first], 1).to(torch.int32)
 
 
 def _processors(device: torch.device) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from bsam_fused.ops.triton_math import (
     direction_factor,
     direction_so_far,
     is_finite,
+    is_too_long,
     perturbed,
     plus_product,
     plus_square,
@@ -55,9 +56,9 @@ from bsam_fused.ops.triton_rounding import (
 )
 
 # Options come in float64 rows, a param group each.
-RADIUS_OPTIONS = tl.constexpr(4)  # radius, adaptive, eta, norm_eps
-SGD_OPTIONS = tl.constexpr(7)  # lr, momentum, dampening, weight_decay, nesterov, maximize, max_norm
-ADAM_OPTIONS = tl.constexpr(8)  # lr, beta1, beta2, eps, weight_decay, decoupled, maximize, max_norm
+RADIUS_OPTIONS = tl.constexpr(6)  # radius, adaptive, eta, largest, norm_eps, limit
+SGD_OPTIONS = tl.constexpr(8)  # lr, momentum, dampening, weight_decay, nesterov, maximize, max_norm, limit
+ADAM_OPTIONS = tl.constexpr(9)  # lr, beta1, beta2, eps, weight_decay, decoupled, maximize, max_norm, limit
 
 ASCENT = tl.constexpr(contract.ASCENT)
 MAX = tl.constexpr(contract.MAX)
@@ -75,8 +76,14 @@ NOT_SPECIALIZED = ["chunks", "count", "slot"]
 def _reach(options: tl.tensor, group: tl.tensor, sum_ascent: tl.tensor, T: tl.constexpr) -> tl.tuple:
     """Return step, η and whether T is adaptive, of a param group."""
     o = options + RADIUS_OPTIONS * group
-    step = step_length(tl.load(o), sum_ascent, tl.load(o + 3))
+    step = step_length(tl.load(o), sum_ascent, tl.load(o + 4))
     return step.to(T), tl.load(o + 2).to(T), tl.load(o + 1) != 0
+
+
+@triton.jit
+def _is_out_of_reach(options: tl.tensor, sum_ascent: tl.tensor) -> tl.tensor:
+    """Whether a step length is beyond the limit: nothing is perturbed then, and the step will be skipped."""
+    return step_length(tl.load(options + 3), sum_ascent, tl.load(options + 4)) > tl.load(options + 5)
 
 
 @triton.jit
@@ -87,15 +94,24 @@ def _all_finite(sums: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _direction_scales(sums: tl.tensor, max_norm: tl.tensor, BILATERAL: tl.constexpr) -> tl.tuple:
-    """Return what the update multiplies by: g_min by c (BSAM), and all of d by a factor."""
+def _direction_scales(sums: tl.tensor, options: tl.tensor, BILATERAL: tl.constexpr) -> tl.tuple:
+    """Return whether an update can be made, and what it multiplies by: g_min by c (BSAM), and all of d by a factor.
+
+    It cannot where the sums are not finite, or these, or d, may be beyond the limit: |c g_min,i| ≤ ‖g_max‖, and descend
+    saw to g + g_max. options: max_norm, limit.
+    """
+    max_norm, limit = tl.load(options), tl.load(options + 1)
+    norm_max = tl.sqrt(tl.load(sums + MAX))
     if BILATERAL:
         c = bilateral_coefficient(tl.load(sums + MAX), tl.load(sums + MIN))
         square = bilateral_square(tl.load(sums + SO_FAR), tl.load(sums + CROSS), tl.load(sums + MIN), c)
+        factor = direction_factor(square, tl.load(sums + SCALE), max_norm)
+        within = (c <= limit) & (2 * tl.maximum(factor, 1.0) * norm_max <= limit)
     else:
         c = tl.full((), 0.0, tl.float64)
-        square = tl.load(sums + MAX)
-    return c, direction_factor(square, tl.load(sums + SCALE), max_norm)
+        factor = direction_factor(tl.load(sums + MAX), tl.load(sums + SCALE), max_norm)
+        within = (factor <= 1) | (factor * norm_max <= limit)
+    return _all_finite(sums) & within, c, factor
 
 
 @triton.jit
@@ -144,7 +160,7 @@ def square_norm(
             if is_variant(WHOLE, count, w, g, now, CHUNK):
                 slope = load(now, count, S, CHUNK, WHOLE).to(T)
                 x = load(only_if(adaptive, w), count, S, CHUNK, WHOLE).to(T)
-                total = plus_square(total, slope, adaptivity(x, eta, adaptive))
+                total = plus_square(total, slope, adaptivity(x, slope, eta, adaptive))
     partial(total, partials, 0)
     if is_last(ticket):
         tl.store(sums + slot, added_up(partials, 0))
@@ -193,16 +209,21 @@ def ascend(
     chunks: tl.tensor,
     options: tl.tensor,
     sums: tl.tensor,
+    own_sums: tl.tensor,
     saved: tl.tensor,
     step_count: tl.tensor,
     S: tl.constexpr,
     T: tl.constexpr,
     CHUNK: tl.constexpr,
+    MOST: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ) -> None:
-    """saved = w, w = w_max; `now`, g at w, is copied into g where that is there."""
+    """saved = w, w = w_max; `now`, g at w, is copied into g where that is there. Σ (T g)² = NaN where out of reach."""
     sum_ascent = tl.load(sums + ASCENT)
-    finite = is_finite(sum_ascent)
+    beyond = _is_out_of_reach(options, sum_ascent)
+    finite = is_finite(sum_ascent) & (beyond == 0)
+    # A program that reads it from here on finds a sum that is not finite, and leaves w alone as well.
+    tl.store(own_sums + ASCENT, float("nan"), mask=beyond)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         _, group, key, _, begin, count, flat, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
         for WHOLE in tl.static_range(2):
@@ -212,8 +233,8 @@ def ascend(
                 step, eta, adaptive = _reach(options, group, sum_ascent, T)
                 store(saved + flat, before, count, S, CHUNK, WHOLE)
                 store(g, slope, count, S, CHUNK, WHOLE)
-                x = before.to(T)
-                x = perturbed(x, slope.to(T), adaptivity(x, eta, adaptive), step)
+                x, slope = before.to(T), slope.to(T)
+                x = perturbed(x, slope, adaptivity(x, slope, eta, adaptive), step, MOST)
                 x = _rounded(x, TO_MAX, key, step_count, begin, S, CHUNK, STOCHASTIC)
                 store(only_if(finite, w), x, count, S, CHUNK, WHOLE)
 
@@ -234,11 +255,13 @@ def descend(
     S: tl.constexpr,
     T: tl.constexpr,
     CHUNK: tl.constexpr,
+    MOST: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ) -> None:
     """w = w_min from saved, g += g_max in `now`, Σ g_max². Of what is not perturbed g_max is copied into g."""
     sum_ascent = tl.load(sums + ASCENT)
-    finite = is_finite(sum_ascent)
+    # Where w is out of reach the step length becomes NaN, and w stays, as where the sum is not finite.
+    sum_ascent = tl.where(_is_out_of_reach(options, sum_ascent), float("nan"), sum_ascent)
     sum_max = tl.zeros((CHUNK,), tl.float64)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         _, group, key, flags, begin, count, flat, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
@@ -249,17 +272,17 @@ def descend(
                 slope = load(only_if(moved, g), count, S, CHUNK, WHOLE).to(T)
                 g_max = load(now, count, S, CHUNK, WHOLE).to(T)
                 step, eta, adaptive = _reach(options, group, sum_ascent, T)
-                x = tl.where(finite, perturbed(x, slope, adaptivity(x, eta, adaptive), step), x)
+                x = perturbed(x, slope, adaptivity(x, slope, eta, adaptive), step, MOST)
                 x = _rounded(x, TO_MIN, key, step_count, begin, S, CHUNK, STOCHASTIC)
                 store(only_if(moved, w), x, count, S, CHUNK, WHOLE)
                 s = direction_so_far(slope, g_max).to(S)
                 store(g, s, count, S, CHUNK, WHOLE)
+                g_max = tl.where(is_too_long(s.to(T)), float("nan"), g_max)
                 sum_max = plus_product(sum_max, g_max, g_max)
-                if tl.float16 == S:  # overflows at 65504: a g + g_max that did must not reach the weights
-                    sum_max += 0 * s.to(tl.float64)
     partial(sum_max, partials, 0)
     if is_last(ticket):
-        tl.store(own_sums + MAX, added_up(partials, 0))
+        beyond = _is_out_of_reach(options, tl.load(sums + ASCENT))
+        tl.store(own_sums + MAX, tl.where(beyond, float("nan"), added_up(partials, 0)))
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -275,8 +298,8 @@ def direction(
     CHUNK: tl.constexpr,
     BILATERAL: tl.constexpr,
 ) -> None:
-    """d, into what stands for w: g + g_max − c g_min, or g_max (SAM), times its factor; options: max_norm alone."""
-    c, factor = _direction_scales(sums, tl.load(options), BILATERAL)
+    """d, into what stands for w: g + g_max − c g_min, or g_max (SAM), times its factor; options: max_norm, limit."""
+    _finite, c, factor = _direction_scales(sums, options, BILATERAL)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         _, _, _, _, _, count, _, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
         for WHOLE in tl.static_range(2):
@@ -352,8 +375,7 @@ def update_sgd(
 
     With MASTER from float32 master weights and to them, w their rounding to nearest.
     """
-    finite = _all_finite(sums)
-    c, factor = _direction_scales(sums, tl.load(options + 6), BILATERAL)
+    finite, c, factor = _direction_scales(sums, options + 6, BILATERAL)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         tensor, group, key, flags, begin, n, flat, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
         master_at = master + 2 * flat  # float32 takes twice the bytes of 16-bit parameters
@@ -424,8 +446,7 @@ def update_adam(
     FROM_SAVED: tl.constexpr,
 ) -> None:
     """torch.optim.Adam's and AdamW's rule, otherwise as `update_sgd`."""
-    finite = _all_finite(sums)
-    c, factor = _direction_scales(sums, tl.load(options + 7), BILATERAL)
+    finite, c, factor = _direction_scales(sums, options + 7, BILATERAL)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         tensor, group, key, flags, begin, n, flat, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
         master_at = master + 2 * flat  # float32 takes twice the bytes of 16-bit parameters

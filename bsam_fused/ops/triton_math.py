@@ -75,9 +75,9 @@ def direction_factor(square: tl.tensor, scale: tl.tensor, max_norm: tl.tensor) -
 
 
 @triton.jit
-def adaptivity(w: tl.tensor, eta: tl.tensor, adaptive: tl.tensor) -> tl.tensor:
-    """T: 1 (SAM, BSAM), or |w| + η (adaptive: ASAM)."""
-    return tl.where(adaptive, tl.abs(w) + eta, 1.0)
+def adaptivity(w: tl.tensor, g: tl.tensor, eta: tl.tensor, adaptive: tl.tensor) -> tl.tensor:
+    """T: 1 (SAM, BSAM), or |w| + η (adaptive: ASAM); where g is 0 nothing counts or moves, even if w is infinite: 0."""
+    return tl.where(adaptive, tl.where(g == 0, 0.0, tl.abs(w) + eta), 1.0)
 
 
 @triton.jit
@@ -94,9 +94,13 @@ def plus_square(total: tl.tensor, g: tl.tensor, t: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def perturbed(w: tl.tensor, g: tl.tensor, t: tl.tensor, step: tl.tensor) -> tl.tensor:
-    """w + step T² g: w_max with step = ρ / (n + norm_eps), w_min with step = −ρ_min / (n + norm_eps)."""
-    return tl.fma(step * t * t, g, w)
+def perturbed(w: tl.tensor, g: tl.tensor, t: tl.tensor, step: tl.tensor, MOST: tl.constexpr) -> tl.tensor:
+    """w + step T² g: w_max with step = ρ / (n + norm_eps), w_min with step = −ρ_min / (n + norm_eps).
+
+    w, where that is beyond MOST, the largest number as stored.
+    """
+    moved = tl.fma(step * t, t * g, w)
+    return tl.where(tl.abs(moved) <= MOST, moved, w)
 
 
 # ---- directions (SAM's is g_max itself)
@@ -109,12 +113,24 @@ def direction_so_far(g: tl.tensor, g_max: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def is_too_long(g_plus_g_max: tl.tensor) -> tl.tensor:
+    """Whether d may be beyond its type, if c g_min is at most half as long as that: from g + g_max, as it is stored."""
+    return is_finite(g_plus_g_max + g_plus_g_max) == 0
+
+
+@triton.jit
 def bilateral_direction(g_plus_g_max: tl.tensor, g_min: tl.tensor, c: tl.tensor) -> tl.tensor:
     """d = g + g_max − c g_min. BSAM."""
     return tl.fma(-c, g_min, g_plus_g_max)
 
 
 # ---- base updates: torch.optim's rules from w with gradient d, their cases as coefficients
+
+
+@triton.jit
+def decaying(weight_decay: tl.tensor, w: tl.tensor) -> tl.tensor:
+    """Weight decay's w: none where there is no decay, for 0 · ∞ is no number."""
+    return tl.where(weight_decay == 0, 0.0, w)
 
 
 @triton.jit
@@ -154,7 +170,7 @@ def sgd(
     of_m: tl.tensor,
 ) -> tl.tuple:
     """m = μ m + (1 − dampening) d;  (w − lr m, or w − lr (d + μ m), or w − lr d; m)."""
-    d = tl.fma(weight_decay, w, of_gradient * d)
+    d = tl.fma(weight_decay, decaying(weight_decay, w), of_gradient * d)
     m = tl.fma(keep, m, take * d)
     return tl.fma(-lr, tl.fma(of_m, m, of_d * d), w), m
 
@@ -209,7 +225,7 @@ def adam(
     sqrt_bias_correction: tl.tensor,
 ) -> tl.tuple:
     """m = β1 m + (1 − β1) d;  v = β2 v + (1 − β2) d²;  (w − lr m̂ / (√v̂ + eps); m; v), m̂ and v̂ bias-corrected."""
-    d = tl.fma(weight_decay, w, of_gradient * d)
+    d = tl.fma(weight_decay, decaying(weight_decay, w), of_gradient * d)
     m = tl.fma(one_minus_beta1, d - m, m)
     v = tl.fma(beta2, v, one_minus_beta2 * d * d)
     denominator = divided(square_root(v), sqrt_bias_correction) + eps

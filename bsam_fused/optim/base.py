@@ -108,7 +108,7 @@ class SharpnessAware(Phased):
         Of the gradients as they came: times the scale of a GradScaler; with ``sync="last"`` this rank's own.
         """
         if not len(self._flats):
-            return torch.zeros(NORMS, dtype=torch.float64)
+            return torch.zeros(NORMS, dtype=torch.float64, device="cpu")
         return self._flats.squared_norms.sqrt()
 
     @property
@@ -120,13 +120,16 @@ class SharpnessAware(Phased):
 
     def _radii(self, option: str, sign: float) -> list[Radius]:
         """Return a radius a group: ``option``, with ``sign`` the other way under maximize."""
+        radii = [self._radius(group, option, i) for i, group in enumerate(self.param_groups)]
+        largest = max(radii)
         return [
             Radius(
-                (-sign if group.get("maximize") else sign) * self._radius(group, option, i),
+                (-sign if group.get("maximize") else sign) * radius,
                 bool(group[self._key("adaptive")]),
                 self._non_negative(group, "eta", i),
+                largest,
             )
-            for i, group in enumerate(self.param_groups)
+            for i, (group, radius) in enumerate(zip(self.param_groups, radii, strict=True))
         ]
 
     def _radius(self, group: dict[str, Any], option: str, index: int) -> float:

@@ -159,9 +159,12 @@ class Flats:
         for params, places in kinds.values():
             contract.check_memory([distributed.local(p) for p in params], places)
         built = [self._flat(kind[0], params, places, backend) for kind, (params, places) in kinds.items()]
-        count = known[0].step_count if known else torch.tensor(self._rounded_before or 0)
+        count = known[0].step_count if known else torch.tensor(self._rounded_before or 0, device="cpu")
         for flat in built:
             flat.step_count.copy_(count)
+        limit = min((flat.limit for flat in (*known, *built)), default=math.inf)
+        for flat in (*known, *built):
+            flat.limit = limit
         shards = [*self._shards, *(groups for _, _, groups in kinds)]
         self._built, self._shards, self._left_out = [*known, *built], shards, left_out
 
@@ -293,8 +296,10 @@ class Flats:
 
     def failed(self, passes: int) -> Tensor:
         """Return whether one of the first ``passes`` sums is not finite: bool (), on the first one's device."""
-        sums = self._latest if passes == MAX else self.totals()  # of the ascent alone nothing has changed since
-        return ~sums[0][:passes].isfinite().all()
+        if passes > MAX:
+            return ~self.totals()[0][:passes].isfinite().all()
+        sums = self._latest[0] + 0 * self._built[0].sums  # type: ignore[index] # and what the ascent itself found
+        return ~sums[:passes].isfinite().all()
 
     def failed_anywhere(self, group: Any, passes: int) -> Tensor:
         """Return the same, of any rank of ``group``.

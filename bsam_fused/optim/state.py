@@ -142,7 +142,7 @@ def _held(flat: FlatParams, state: State, kept: Kept) -> dict[int, tuple[dict[st
         there = [key for key in kept.keys(flat, i) if entry.get(key) is not None]
         if not set(kept.rule.keys) <= set(there):
             there = [key for key in there if key == MASTER_WEIGHT]
-        tensors = {key: torch.as_tensor(entry[key]) for key in there}
+        tensors = {key: _tensor(entry[key]) for key in there}
         for key, tensor in tensors.items():
             if key == MASTER_WEIGHT and tensor.dtype.itemsize == 2:
                 raise ValueError(
@@ -155,6 +155,10 @@ def _held(flat: FlatParams, state: State, kept: Kept) -> dict[int, tuple[dict[st
         if tensors:
             held[i] = (entry, tensors)
     return held
+
+
+def _tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
 
 
 @torch.no_grad()

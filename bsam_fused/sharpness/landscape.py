@@ -29,7 +29,7 @@ def random_direction(model: nn.Module, seed: int = 0) -> list[Tensor]:
 
 
 def _filter_normalised(w: Tensor, random: torch.Generator) -> Tensor:
-    d = torch.randn(w.shape, generator=random, dtype=torch.float64)
+    d = torch.randn(w.shape, generator=random, dtype=torch.float64, device="cpu")
     if w.dim() < 2:
         return torch.zeros_like(w)
     filters = tuple(range(1, w.dim()))
@@ -130,4 +130,4 @@ def _losses(
         for place in places:
             loss.place(*zip(place, directions, strict=True))
             losses.append(loss.value(f"w + {' + '.join(f'{a:g} d' for a in place)}"))
-    return torch.tensor(losses, dtype=torch.float64)
+    return torch.tensor(losses, dtype=torch.float64, device="cpu")
