@@ -19,6 +19,9 @@ Each = float | Sequence[float]
 """One number for all param groups, or one a group."""
 Factor = Callable[[int], float]
 
+GIVEN_LR, LARGEST_LR = "given_lr", "largest_lr"
+"""Where param groups keep the learning rate that they began with, and the largest one of their steps so far."""
+
 
 class _Stepped(ABC):
     """What belongs to an optimizer and counts its steps; all but the optimizer is in the state dict."""
@@ -179,7 +182,7 @@ class ConstantRadius(RadiusSchedule):
 class ProportionalRadius(RadiusSchedule):
     """ρ_t follows the learning rate: `decayed_radius` (BSAM eq. 12). Step it after the LR scheduler.
 
-    lr_max is as BSAM has it: the group's ``max_lr`` (OneCycle), else ``initial_lr``, else its lr to begin with.
+    lr_max is as `largest_lr` has it.
 
     Args:
         optimizer: as `RadiusSchedule` has it.
@@ -197,14 +200,13 @@ class ProportionalRadius(RadiusSchedule):
         super().__init__(optimizer, radius)
         self.end, self.lr_end = self._each("end", end), self._each("lr_end", lr_end)
         for group in optimizer.param_groups:
-            group.setdefault("lr_max", float(group["lr"]))
+            group.setdefault(GIVEN_LR, float(group["lr"]))
         self._apply(0)
 
     def _radius(self, t: int, rho_0: float, i: int) -> float:
         group = self.optimizer.param_groups[i]
-        return decayed_radius(
-            rho_0, float(group["lr"]), largest_lr(group), rho_min_end=self.end[i], lr_end=self.lr_end[i]
-        )
+        lr_max = largest_lr(group)
+        return decayed_radius(rho_0, scheduled_lr(group), lr_max, rho_min_end=self.end[i], lr_end=self.lr_end[i])
 
 
 class LinearRadius(RadiusSchedule):
@@ -341,16 +343,26 @@ class SequentialRadius(RadiusSchedule):
 def decayed_radius(rho_min: float, lr: float, lr_max: float, *, rho_min_end: float = 0.0, lr_end: float = 0.0) -> float:
     """Return ρ_min,t = ρ_end + (ρ_min − ρ_end)(lr_t − lr_end)/(lr_max − lr_end), BSAM (arXiv 2409.13173) eq. 12.
 
-    ρ_min where lr_max = lr_end; never below 0.
+    The fraction is kept in [0, 1], and is 1 where lr_max = lr_end.
     """
-    if lr_max == lr_end:
-        return rho_min
-    return max(0.0, rho_min_end + (rho_min - rho_min_end) * (lr - lr_end) / (lr_max - lr_end))
+    share = 1.0 if lr_max == lr_end else (lr - lr_end) / (lr_max - lr_end)
+    return rho_min_end + (rho_min - rho_min_end) * min(max(share, 0.0), 1.0)
+
+
+def scheduled_lr(group: dict[str, Any]) -> float:
+    """Return a group's lr without its ``lr_scale`` (layer decay, as timm has it): the schedule's own."""
+    return float(group["lr"]) / (float(group.get("lr_scale", 1.0)) or 1.0)
 
 
 def largest_lr(group: dict[str, Any]) -> float:
-    """Return lr_max of eq. 12: the group's ``max_lr`` (OneCycle), else ``initial_lr``, else ``lr_max``."""
-    return next(float(group[name]) for name in ("max_lr", "initial_lr", "lr_max") if name in group)
+    """Return lr_max of eq. 12, and note the group's lr now.
+
+    The group's ``max_lr`` (OneCycle), else ``initial_lr``, else its lr to begin with; and at least the largest that was
+    noted so far, without ``lr_scale``.
+    """
+    group[LARGEST_LR] = max(group.get(LARGEST_LR, 0.0), scheduled_lr(group))
+    planned = next(float(group[name]) for name in ("max_lr", "initial_lr", GIVEN_LR) if name in group)
+    return max(planned, group[LARGEST_LR])
 
 
 def _check_count(name: str, value: int) -> int:

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "optim": set(),
     "optim.fused": {"ops.contract"},
     "optim.state": {"ops.contract", "ops.identity", "optim.fused"},
-    "optim.groups": {"ops.contract"},
+    "optim.groups": {"ops.contract", "schedules"},
     "optim.hooks": set(),
     "optim.sharpness": set(),
     "optim.scaling": {"distributed"},
@@ -58,7 +58,8 @@ MAY_IMPORT = {
         "optim.scaling",
         "optim.state",
     },
-    "optim.persistence": {"ops.contract", "optim.flats", "optim.state"},
+    "optim.around": {"ops.identity", "optim.flats", "optim.groups"},
+    "optim.persistence": {"ops.contract", "optim.around", "optim.state"},
     "optim.phases": {"optim.persistence", "optim.trainers", "batchnorm", "distributed"},
     "optim.base": {
         "ops.contract",

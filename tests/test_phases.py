@@ -209,7 +209,10 @@ def test_radius_without_decay():
     ("keys", "lr_max"), [({}, 0.2), ({"initial_lr": 0.4}, 0.4), ({"initial_lr": 0.4, "max_lr": 0.8}, 0.8)]
 )
 def test_what_the_largest_learning_rate_is(keys, lr_max):
-    """max_lr, else initial_lr, else lr at construction; and it survives a resume at a lower lr."""
+    """max_lr, else initial_lr, else lr at construction; and it survives a resume at a lower lr.
+
+    A larger lr counts when it was that of a step; ρ_min is then whole, and never more.
+    """
     opt = bsam_fused.BSAM([nn.Parameter(torch.ones(2))], lr=0.2, rho=0.1, rho_min=0.6)
     opt.param_groups[0].update(keys)
     opt.param_groups[0]["lr"] = 0.05
@@ -217,6 +220,47 @@ def test_what_the_largest_learning_rate_is(keys, lr_max):
     resumed = bsam_fused.BSAM([nn.Parameter(torch.ones(2))], lr=0.05, rho_min=0.6)
     resumed.load_state_dict(opt.state_dict())
     assert resumed._radii("rho_min", -1.0)[0].radius == pytest.approx(-0.6 * 0.05 / lr_max)
+    for optimizer in (opt, resumed):
+        optimizer.param_groups[0]["lr"] = 2.0
+        assert optimizer._radii("rho_min", -1.0)[0].radius == -0.6
+    resumed = bsam_fused.BSAM([nn.Parameter(torch.ones(2))], lr=0.05, rho_min=0.6)
+    resumed.load_state_dict(opt.state_dict())
+    resumed.param_groups[0]["lr"] = 0.05
+    assert resumed._radii("rho_min", -1.0)[0].radius == pytest.approx(-0.6 * 0.05 / 2.0)
+
+
+def test_the_largest_learning_rate_of_a_late_phase_is_that_of_its_plain_steps():
+    p = nn.Parameter(torch.ones(2))
+    opt = bsam_fused.BSAM([p], lr=0.01, rho_min=0.6)
+    opt.active = False
+    for lr in (0.01, 0.2, 0.05):
+        opt.param_groups[0]["lr"] = lr
+        p.grad = torch.ones(2)
+        opt.step()
+    assert opt._radii("rho_min", -1.0)[0].radius == pytest.approx(-0.6 * 0.05 / 0.2)
+
+
+def test_layer_decay_leaves_every_group_its_whole_rho_min_at_the_peak():
+    """As timm's schedulers have it: every group's lr is the schedule's times its lr_scale, in warm-up, too."""
+    groups = [{"params": [nn.Parameter(torch.ones(2))], "lr_scale": scale} for scale in (0.1, 0.5, 1.0)]
+    opt = bsam_fused.BSAM(groups, lr=1e-3, rho_min=0.6)
+    for lr, share in [(1e-4, 0.1), (1e-3, 1.0), (5e-4, 0.5), (2e-3, 1.0), (1e-3, 0.5), (0.0, 0.0)]:
+        for group in opt.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        assert [r.radius for r in opt._radii("rho_min", -1.0)] == pytest.approx([-0.6 * share] * 3)
+
+
+@pytest.mark.parametrize(("rho_min_end", "expected"), [(0.0, 0.6), (0.9, 0.6)])
+def test_rho_min_stays_between_its_ends(rho_min_end, expected):
+    """A learning-rate finder rises to 10⁶ times the first lr, and a schedule may end below lr_end."""
+    opt = bsam_fused.BSAM(
+        [nn.Parameter(torch.ones(2))], lr=1e-6, rho_min=0.6, rho_min_end=rho_min_end, rho_min_lr_end=1e-7
+    )
+    for lr in (1e-6, 1e-3, 1.0):
+        opt.param_groups[0]["lr"] = lr
+        assert -opt._radii("rho_min", -1.0)[0].radius == pytest.approx(expected)
+    opt.param_groups[0]["lr"] = 1e-8
+    assert -opt._radii("rho_min", -1.0)[0].radius == rho_min_end
 
 
 def test_rho_min_defaults_to_rho():

@@ -12,7 +12,7 @@ from bsam_fused.ops.contract import MAX, MIN, Radius
 from bsam_fused.optim.base import Closure, SharpnessAware
 from bsam_fused.optim.phases import Phase
 from bsam_fused.optim.sam import Base
-from bsam_fused.schedules import decayed_radius, largest_lr
+from bsam_fused.schedules import GIVEN_LR, LARGEST_LR, decayed_radius, largest_lr, scheduled_lr
 
 
 class BSAM(SharpnessAware):
@@ -27,8 +27,8 @@ class BSAM(SharpnessAware):
         base_optimizer: as `SAM` has it.
         rho: radius ρ ≥ 0 towards w_max.
         rho_min: radius ρ_min ≥ 0 towards w_min; None: ρ.
-        rho_min_decay: "lr": ρ_min falls with the learning rate (`decayed_radius`), whose maximum is the group's
-            ``max_lr`` (OneCycle), else ``initial_lr``, else lr at construction, kept as ``lr_max``; "none": it stays.
+        rho_min_decay: "lr": ρ_min follows the learning rate (`decayed_radius`, `largest_lr`), and is never more than
+            this; "none": it stays.
         rho_min_end: ρ_end ≥ 0, where the decay ends.
         rho_min_lr_end: lr_end ≥ 0, the learning rate at which it does.
         update_from: "w", as the paper has it; "w_min" reproduces the authors' released code, whose restore has no
@@ -130,6 +130,12 @@ class BSAM(SharpnessAware):
             flat.descend(sums, radii, self.norm_eps)
         self._flats.poison(MAX, loss)
 
+    def _plain_step(self, loss: Any = None) -> None:
+        for group in self.param_groups:
+            if group.get("lr") is not None:
+                largest_lr(group)  # a late phase comes after the learning rate's peak
+        super()._plain_step(loss)
+
     def _all_radii(self) -> list[list[Radius]]:
         return [*super()._all_radii(), self._radii("rho_min", -1.0)]
 
@@ -137,10 +143,11 @@ class BSAM(SharpnessAware):
         radius = super()._radius(group, option, index)
         if option != "rho_min" or group["rho_min_decay"] == "none" or group.get("lr") is None:
             return radius
+        lr_max = largest_lr(group)
         return decayed_radius(
             radius,
-            float(group["lr"]),
-            largest_lr(group),
+            scheduled_lr(group),
+            lr_max,
             rho_min_end=self._non_negative(group, "rho_min_end", index),
             lr_end=self._non_negative(group, "rho_min_lr_end", index),
         )
@@ -164,11 +171,11 @@ class BSAM(SharpnessAware):
         if group["rho_min_decay"] not in {"lr", "none"}:
             raise ValueError(f'rho_min_decay={group["rho_min_decay"]!r} in group {index}: must be "lr" or "none"')
         if group.get("lr") is not None:
-            group.setdefault("lr_max", float(group["lr"]))
+            group.setdefault(GIVEN_LR, float(group["lr"]))
 
     @property
     def _kept_options(self) -> set[str]:
-        return super()._kept_options | {"lr_max"}
+        return super()._kept_options | {GIVEN_LR, LARGEST_LR}
 
     def first_step(self, zero_grad: bool = False) -> None:
         """`ascend`, under the name SAM users know. The gradient is taken whatever ``zero_grad`` says."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bsam_fused.ops import contract
+from bsam_fused.schedules import GIVEN_LR, LARGEST_LR
 
 Group = dict[str, Any]
 
@@ -115,7 +116,7 @@ def _merge(params: list[Any], base: torch.optim.Optimizer, options: set[str]) ->
         group["params"] = _tensors(group["params"])
     carried = [group.keys() & options for group in given]
     for group in theirs:  # what an earlier wrapper left there is not asked for now
-        for name in options - base.defaults.keys() | {"lr_max", "rounded_steps"}:
+        for name in options - base.defaults.keys() | {GIVEN_LR, LARGEST_LR, "rounded_steps"}:
             group.pop(name, None)
     if len(given) == len(theirs) and all(
         [id(p) for p in mine["params"]] == [id(p) for p in other["params"]]

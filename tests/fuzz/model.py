@@ -27,8 +27,8 @@ def T(w, o):
 
 def rho_min(o):
     """BSAM eq. 12, with ρ_end = lr_end = 0."""
-    share = o["lr"] / o["lr_max"] if o["rho_min_decay"] == "lr" and o["lr_max"] else 1.0
-    return o["rho_min"] * share
+    lr_max = max(o["given_lr"], o["largest_lr"])
+    return o["rho_min"] * (o["lr"] / lr_max if o["rho_min_decay"] == "lr" and lr_max else 1.0)
 
 
 class Model:
@@ -108,6 +108,8 @@ class Model:
     def _note(self, grads, loss):
         self.grads.append(grads)
         self.failed |= not (finite(grads) and math.isfinite(loss))
+        for group in self.base.param_groups:
+            group["largest_lr"] = max(group.get("largest_lr", 0.0), group["lr"])
 
     def _perturb(self, radii):
         options = self.options()

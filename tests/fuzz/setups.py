@@ -102,6 +102,6 @@ def completed(kind, group):
     """A param group with the sharpness-aware options that it lacks."""
     options = {"lr": 0.1, "maximize": False, **DEFAULTS[kind], **group}
     if kind == "BSAM":
-        options.setdefault("lr_max", options["lr"])
+        options.setdefault("given_lr", options["lr"])
         options["rho_min"] = options["rho"] if options["rho_min"] is None else options["rho_min"]
     return options
