@@ -340,14 +340,3 @@ def test_named_parameters(backend):
     opt = bsam_fused.BSAM(net.named_parameters(), lr=0.1, backend=backend)
     train(opt, net)
     assert opt.state_dict()["param_groups"][0]["param_names"][0] == "0.weight"
-
-
-@every_kind
-def test_a_step_without_any_gradient_does_nothing(backend, kind):
-    params = parameters("odd")
-    before = [p.detach().clone() for p in params]
-    opt = kind(params, lr=0.1, momentum=0.9, weight_decay=0.1, backend=backend)
-    for call in opt._calls:
-        getattr(opt, call)()
-    assert all(torch.equal(p, w) for p, w in zip(params, before))
-    assert not opt.state

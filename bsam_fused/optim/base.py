@@ -26,6 +26,10 @@ from bsam_fused.optim.sharpness import Sharpness
 Closure = Callable[[], Any]
 
 
+class NoGradientError(RuntimeError):
+    """A pass left no gradient, though there are parameters that require one."""
+
+
 class SharpnessAware(Phased):
     """A base optimizer that steps from w with a direction found at perturbed weights.
 
@@ -39,6 +43,7 @@ class SharpnessAware(Phased):
 
     _from_saved = True
     _scaler_seen: bool | None = None  # in the last step; None: there was none
+    _lacking = False  # a pass of this step that was read had no gradient at all
 
     def __init__(
         self,
@@ -153,6 +158,21 @@ class SharpnessAware(Phased):
                 raise
             self._build()
             self._flats.read_gradients(first=True)
+        lacking = all(p.grad is None for p in self._parameters())  # nearly always the first one has one
+        self._lacking = lacking or (self._lacking and self.sync == "last" and not at_rest)
+
+    def _require_gradients(self, call: str) -> None:
+        """Raise where a pass had no gradient; after the ranks have told each other, so that all of them do.
+
+        Raises:
+            NoGradientError: one parameter requires a gradient, but none has one.
+        """
+        heard = call == "step" or self.sync == "every"
+        if self._lacking and heard and any(p.requires_grad for p in self._parameters()):
+            raise NoGradientError(
+                f"{call}(): no parameter has a gradient. A pass is a forward and a loss.backward() on this optimizer's "
+                "parameters, in the closure or before each call by hand, with no zero_grad() after it"
+            )
 
     def _build(self) -> None:
         """Build FlatParams of the parameters as they are; only when all are built do they count."""
@@ -189,6 +209,7 @@ class SharpnessAware(Phased):
             flat.square_norm(ASCENT, radii)
         self._flats.poison(ASCENT, loss)
         totals = self._flats.totals()
+        self._require_gradients("ascend")
         try:
             self._enter(Phase.ASCENDED)
             for flat, sums in zip(self._flats, totals, strict=True):
@@ -289,6 +310,9 @@ class SharpnessAware(Phased):
         self._clear_gradients()
         if not self.active:
             loss = _evaluate(closures[-1])
+            self._lacking = all(p.grad is None for p in self._parameters())
+            if loss is not None:
+                self._require_gradients("step")
             self._plain_step(loss)
             return loss
         losses = []
@@ -297,8 +321,12 @@ class SharpnessAware(Phased):
                 with self.no_sync():
                     losses.append(_evaluate(closure))
                 getattr(self, f"_{call}")(losses[-1])
-        except BaseException:
+        except BaseException as error:
             self.restore()
+            # A closure that returns nothing and does nothing gives up its batch.
+            given_up = losses[:1] == [None] and (len(losses) == 1 or self.sync == "last")
+            if isinstance(error, NoGradientError) and given_up:
+                return None
             raise
         if all(isinstance(loss, Tensor | Real) for loss in losses) and len(set(map(id, closures))) == 1:
             self.sharpness = Sharpness(*(loss.detach() if isinstance(loss, Tensor) else loss for loss in losses))
@@ -323,6 +351,7 @@ class SharpnessAware(Phased):
                 totals = self._flats.totals()
             else:
                 totals = self._flats.averaged(self._group, mixed=self._keeps_g)
+            self._require_gradients("step")
             if rule:
                 self._flats.update(rule, self.state, scalars, totals, self._from_saved, max_norm)
             else:

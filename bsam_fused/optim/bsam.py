@@ -125,6 +125,7 @@ class BSAM(SharpnessAware):
         radii = self._radii("rho_min", -1.0)
         self._read_gradients()
         totals = self._flats.totals()
+        self._require_gradients("descend")
         self._enter(Phase.DESCENDED)
         for flat, sums in zip(self._flats, totals, strict=True):
             flat.descend(sums, radii, self.norm_eps)
