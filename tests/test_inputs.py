@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from samples import assign, gradients, parameters
+from samples import assign, gradients
 from torch import nn
 
 import bsam_fused

@@ -2,13 +2,22 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import on_two_ranks
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
 
-import bsam_fused
+from bsam_fused import BSAM, SAM, distributed
 
-KINDS = [bsam_fused.SAM, bsam_fused.BSAM]
-PASSES = {bsam_fused.SAM: 2, bsam_fused.BSAM: 3}
+PASSES = {SAM: 2, BSAM: 3}
 BASES = [torch.optim.SGD, torch.optim.RMSprop]  # one that is fused, one that is not
+
+
+@pytest.fixture(params=[SAM, BSAM])
+def kind(request):
+    return request.param
 
 
 def made(kind, base, backend, **options):
@@ -33,7 +42,6 @@ def assert_nothing_happened(p, opt):
 @pytest.mark.parametrize("returned", [True, False])
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_closure_without_backward(backend, kind, base, at, returned):
     """In each of its calls: with a loss returned, or, after the first one, without."""
     if at == PASSES[kind] or not (at or returned):
@@ -55,9 +63,8 @@ def test_a_closure_without_backward(backend, kind, base, at, returned):
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("kind", KINDS)
 def test_no_backward_before_a_phase(backend, kind, base):
-    calls = ("ascend", "descend", "step") if kind is bsam_fused.BSAM else ("ascend", "step")
+    calls = ("ascend", "descend", "step") if kind is BSAM else ("ascend", "step")
     for lacking in calls:
         p, opt = made(kind, base, backend)
         for call in calls[: calls.index(lacking)]:
@@ -74,7 +81,6 @@ def test_no_backward_before_a_phase(backend, kind, base):
 
 
 @pytest.mark.parametrize("active", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_closure_that_does_nothing_gives_up_the_step(backend, kind, active):
     """As Lightning has it: a training_step that returns None skips its batch. It is called once, and nothing counts."""
     p, opt = made(kind, torch.optim.SGD, backend)
@@ -87,7 +93,7 @@ def test_a_closure_that_does_nothing_gives_up_the_step(backend, kind, active):
 
 
 def test_a_closure_that_returns_a_loss_without_backward_while_inactive(backend):
-    p, opt = made(bsam_fused.SAM, torch.optim.SGD, backend)
+    p, opt = made(SAM, torch.optim.SGD, backend)
     opt.active = False
     with pytest.raises(RuntimeError, match="no parameter has a gradient"):
         opt.step(lambda: p.square().sum())
@@ -97,7 +103,6 @@ def test_a_closure_that_returns_a_loss_without_backward_while_inactive(backend):
 
 
 @pytest.mark.parametrize("built", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
 def test_frozen_parameters_stay_silent(backend, kind, built):
     """As in torch: a step in which nothing requires a gradient does nothing, whenever they were frozen."""
     p, opt = made(kind, torch.optim.SGD, backend)
@@ -112,9 +117,54 @@ def test_frozen_parameters_stay_silent(backend, kind, built):
 def test_a_gradient_of_one_parameter_is_enough(backend):
     """In each pass of another one; also where the first parameter has none at all."""
     a, b, c = (nn.Parameter(torch.ones(2)) for _ in range(3))
-    opt = bsam_fused.BSAM([a, b, c], lr=0.1, rho=0.0, backend=backend)
+    opt = BSAM([a, b, c], lr=0.1, rho=0.0, backend=backend)
     for call, p in ((opt.ascend, b), (opt.descend, c), (opt.step, c)):
         p.sum().backward()
         call()
     assert a.tolist() == [1.0, 1.0]
     assert b.tolist() != [1.0, 1.0]
+
+
+@pytest.fixture(params=["DDP, sync=last", "FSDP2"])
+def how(request):
+    return request.param
+
+
+@pytest.fixture(params=["one rank", "both"])
+def who(request):
+    return request.param
+
+
+@on_two_ranks
+def test_all_ranks_raise_or_none(kind, how, who):
+    """In whichever pass: a rank that raised alone would leave the other one waiting in the exchange."""
+    for lacking in range(PASSES[kind]):
+        net = nn.Linear(4, 2)
+        if how == "FSDP2":
+            fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+            opt = kind(net.parameters(), lr=0.1, model=net)
+        else:
+            replica = DDP(net)
+            opt = kind(replica.parameters(), lr=0.1, model=replica, sync="last")
+        before = [distributed.local(p).clone() for p in net.parameters()]
+
+        def made_all_passes(net=net, opt=opt, lacking=lacking):
+            for i, call in enumerate(opt._calls):
+                for p in net.parameters():
+                    none = i == lacking and (who == "both" or dist.get_rank() == 0)
+                    p.grad = None if none else torch.ones_like(p)
+                getattr(opt, call)()
+
+        with pytest.raises(RuntimeError, match="no parameter has a gradient" if who == "both" else "ranks disagree"):
+            made_all_passes()
+        opt.restore()
+        assert all(torch.equal(distributed.local(p), w) for p, w in zip(net.parameters(), before))
+
+
+@on_two_ranks
+def test_closures_that_do_nothing_give_up_the_step_on_all_ranks(kind):
+    replica = DDP(nn.Linear(4, 2))
+    opt = kind(replica.parameters(), lr=0.1, model=replica, sync="last")
+    before = [p.detach().clone() for p in replica.parameters()]
+    assert opt.step(lambda: None) is None
+    assert all(torch.equal(p, w) for p, w in zip(replica.parameters(), before))
