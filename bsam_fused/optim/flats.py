@@ -288,12 +288,13 @@ class Flats:
             sums[SCALE].zero_()
         self._scaled = scaled.scale is not None
         if scaled.found_inf is not None:
-            found_inf = distributed.local(scaled.found_inf)
-            sums[slot].masked_fill_(torch.as_tensor(found_inf, device=sums.device) > 0, math.nan)
+            sums[slot].masked_fill_(scaled.found_inf.to(sums.device) > 0, math.nan)
 
     def failed(self, passes: int) -> Tensor:
         """Return whether one of the first ``passes`` sums is not finite: bool (), on the first one's device."""
         sums = self._latest if passes == MAX else self.totals()  # of the ascent alone nothing has changed since
+        if not sums:  # nothing has trained in these passes
+            return torch.zeros((), dtype=torch.bool, device="cpu")
         return ~sums[0][:passes].isfinite().all()
 
     def failed_anywhere(self, group: Any, passes: int) -> Tensor:

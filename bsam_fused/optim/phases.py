@@ -154,6 +154,7 @@ class Phased(Persistent):
             alive = optimizer()
             if alive is not None and alive._phase is not Phase.REST:
                 alive._tell_scaler([param])
+                alive._unseen = True
 
         self._mark().hook(param, tell)
 
