@@ -201,7 +201,7 @@ def test_a_found_inf_from_elsewhere_skips(backend, kind):
 @pytest.mark.parametrize("base", ["SGD", "general"])
 @pytest.mark.parametrize("form", [lambda x: torch.full((1,), x), float, int], ids=["one", "float", "int"])
 def test_what_scalers_set_may_be_of_any_form(backend, kind, base, form):
-    """ShardedGradScaler's numbers have the shape (1,); another scaler's may be Python's: the step is the unscaled one."""
+    """ShardedGradScaler's numbers have the shape (1,), another scaler's may be Python's: the same step as without."""
     (scaled, opt, scaler), (plain, other, _) = (prepared(kind, base, backend) for _ in range(2))
     for found_inf in (0, 1):
         before = weights(scaled)

@@ -63,6 +63,7 @@ class SharpnessAware(Phased):
         self.max_grad_norm = max_grad_norm
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}: pass the nn.Module whose BatchNorm to guard")
+        distributed.refuse_fsdp1(model)
         self.model = model
         self.sync = sync
         _ = self._group  # raises where there must be one
@@ -284,6 +285,7 @@ class SharpnessAware(Phased):
             scaling.forget(self)
             raise
         trainers.refuse_lightning(closures[0])
+        trainers.refuse_accelerate()
         self.sharpness = None
         self._clear_gradients()
         if not self.active:

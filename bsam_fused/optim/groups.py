@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bsam_fused.ops import contract
+from bsam_fused.optim import trainers
 
 Group = dict[str, Any]
 
@@ -33,9 +34,10 @@ def build_base(
 
     Raises:
         ValueError: no parameters, or an instance over other parameters.
-        TypeError: ``base`` is no optimizer, needs a closure of its own (LBFGS), wraps another one (Lookahead), or
-            options came with an instance.
+        TypeError: ``base`` is no optimizer, needs a closure of its own (LBFGS), wraps another one (Lookahead), shards
+            its parameters (ZeroRedundancyOptimizer), or options came with an instance.
     """
+    trainers.refuse_zero(base if isinstance(base, type) else type(base))
     if isinstance(params, Tensor):
         raise TypeError("params is a Tensor: pass an iterable of parameters or param groups")
     params = list(params)

@@ -1,0 +1,126 @@
+"""Loops, wrappers and bases that others wrote: right, or refused by name before anything moves."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from ranks import on_two_ranks
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+from bsam_fused import ASAM, BSAM, SAM
+
+KINDS = [SAM, ASAM, BSAM]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def copies(params):
+    return [p.detach().clone() for p in params]
+
+
+def same(params, others):
+    return all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+# ---- Accelerate
+
+
+@pytest.fixture
+def accelerator():
+    """One that accumulates two micro-batches; its settings are the process's, and go with the test."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield Accelerator(cpu=True, gradient_accumulation_steps=2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def squares(net, x, backward):
+    def closure():
+        loss = net(x).square().mean()
+        backward(loss)
+        return loss
+
+    return closure
+
+
+@every_kind
+def test_accumulate_with_a_closure_is_refused(accelerator, kind):
+    """The wrapper drops all closures but the last micro-batch's, and divides its loss by their number."""
+    model, x = nn.Linear(3, 2), torch.randn(2, 4, 3)
+    before = copies(model.parameters())
+    net, opt = accelerator.prepare(model, kind(model.parameters(), lr=0.1))
+    with accelerator.accumulate(net):
+        opt.step(squares(net, x[0], accelerator.backward))
+    with (
+        accelerator.accumulate(net),
+        pytest.raises(RuntimeError, match=r"only the last micro-batch.*by 1/2 of its loss.*docs/recipes\.md"),
+    ):
+        opt.step(squares(net, x[1], accelerator.backward))
+    assert same(model.parameters(), before)
+
+
+@every_kind
+def test_closures_that_accelerate_does_not_drop_are_not_refused(accelerator, kind):
+    """Another loop of the process, whose optimizer the accelerator never had; and one without accumulation."""
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    other, third = (copy.deepcopy(model) for _ in range(2))
+    opt = kind(model.parameters(), lr=0.1)
+    opt.step(squares(model, x, torch.Tensor.backward))
+    accelerator.gradient_accumulation_steps = 1
+    net, wrapper = accelerator.prepare(other, kind(other.parameters(), lr=0.1))
+    wrapper.step(squares(net, x, accelerator.backward))
+    assert same(other.parameters(), model.parameters())
+    assert not same(other.parameters(), third.parameters())
+
+
+# ---- shards that each rank has alone
+
+
+@on_two_ranks
+def test_zero_redundancy_optimizer_is_refused():
+    """As a base, by class and instance, and around ours, whose parameters would be those of a rank."""
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    small = nn.Linear(1, 1, bias=False)  # of which one rank has nothing
+    for kind in KINDS:
+        for build in (
+            lambda kind=kind: kind(net.parameters(), ZeroRedundancyOptimizer, optimizer_class=torch.optim.SGD, lr=0.1),
+            lambda kind=kind: kind(
+                net.parameters(), ZeroRedundancyOptimizer(net.parameters(), torch.optim.SGD, lr=0.1)
+            ),
+            lambda kind=kind: ZeroRedundancyOptimizer(net.parameters(), kind, lr=0.1),
+            lambda kind=kind: ZeroRedundancyOptimizer(small.parameters(), kind, lr=0.1),
+        ):
+            with pytest.raises(TypeError, match=r"ZeroRedundancyOptimizer.*norm of its own part.*fully_shard"):
+                build()
+        kind(net.parameters(), lr=0.1)  # beside one that is somebody else's
+
+
+@on_two_ranks
+def test_fsdp1_is_refused():
+    """With flat parameters and the original ones, which then are shards; as ``model=``, and inside it."""
+    for original in (False, True):
+        net = FullyShardedDataParallel(nn.Linear(3, 2), use_orig_params=original, device_id=torch.device("cpu"))
+        for kind in KINDS:
+            for model in (net, nn.Sequential(net)):
+                with pytest.raises(TypeError, match=r"FullyShardedDataParallel \(FSDP1\).*fully_shard"):
+                    kind(net.parameters(), lr=0.1, model=model)
+            with pytest.raises(TypeError, match=r"parameter 0 of group 0 .*FullyShardedDataParallel.*fully_shard"):
+                kind(net.parameters(), lr=0.1)
+
+
+@on_two_ranks
+def test_a_static_graph_is_refused_where_passes_stay_local():
+    """DDP reduces every pass of a static graph alike: with sync="every" that is what is wanted."""
+    model = DistributedDataParallel(nn.Linear(3, 2), static_graph=True)
+    for kind in KINDS:
+        with pytest.raises(ValueError, match=r'sync="last".*static_graph=True.*sync="every"'):
+            kind(model.parameters(), lr=0.1, model=model, sync="last")
+        opt = kind(model.parameters(), lr=0.1, model=model)
+        before = copies(model.parameters())
+        opt.step(squares(model, torch.ones(4, 3), torch.Tensor.backward))
+        assert not same(model.parameters(), before)
