@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from ranks import on_two_ranks
+from samples import assign, gradients, parameters
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -124,3 +125,50 @@ def test_a_static_graph_is_refused_where_passes_stay_local():
         before = copies(model.parameters())
         opt.step(squares(model, torch.ones(4, 3), torch.Tensor.backward))
         assert not same(model.parameters(), before)
+
+
+# ---- frozen weights of other types
+
+
+@every_kind
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+def test_frozen_weights_may_be_of_any_kind(backend, kind, base):
+    """4- and 8-bit weights under LoRA stand in params, frozen: the step is that of the others alone."""
+    torch.manual_seed(1)
+    quantized = [
+        nn.Parameter(torch.randint(0, 100, (4, 3)).to(dtype), requires_grad=False)
+        for dtype in (torch.uint8, torch.int8)
+    ]
+    odd = [nn.Parameter(x, requires_grad=False) for x in (torch.zeros(2, dtype=torch.cfloat), torch.eye(2).to_sparse())]
+    frozen = quantized + odd
+    before = [p.detach().clone() for p in frozen]
+    params = parameters("odd", torch.float32)
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    opt = kind([*frozen[:2], *params, *frozen[2:]], base, lr=0.1, backend=backend)
+    alone = kind(twins, base, lr=0.1, backend=backend)
+    for t in range(2):
+        for call in opt._calls:
+            for owner, theirs in ((opt, params), (alone, twins)):
+                assign(theirs, gradients(theirs, t))
+                getattr(owner, call)()
+    assert same(params, twins)
+    assert all(torch.equal(p.to_dense(), q.to_dense()) for p, q in zip(frozen, before))
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    opt.add_param_group({"params": [nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)]})
+
+
+@every_kind
+@pytest.mark.parametrize("within", [False, True], ids=["at rest", "within a step"])
+def test_what_is_thawed_must_be_of_a_kind_that_trains(backend, kind, within):
+    p, q = parameters("odd", torch.float32)[0], nn.Parameter(torch.ones(2, dtype=torch.cfloat), requires_grad=False)
+    opt = kind([p, q], lr=0.1, backend=backend)
+    before = copies([p, q])
+    p.grad = torch.ones_like(p)
+    if within:
+        opt.ascend()
+        p.grad = torch.ones_like(p)
+    q.requires_grad_(True)
+    with pytest.raises(TypeError, match=r"parameter 1 of group 0 .*is complex"):
+        getattr(opt, opt._following)()
+    opt.restore()
+    assert same([p, q], before)

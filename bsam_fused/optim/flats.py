@@ -29,7 +29,7 @@ from bsam_fused.ops.identity import same_items
 from bsam_fused.ops.one_go import in_one_go
 from bsam_fused.ops.sharded_flat import ShardedFlatParams
 from bsam_fused.optim.fused import FusedRule
-from bsam_fused.optim.groups import check_parameters
+from bsam_fused.optim.groups import check_parameters, takes_part
 from bsam_fused.optim.scaling import Scaled
 from bsam_fused.optim.state import Kept, State, StateViews
 
@@ -117,7 +117,7 @@ class Flats:
         return len(lists) == len(self._lists) and all(map(same_items, lists, self._lists))
 
     def _thawed(self) -> bool:
-        return bool(self._left_out) and any(p.requires_grad or p.grad is not None for p in self._left_out)
+        return bool(self._left_out) and any(map(takes_part, self._left_out))
 
     def build(self, groups: Groups, backend: str) -> None:
         """Build a FlatParams of each kind of parameters.
@@ -126,10 +126,6 @@ class Flats:
             RuntimeError: a parameter is uninitialized, or a backend cannot be had.
             TypeError, ValueError: a parameter that cannot be optimized, or not together with another; by name.
         """
-        seen: list[Tensor] = []
-        for i, group in enumerate(groups):
-            check_parameters(group, i, seen)
-            seen += group["params"]
         self._add(groups, backend, known=[])
         self._lists = [list(group["params"]) for group in groups]
 
@@ -141,6 +137,7 @@ class Flats:
 
         Raises:
             RuntimeError: others than in the first pass are in the param groups.
+            TypeError: one that takes part now cannot be optimized, by name.
         """
         if not self._same_lists(groups):
             raise RuntimeError(
@@ -155,6 +152,10 @@ class Flats:
         return list(self)[len(known) :]
 
     def _add(self, groups: Groups, backend: str, known: list[FlatParams]) -> None:
+        seen: list[Tensor] = []
+        for i, group in enumerate(groups):
+            check_parameters(group, i, seen)
+            seen += group["params"]
         kinds, left_out = _sorted(groups, {id(p) for flat in known for p in flat.params})
         for params, places in kinds.values():
             contract.check_memory([distributed.local(p) for p in params], places)
@@ -399,7 +400,7 @@ def _sorted(
         for j, param in enumerate(group["params"]):
             if id(param) in known:
                 continue
-            if not param.requires_grad and param.grad is None:
+            if not takes_part(param):
                 frozen.append(param)
                 continue
             if torch.nn.parameter.is_lazy(param):

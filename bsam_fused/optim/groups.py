@@ -139,15 +139,21 @@ def _merge(params: list[Any], base: torch.optim.Optimizer, options: set[str]) ->
         )
 
 
+def takes_part(param: Tensor) -> bool:
+    """Return whether ``param`` has a gradient, or can get one; the others, frozen, may be of any kind."""
+    return param.requires_grad or param.grad is not None
+
+
 def check_parameters(group: Group, index: int, others: Iterable[Tensor]) -> None:
-    """Raise where a param group has parameters that cannot be optimized, or has one twice.
+    """Raise where a param group has parameters that take part and cannot be optimized, or has one twice.
 
     Raises:
         TypeError, ValueError: as `contract.check_param` has them; ValueError for a duplicate.
     """
     seen = {id(param) for param in others}
     for i, param in enumerate(group["params"]):
-        contract.check_param(param, (index, i))
+        if takes_part(param):
+            contract.check_param(param, (index, i))
         if id(param) in seen:
             raise ValueError(f"{contract.describe(param, (index, i))} appears twice: list each parameter once")
         seen.add(id(param))
