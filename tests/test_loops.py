@@ -3,6 +3,8 @@
 import copy
 
 import pytest
+import reference as ref
+import schedulefree
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
@@ -12,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from bsam_fused import ASAM, BSAM, SAM
 
@@ -127,6 +130,99 @@ def test_a_static_graph_is_refused_where_passes_stay_local():
         assert not same(model.parameters(), before)
 
 
+# ---- Schedule-Free
+
+
+FREE = {
+    "SGD": (schedulefree.SGDScheduleFree, {"lr": 0.3, "warmup_steps": 3, "weight_decay": 0.01}),
+    "AdamW": (schedulefree.AdamWScheduleFree, {"lr": 0.05, "warmup_steps": 3, "eps": 1e-3}),
+}
+
+
+@every_kind
+@pytest.mark.parametrize("base", FREE)
+@pytest.mark.parametrize("instance", [False, True], ids=["class", "instance"])
+def test_schedule_free_as_a_base(backend, kind, base, instance):
+    """Beside Schedule-Free itself with d by the papers' formulas, from its training weights, y.
+
+    Perturbing x or z, or going from one to the other at perturbed weights, would show in both weights after some steps.
+    """
+    base_class, options = FREE[base]
+    params = parameters("odd", torch.float64)
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    o = {"rho": 0.2, "adaptive": kind is ASAM, "eta": 0.01 if kind is ASAM else 0.0}
+    o |= {"rho_min": 0.2, "rho_min_decay": "none"}
+    ours = {name: o[name] for name in (["rho", "rho_min", "rho_min_decay"] if kind is BSAM else ["rho"])}
+    if instance:
+        opt = kind(params, base_class(params, **options), backend=backend, **ours)
+    else:
+        opt = kind(params, base_class, backend=backend, **ours, **options)
+    plain = base_class(twins, **options)
+
+    def curved(ws, k):  # gradients that depend on the weights
+        return [torch.sin(w.detach()) + g for w, g in zip(ws, gradients(params, k))]
+
+    opt.train(), plain.train()
+    for t in range(6):
+        for k, call in enumerate(opt._calls):
+            assign(params, curved(params, 3 * t + k))
+            getattr(opt, call)()
+        y, each = copies(twins), [o] * len(twins)
+        g = curved(y, 3 * t)
+        n = ref.ascent_norm(y, g, each)
+        d = g_max = curved([ref.w_max(w, x, n, o) for w, x in zip(y, g)], 3 * t + 1)
+        if kind is BSAM:
+            g_min = curved([ref.w_min(w, x, n, o) for w, x in zip(y, g)], 3 * t + 2)
+            norms = ref.norm(g_max), ref.norm(g_min)
+            d = [ref.bsam_direction(*xs, *norms, w) for *xs, w in zip(g, g_max, g_min, y)]
+        assign(twins, d)
+        plain.step()
+        if t % 2:
+            for switch in ("eval", "train"):
+                getattr(opt, switch)(), getattr(plain, switch)()
+                for p, q in zip(params, twins):
+                    torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-12)
+    assert opt.state is opt.base_optimizer.state
+
+
+@every_kind
+def test_schedule_free_in_evaluation_moves_nothing(kind):
+    """Its own error comes after all passes; and to go to other weights within a step is refused."""
+    params = parameters("odd", torch.float64)
+    opt = kind(params, schedulefree.SGDScheduleFree, lr=0.3)
+    opt.train()
+    for t in range(2):
+        for call in opt._calls:
+            assign(params, gradients(params, t))
+            getattr(opt, call)()
+    assign(params, gradients(params, 2))
+    opt.ascend()
+    for switch in (opt.eval, opt.train):
+        with pytest.raises(RuntimeError, match=r"(eval|train)\(\) while the weights are perturbed"):
+            switch()
+    opt.restore()
+    opt.eval()
+    before = copies(params)
+    for call in opt._calls[:-1]:
+        assign(params, gradients(params, 2))
+        getattr(opt, call)()
+    assign(params, gradients(params, 2))
+    with pytest.raises(Exception, match="not in train mode"):
+        opt.step()
+    assert same(params, before)
+
+
+@every_kind
+def test_a_base_with_one_set_of_weights_stays(kind):
+    """Accelerate and Hugging Face's Trainer call both where there are such methods."""
+    params = parameters("odd", torch.float64)
+    before = copies(params)
+    opt = kind(params, lr=0.1)
+    opt.eval()
+    opt.train()
+    assert same(params, before)
+
+
 # ---- frozen weights of other types
 
 
@@ -172,3 +268,28 @@ def test_what_is_thawed_must_be_of_a_kind_that_trains(backend, kind, within):
         getattr(opt, opt._following)()
     opt.restore()
     assert same([p, q], before)
+
+
+# ---- step hooks
+
+
+@every_kind
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+def test_global_hooks_are_called_once_a_step_of_ours(kind, base):
+    """And, as documented, once more with a base that is not fused: torch calls them in its own step()."""
+    params = parameters("odd", torch.float32)
+    opt = kind(params, base, lr=0.1)
+    seen = []
+    hooks = [
+        register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(("before", optimizer))),
+        register_optimizer_step_post_hook(lambda optimizer, *_: seen.append(("after", optimizer))),
+    ]
+    try:
+        for call in opt._calls:
+            assign(params, gradients(params, 0))
+            getattr(opt, call)()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    inner = [] if base is torch.optim.SGD else [("before", opt.base_optimizer), ("after", opt.base_optimizer)]
+    assert seen == [("before", opt), *inner, ("after", opt)]
