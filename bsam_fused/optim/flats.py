@@ -35,7 +35,7 @@ from bsam_fused.optim.state import Kept, State, StateViews
 
 Groups = Sequence[dict[str, Any]]
 Kind = tuple[Any, ...]
-"""Device, dtype and process groups of the shards."""
+"""Device, dtype, whether they are DTensors, and the process groups of the shards."""
 
 _GRADIENTS = "on which parameters have gradients; every rank must use the same ones in a pass, with zeros if need be"
 _NOT_REDUCED = "on the last pass's gradient; it must be outside DDP's no_sync(): use `with optimizer.no_sync()` for all"
@@ -163,7 +163,7 @@ class Flats:
         count = known[0].step_count if known else torch.tensor(self._rounded_before or 0)
         for flat in built:
             flat.step_count.copy_(count)
-        shards = [*self._shards, *(groups for _, _, groups in kinds)]
+        shards = [*self._shards, *(groups for *_, groups in kinds)]
         self._built, self._shards, self._left_out = [*known, *built], shards, left_out
 
     def _flat(
@@ -405,7 +405,8 @@ def _sorted(
                 continue
             if torch.nn.parameter.is_lazy(param):
                 raise RuntimeError(f"{contract.describe(param, (i, j))}: run a forward pass before the first step")
-            params, places = kinds.setdefault((param.device, param.dtype, distributed.shard_groups(param)), ([], []))
+            kind = param.device, param.dtype, distributed.is_dtensor(param), distributed.shard_groups(param)
+            params, places = kinds.setdefault(kind, ([], []))
             params.append(param)
             places.append((i, j))
     return kinds, frozen
