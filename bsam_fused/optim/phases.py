@@ -181,26 +181,18 @@ class Phased(Persistent):
         self._come_to_rest()
 
     def train(self) -> None:
-        """Go to the weights that are trained, where the base optimizer has others to evaluate at, as Schedule-Free has.
-
-        Raises:
-            RuntimeError: within a step.
-        """
+        """Have w be the weights to train, where the base optimizer has others to evaluate at, as Schedule-Free has."""
         self._go_to("train")
 
     def eval(self) -> None:
-        """Go to the weights to evaluate at, where the base optimizer has other ones than those that it trains.
-
-        Raises:
-            RuntimeError: within a step.
-        """
+        """Have w be the weights to evaluate at, where the base optimizer has others than those that it trains."""
         self._go_to("eval")
 
     def _go_to(self, mode: str) -> None:
-        self._require_rest(f"{mode}()")
         switch = getattr(self.base_optimizer, mode, None)
         if switch is not None:
-            switch()
+            with self.unperturbed():  # Hugging Face's Trainer calls train() before every pass
+                switch()
             self._forget_copies()
 
     @contextmanager
