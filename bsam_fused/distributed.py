@@ -17,10 +17,36 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def _imported(module: str, name: str) -> Any:
+    """Return a class of torch.distributed, None where nobody has imported its module: nothing is of it then."""
+    return getattr(sys.modules.get(f"torch.distributed.{module}"), name, None)
+
+
 def is_dtensor(tensor: Tensor) -> bool:
     """Return whether ``tensor`` is a DTensor, without importing what makes them."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    kind = _imported("tensor", "DTensor")
+    return kind is not None and isinstance(tensor, kind)
+
+
+# ---- shards that each rank has alone
+
+OWN_NORM = "each rank would perturb by the norm of its own part: use FSDP2 (torch.distributed.fsdp.fully_shard)"
+"""Why parameters that are sharded otherwise than as DTensors are refused, and what to do."""
+
+
+def is_fsdp1(param: Tensor) -> bool:
+    """Return whether ``param`` is a shard of FullyShardedDataParallel's, flattened or (``use_orig_params``) not."""
+    return getattr(param, "_fsdp_flattened", False)
+
+
+def refuse_fsdp1(model: nn.Module | None) -> None:
+    """Raise TypeError where ``model`` is, or has in it, a FullyShardedDataParallel."""
+    kind = _imported("fsdp", "FullyShardedDataParallel")
+    if kind is not None and model is not None and any(isinstance(module, kind) for module in model.modules()):
+        raise TypeError(f"model has a FullyShardedDataParallel (FSDP1) in it: {OWN_NORM}")
+
+
+# ---- DTensors
 
 
 def local(tensor: Any) -> Any:
@@ -69,13 +95,19 @@ def averaging_group(sync: str, model: nn.Module | None) -> Any:
     """Return the process group of a DistributedDataParallel where ``sync`` is "last", None where it is "every".
 
     Raises:
-        ValueError: ``sync`` is neither, or ``model`` is no DistributedDataParallel; why, and what to do.
+        ValueError: ``sync`` is neither, or ``model`` is no DistributedDataParallel, or one of a static graph; why, and
+            what to do.
     """
     if sync not in {"every", "last"}:
         raise ValueError(f'sync={sync!r}: must be "every" or "last"')
     if sync == "every":
         return None
     if isinstance(model, nn.parallel.DistributedDataParallel):
+        if model.static_graph:
+            raise ValueError(
+                'sync="last" with DistributedDataParallel(static_graph=True), which counts on every pass being reduced '
+                'alike: leave out static_graph, or use sync="every"'
+            )
         return model.process_group
     uninitialised = "" if dist.is_available() and dist.is_initialized() else (
         " (torch.distributed is not initialised: start with torchrun, and call init_process_group() first)"

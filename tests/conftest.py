@@ -60,9 +60,17 @@ def _seeded(request):
 @pytest.fixture(scope="session")
 def pair():
     """Two ranks; they start with the first test that needs them."""
-    pair = ranks.Pair()
+    pair = ranks.Ranks(2)
     yield pair
     pair.stop()
+
+
+@pytest.fixture(scope="session")
+def quartet():
+    """Likewise four."""
+    quartet = ranks.Ranks(4)
+    yield quartet
+    quartet.stop()
 
 
 @pytest.fixture(params=BACKENDS)

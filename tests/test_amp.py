@@ -8,6 +8,7 @@ from samples import DTYPES, TOLERANCE, assign, gradients, parameters
 from torch import nn
 
 import bsam_fused
+from bsam_fused.optim import scaling
 
 KINDS = [bsam_fused.SAM, bsam_fused.ASAM, bsam_fused.BSAM]
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -40,8 +41,8 @@ def same(net, before):
     return all(torch.equal(p, w) for p, w in zip(net.parameters(), before))
 
 
-def walk(net, opt, scaler=None, overflow_at=None, unscale=False, seed=0):
-    """A step by hand; in pass ``overflow_at`` a gradient is inf."""
+def walk(net, opt, scaler=None, overflow_at=None, unscale=False, unscale_at=None, seed=0):
+    """A step by hand; in pass ``overflow_at`` a gradient is inf; ``unscale`` after the last one, or ``unscale_at``."""
     generator = torch.Generator("cpu").manual_seed(seed)
     for k, call in enumerate(opt._calls, 1):
         x = torch.randn(16, 6, generator=generator, device="cpu").to(next(net.parameters()))
@@ -49,6 +50,8 @@ def walk(net, opt, scaler=None, overflow_at=None, unscale=False, seed=0):
         (loss if scaler is None else scaler.scale(loss)).backward()
         if k == overflow_at:
             net[2].weight.grad[1, 2] = math.inf
+        if k == unscale_at:
+            scaler.unscale_(opt)
         if k < len(opt._calls):
             getattr(opt, call)()
         elif scaler is None:
@@ -108,6 +111,47 @@ def test_sam_is_right_after_unscale(backend):
     assert same(scaled, weights(plain))
 
 
+@pytest.mark.parametrize("kind", [bsam_fused.SAM, bsam_fused.ASAM])
+@pytest.mark.parametrize("clear", [False, True], ids=["", "zero_grad"])
+def test_sam_refuses_unscale_of_an_earlier_pass(backend, kind, clear):
+    """GradScaler then calls the last gradients unscaled, which are not: the step would be 1024 times too long.
+
+    Whatever reads the param groups before the last backward, as zero_grad() does, and whatever changes the gradients
+    after it, as clipping does, must not pass for unscale_().
+    """
+    net, opt, scaler = prepared(kind, "SGD", backend)
+    before = weights(net)
+    for _ in range(2):
+        scaler.scale(net(torch.ones(2, 6)).square().mean()).backward()
+        scaler.unscale_(opt)
+        opt.ascend()
+        if clear:
+            opt.zero_grad()
+        scaler.scale(net(torch.ones(2, 6)).square().mean()).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1e9)
+        with pytest.raises(RuntimeError, match=r"unscale_\(\) before the last backward.*max_grad_norm=; restore\(\)"):
+            scaler.step(opt)
+        opt.restore()
+        scaler.update()
+        assert same(net, before)
+        assert not hasattr(opt, "found_inf")
+    for unscale in (False, True):
+        walk(net, opt, scaler, unscale=unscale)
+        assert not same(net, before)
+    assert opt.skipped_steps == 0
+
+
+def test_bsam_refuses_unscale_of_any_pass(backend):
+    net, opt, scaler = prepared(bsam_fused.BSAM, "SGD", backend)
+    before = weights(net)
+    for k in (1, 2):
+        with pytest.raises(RuntimeError, match=r"BSAM after GradScaler.unscale_.*max_grad_norm=; restore\(\)"):
+            walk(net, opt, scaler, unscale_at=k)
+        opt.restore()
+        scaler.update()
+        assert same(net, before)
+
+
 def test_bsam_refuses_unscale_and_can_be_restored(backend):
     net, opt, scaler = prepared(bsam_fused.BSAM, "SGD", backend)
     before = weights(net)
@@ -151,6 +195,94 @@ def test_a_found_inf_from_elsewhere_skips(backend, kind):
     walk(net, opt)
     assert same(net, before)
     assert opt.skipped_steps == 1
+
+
+@every_kind
+@pytest.mark.parametrize("base", ["SGD", "general"])
+@pytest.mark.parametrize("form", [lambda x: torch.full((1,), x), float, int], ids=["one", "float", "int"])
+def test_what_scalers_set_may_be_of_any_form(backend, kind, base, form):
+    """ShardedGradScaler's numbers have the shape (1,), another scaler's may be Python's: the same step as without."""
+    (scaled, opt, scaler), (plain, other, _) = (prepared(kind, base, backend) for _ in range(2))
+    for found_inf in (0, 1):
+        before = weights(scaled)
+        for k, call in enumerate(opt._calls, 1):
+            scaler.scale(scaled(torch.ones(2, 6)).square().mean()).backward()
+            if k == len(opt._calls):
+                opt.grad_scale, opt.found_inf = form(1024), form(found_inf)
+            getattr(opt, call)()
+        opt.zero_grad()
+        if found_inf:
+            assert same(scaled, before)
+        else:
+            for call in other._calls:
+                plain(torch.ones(2, 6)).square().mean().backward()
+                getattr(other, call)()
+            assert same(scaled, weights(plain))
+        scaling.forget(opt)
+    assert opt.skipped_steps == 1
+
+
+@every_kind
+def test_more_than_one_scale_is_refused(backend, kind):
+    net, opt, _ = prepared(kind, "SGD", backend)
+    before = weights(net)
+    opt.grad_scale, opt.found_inf = torch.ones(2), torch.tensor(0.0)
+    with pytest.raises(ValueError, match=r"grad_scale is of shape \(2,\)"):
+        walk(net, opt)
+    opt.restore()
+    assert same(net, before)
+    walk(net, opt)
+    assert not same(net, before)
+
+
+@every_kind
+@pytest.mark.parametrize("base", ["SGD", "general"])
+@pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
+def test_the_first_trainable_parameter_is_thawed_within_a_step(backend, kind, base, unscale):
+    """No pass before it had a gradient to scale, or to be watched: g is zero, and so is BSAM's c."""
+    if unscale and kind is bsam_fused.BSAM:
+        return  # refused: above
+    net, opt, scaler = prepared(kind, base, backend)
+    twin = [nn.Parameter(p.detach().clone()) for p in net.parameters()]
+    base_class, base_options = BASES[base]
+    reference = base_class(twin, lr=0.05, **base_options)
+    net.requires_grad_(False)
+    x = torch.ones(2, 6)
+    for call in opt._calls[:-1]:
+        getattr(opt, call)()
+    net.requires_grad_(True)
+    scaler.scale(net(x).square().mean()).backward()
+    if unscale:
+        scaler.unscale_(opt)
+    for p, q in zip(net.parameters(), twin):
+        q.grad = p.grad / (1 if unscale else 1024) * (kind is not bsam_fused.BSAM)
+    scaler.step(opt)
+    scaler.update()
+    reference.step()
+    for p, q in zip(net.parameters(), twin):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    assert opt.skipped_steps == 0
+
+
+@every_kind
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaler"])
+def test_a_differentiable_base_steps_tensors_that_are_no_leaves(backend, kind, scaled):
+    """As torch's does: the graph from the leaf to the next weights stays whole. No hook of a scaler's fits them."""
+    leaf = torch.ones(3, requires_grad=True)
+    p, q = leaf * 2, leaf * 2
+    options = {"lr": 0.1, "weight_decay": 0.5, "differentiable": True}
+    opt = kind([p], torch.optim.SGD, rho=0.1, backend=backend, **options)
+    scaler = torch.amp.GradScaler(p.device.type, init_scale=4.0)
+    scaler.scale(leaf.new_ones(()))
+    d = torch.tensor([1.0, 2.0, 3.0])
+    for k, call in enumerate(opt._calls, 1):
+        p.grad = 4 * d if scaled else d.clone()
+        scaler.step(opt) if scaled and k == len(opt._calls) else getattr(opt, call)()
+    plain = torch.optim.SGD([q], **options)
+    q.grad = d  # BSAM's is g + g_max - g_min: the same here
+    plain.step()
+    torch.testing.assert_close(p, q)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), leaf, retain_graph=True) for x in (p, q)))
 
 
 @every_kind

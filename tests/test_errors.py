@@ -53,7 +53,9 @@ def test_sparse_gradient(backend):
     ],
 )
 def test_unsupported_dtypes(backend, kind, dtype, words):
+    """Of what takes part: a gradient makes even an integer do so."""
     bad = nn.Parameter(torch.zeros(2, 3, dtype=dtype), requires_grad=False)
+    bad.grad = torch.zeros_like(bad)
     with pytest.raises(TypeError, match=rf"parameter 1 of group 1 \(shape \(2, 3\), {dtype}\).*{words}"):
         kind(at_second(bad), lr=0.1, backend=backend)
 

@@ -41,11 +41,11 @@ MAY_IMPORT = {
     "optim": set(),
     "optim.fused": {"ops.contract"},
     "optim.state": {"ops.contract", "ops.identity", "optim.fused"},
-    "optim.groups": {"ops.contract", "schedules"},
+    "optim.groups": {"ops.contract", "optim.trainers", "schedules"},
     "optim.hooks": set(),
     "optim.sharpness": set(),
     "optim.scaling": {"distributed"},
-    "optim.trainers": set(),
+    "optim.trainers": {"distributed"},
     "optim.flats": {
         "distributed",
         "ops.contract",

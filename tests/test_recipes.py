@@ -54,6 +54,15 @@ def test_every_recipe_that_was_asked_for_is_there():
     titles = " ".join(title for title, _ in RECIPES)
     for topic in (
         *("GradScaler", "bfloat16", "Clipping", "accumulation", "Checkpoint", "DDP", "FSDP2", "CUDA graphs"),
-        *("torch.compile", "Lightning", "Hugging Face", "Accelerate", "EMA", "schedulers"),
+        *(
+            "torch.compile",
+            "Lightning",
+            "Hugging Face",
+            "Accelerate",
+            "EMA",
+            "schedulers",
+            "Schedule-Free",
+            "Two optimizers",
+        ),
     ):
         assert topic in titles

@@ -310,9 +310,11 @@ def check_param(param: Tensor, place: tuple[int, int]) -> None:
 
     Raises:
         TypeError: for sparse, complex, integer and other unsupported parameters, for tensor subclasses that
-            hold no storage of their own, but DTensors, and for DTensors that are partial sums.
+            hold no storage of their own, but DTensors, for DTensors that are partial sums, and for shards of FSDP1.
     """
     name = describe(param, place)
+    if distributed.is_fsdp1(param):
+        raise TypeError(f"{name} is a shard of FullyShardedDataParallel (FSDP1): {distributed.OWN_NORM}")
     if param.layout != torch.strided:
         raise TypeError(f"{name} is sparse ({param.layout}): optimize a dense parameter")
     if param.is_complex():

@@ -18,6 +18,8 @@ class Around(torch.optim.Optimizer):
     _flats: Flats
     _known: list[dict[str, Any]]
     """The param groups that were checked, and have all options."""
+    _unseen = False
+    """Whether a gradient has come since somebody read ``param_groups``, as far as hooks tell."""
 
     @property
     def _at_rest(self) -> bool:
@@ -37,6 +39,7 @@ class Around(torch.optim.Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The base optimizer's own param groups, with the sharpness-aware options in them."""
+        self._unseen = False
         return self.base_optimizer.param_groups
 
     @param_groups.setter

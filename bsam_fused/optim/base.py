@@ -44,6 +44,7 @@ class SharpnessAware(Phased):
     _from_saved = True
     _scaler_seen: bool | None = None  # in the last step; None: there was none
     _lacking = False  # a pass of this step that was read had no gradient at all
+    _still_scaled = False  # the last gradients, for all that GradScaler.unscale_ can have done
 
     def __init__(
         self,
@@ -67,6 +68,7 @@ class SharpnessAware(Phased):
         self.max_grad_norm = max_grad_norm
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}: pass the nn.Module whose BatchNorm to guard")
+        distributed.refuse_fsdp1(model)
         self.model = model
         self.sync = sync
         _ = self._group  # raises where there must be one
@@ -192,7 +194,7 @@ class SharpnessAware(Phased):
         """
         watched = None
         if not self._keeps_g and self._scaler_seen is not False:
-            given = (p for p in self._parameters() if p.grad is not None and p.requires_grad)
+            given = (p for p in self._parameters() if p.is_leaf and p.requires_grad and p.grad is not None)
             watched = min(given, key=Tensor.numel, default=None)
         self._ascend()
         if watched is not None:
@@ -225,6 +227,7 @@ class SharpnessAware(Phased):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler leaves unscaling and skipping to `step`; it asks before it looks at the gradients."""
+        self._still_scaled = self._unseen
         if self._phase is Phase.REST:
             return not self._is_plain() or self._fused_rule() is not None
         if self._following == "step" and self._group is not None:
@@ -280,8 +283,8 @@ class SharpnessAware(Phased):
             self.base_optimizer.step()
             self._forget_copies()
             return
-        scaled = scaling.told(self)
         try:
+            scaled = scaling.told(self)
             scalars = [rule.scalars(group) for group in self.param_groups]
             self._read_gradients()
             for flat in self._flats:
@@ -302,10 +305,11 @@ class SharpnessAware(Phased):
             scaling.refuse_closure(scaling.told(self))
             if self._phase is not Phase.REST:
                 self._out_of_order("step(closure)")
-        except RuntimeError:
+        except Exception:
             scaling.forget(self)
             raise
         trainers.refuse_lightning(closures[0])
+        trainers.refuse_accelerate()
         self.sharpness = None
         self._clear_gradients()
         if not self.active:
@@ -334,11 +338,10 @@ class SharpnessAware(Phased):
 
     def _step(self, loss: Any = None) -> None:
         """Update from w, or skip where a sum is not finite."""
-        scaled = scaling.told(self)
         try:
+            scaled = scaling.told(self)
             self._expect("step")
-            if self._keeps_g:
-                scaling.refuse_unscaled(scaled, type(self).__name__)
+            scaling.refuse_unscaled(scaled, type(self).__name__, mixes=self._keeps_g, unseen=self._still_scaled)
             self._notice()
             rule = self._fused_rule()
             scalars = [rule.scalars(group) for group in self.param_groups] if rule else []

@@ -132,17 +132,21 @@ class BSAM(SharpnessAware):
         self._flats.poison(MAX, loss)
 
     def _plain_step(self, loss: Any = None) -> None:
-        for group in self.param_groups:
-            if group.get("lr") is not None:
-                largest_lr(group)  # a late phase comes after the learning rate's peak
         super()._plain_step(loss)
+        for group in self.param_groups:  # a late phase may come after the learning rate's peak
+            if self._decays(group):
+                largest_lr(group)
+
+    @staticmethod
+    def _decays(group: dict[str, Any]) -> bool:
+        return group["rho_min_decay"] == "lr" and group.get("lr") is not None
 
     def _all_radii(self) -> list[list[Radius]]:
         return [*super()._all_radii(), self._radii("rho_min", -1.0)]
 
     def _radius(self, group: dict[str, Any], option: str, index: int) -> float:
         radius = super()._radius(group, option, index)
-        if option != "rho_min" or group["rho_min_decay"] == "none" or group.get("lr") is None:
+        if option != "rho_min" or not self._decays(group):
             return radius
         lr_max = largest_lr(group)
         return decayed_radius(

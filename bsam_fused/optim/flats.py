@@ -29,13 +29,13 @@ from bsam_fused.ops.identity import same_items
 from bsam_fused.ops.one_go import in_one_go
 from bsam_fused.ops.sharded_flat import ShardedFlatParams
 from bsam_fused.optim.fused import FusedRule
-from bsam_fused.optim.groups import check_parameters
+from bsam_fused.optim.groups import check_parameters, takes_part
 from bsam_fused.optim.scaling import Scaled
 from bsam_fused.optim.state import Kept, State, StateViews
 
 Groups = Sequence[dict[str, Any]]
 Kind = tuple[Any, ...]
-"""Device, dtype and process groups of the shards."""
+"""Device, dtype, whether they are DTensors, and the process groups of the shards."""
 
 _GRADIENTS = "on which parameters have gradients; every rank must use the same ones in a pass, with zeros if need be"
 _NOT_REDUCED = "on the last pass's gradient; it must be outside DDP's no_sync(): use `with optimizer.no_sync()` for all"
@@ -117,7 +117,7 @@ class Flats:
         return len(lists) == len(self._lists) and all(map(same_items, lists, self._lists))
 
     def _thawed(self) -> bool:
-        return bool(self._left_out) and any(p.requires_grad or p.grad is not None for p in self._left_out)
+        return bool(self._left_out) and any(map(takes_part, self._left_out))
 
     def build(self, groups: Groups, backend: str) -> None:
         """Build a FlatParams of each kind of parameters.
@@ -126,10 +126,6 @@ class Flats:
             RuntimeError: a parameter is uninitialized, or a backend cannot be had.
             TypeError, ValueError: a parameter that cannot be optimized, or not together with another; by name.
         """
-        seen: list[Tensor] = []
-        for i, group in enumerate(groups):
-            check_parameters(group, i, seen)
-            seen += group["params"]
         self._add(groups, backend, known=[])
         self._lists = [list(group["params"]) for group in groups]
 
@@ -141,6 +137,7 @@ class Flats:
 
         Raises:
             RuntimeError: others than in the first pass are in the param groups.
+            TypeError: one that takes part now cannot be optimized, by name.
         """
         if not self._same_lists(groups):
             raise RuntimeError(
@@ -155,6 +152,10 @@ class Flats:
         return list(self)[len(known) :]
 
     def _add(self, groups: Groups, backend: str, known: list[FlatParams]) -> None:
+        seen: list[Tensor] = []
+        for i, group in enumerate(groups):
+            check_parameters(group, i, seen)
+            seen += group["params"]
         kinds, left_out = _sorted(groups, {id(p) for flat in known for p in flat.params})
         for params, places in kinds.values():
             contract.check_memory([distributed.local(p) for p in params], places)
@@ -165,7 +166,7 @@ class Flats:
         limit = min((flat.limit for flat in (*known, *built)), default=math.inf)
         for flat in (*known, *built):
             flat.limit = limit
-        shards = [*self._shards, *(groups for _, _, groups in kinds)]
+        shards = [*self._shards, *(groups for *_, groups in kinds)]
         self._built, self._shards, self._left_out = [*known, *built], shards, left_out
 
     def _flat(
@@ -291,15 +292,17 @@ class Flats:
             sums[SCALE].zero_()
         self._scaled = scaled.scale is not None
         if scaled.found_inf is not None:
-            found_inf = distributed.local(scaled.found_inf)
-            sums[slot].masked_fill_(torch.as_tensor(found_inf, device=sums.device) > 0, math.nan)
+            sums[slot].masked_fill_(scaled.found_inf.to(sums.device) > 0, math.nan)
 
     def failed(self, passes: int) -> Tensor:
         """Return whether one of the first ``passes`` sums is not finite: bool (), on the first one's device."""
         if passes > MAX:
-            return ~self.totals()[0][:passes].isfinite().all()
-        sums = self._latest[0] + 0 * self._built[0].sums  # type: ignore[index] # and what the ascent itself found
-        return ~sums[:passes].isfinite().all()
+            sums = self.totals()
+        else:  # of the ascent alone nothing has changed since, but for what it found itself
+            sums = [total + 0 * flat.sums for total, flat in zip(self._latest[:1], self, strict=False)]
+        if not sums:  # nothing has trained in these passes
+            return torch.zeros((), dtype=torch.bool, device="cpu")
+        return ~sums[0][:passes].isfinite().all()
 
     def failed_anywhere(self, group: Any, passes: int) -> Tensor:
         """Return the same, of any rank of ``group``.
@@ -403,12 +406,13 @@ def _sorted(
         for j, param in enumerate(group["params"]):
             if id(param) in known:
                 continue
-            if not param.requires_grad and param.grad is None:
+            if not takes_part(param):
                 frozen.append(param)
                 continue
             if torch.nn.parameter.is_lazy(param):
                 raise RuntimeError(f"{contract.describe(param, (i, j))}: run a forward pass before the first step")
-            params, places = kinds.setdefault((param.device, param.dtype, distributed.shard_groups(param)), ([], []))
+            kind = param.device, param.dtype, distributed.is_dtensor(param), distributed.shard_groups(param)
+            params, places = kinds.setdefault(kind, ([], []))
             params.append(param)
             places.append((i, j))
     return kinds, frozen

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bsam_fused.ops import contract
+from bsam_fused.optim import trainers
 from bsam_fused.schedules import GIVEN_LR, LARGEST_LR
 
 Group = dict[str, Any]
@@ -34,9 +35,10 @@ def build_base(
 
     Raises:
         ValueError: no parameters, or an instance over other parameters.
-        TypeError: ``base`` is no optimizer, needs a closure of its own (LBFGS), wraps another one (Lookahead), or
-            options came with an instance.
+        TypeError: ``base`` is no optimizer, needs a closure of its own (LBFGS), wraps another one (Lookahead), shards
+            its parameters (ZeroRedundancyOptimizer), or options came with an instance.
     """
+    trainers.refuse_zero(base if isinstance(base, type) else type(base))
     if isinstance(params, Tensor):
         raise TypeError("params is a Tensor: pass an iterable of parameters or param groups")
     params = list(params)
@@ -138,15 +140,21 @@ def _merge(params: list[Any], base: torch.optim.Optimizer, options: set[str]) ->
         )
 
 
+def takes_part(param: Tensor) -> bool:
+    """Return whether ``param`` has a gradient, or can get one; the others, frozen, may be of any kind."""
+    return param.requires_grad or param.grad is not None
+
+
 def check_parameters(group: Group, index: int, others: Iterable[Tensor]) -> None:
-    """Raise where a param group has parameters that cannot be optimized, or has one twice.
+    """Raise where a param group has parameters that take part and cannot be optimized, or has one twice.
 
     Raises:
         TypeError, ValueError: as `contract.check_param` has them; ValueError for a duplicate.
     """
     seen = {id(param) for param in others}
     for i, param in enumerate(group["params"]):
-        contract.check_param(param, (index, i))
+        if takes_part(param):
+            contract.check_param(param, (index, i))
         if id(param) in seen:
             raise ValueError(f"{contract.describe(param, (index, i))} appears twice: list each parameter once")
         seen.add(id(param))

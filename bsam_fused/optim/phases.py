@@ -154,6 +154,7 @@ class Phased(Persistent):
             alive = optimizer()
             if alive is not None and alive._phase is not Phase.REST:
                 alive._tell_scaler([param])
+                alive._unseen = True
 
         self._mark().hook(param, tell)
 
@@ -178,6 +179,21 @@ class Phased(Persistent):
                 self._flats.clear_gradients()
         self._flats.retract()
         self._come_to_rest()
+
+    def train(self) -> None:
+        """Have w be the weights to train, where the base optimizer has others to evaluate at, as Schedule-Free has."""
+        self._go_to("train")
+
+    def eval(self) -> None:
+        """Have w be the weights to evaluate at, where the base optimizer has others than those that it trains."""
+        self._go_to("eval")
+
+    def _go_to(self, mode: str) -> None:
+        switch = getattr(self.base_optimizer, mode, None)
+        if switch is not None:
+            with self.unperturbed():  # Hugging Face's Trainer calls train() before every pass
+                switch()
+            self._forget_copies()
 
     @contextmanager
     def unperturbed(self) -> Iterator[None]:

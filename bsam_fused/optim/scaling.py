@@ -3,6 +3,9 @@
 ``GradScaler.step(optimizer)`` reads ``optimizer._step_supports_amp_scaling``, looks for inf and NaN in the gradients
 that there are, sets ``grad_scale`` and ``found_inf`` and calls ``optimizer.step()``. Those gradients are the last
 pass's: that an earlier pass overflowed is told by making one of their elements NaN.
+
+``GradScaler.unscale_(optimizer)`` walks ``optimizer.param_groups``, and leaves no other trace there: where nobody has
+read these since the last gradient came, what it unscaled were the gradients of an earlier pass.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bsam_fused import distributed
@@ -21,13 +25,28 @@ class Scaled(NamedTuple):
 
     scale: Tensor | None
     """What the loss was multiplied by; None: the last gradients are unscaled."""
-    found_inf: Tensor | float | None
+    found_inf: Tensor | None
     """More than 0 if the last gradients are not finite; None: there is no scaler."""
 
 
 def told(optimizer: Any) -> Scaled:
-    """Return what GradScaler left on ``optimizer``; where the step raises, `forget` it."""
-    return Scaled(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
+    """Return what GradScaler left on ``optimizer``; where the step raises, `forget` it.
+
+    Raises:
+        ValueError: it is not one number.
+    """
+    return Scaled(*(_number(name, vars(optimizer).get(name)) for name in ("grad_scale", "found_inf")))
+
+
+def _number(name: str, value: Any) -> Tensor | None:
+    """Return a number as a tensor without dimensions: ShardedGradScaler's are of shape (1,), others Python's."""
+    if value is None:
+        return None
+    value = distributed.local(value)
+    number = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
+    if number.numel() != 1:
+        raise ValueError(f"{name} is of shape {tuple(number.shape)}: a GradScaler sets one number for all gradients")
+    return number.reshape(())
 
 
 def forget(optimizer: Any) -> None:
@@ -48,13 +67,28 @@ def refuse_closure(scaled: Scaled) -> None:
         )
 
 
-def refuse_unscaled(scaled: Scaled, name: str) -> None:
-    """Raise RuntimeError where the last gradients are unscaled, for a direction that mixes those of all passes."""
-    if scaled.found_inf is not None and scaled.scale is None:
+def refuse_unscaled(scaled: Scaled, name: str, *, mixes: bool, unseen: bool) -> None:
+    """Raise RuntimeError where the gradients of some passes are unscaled, and the direction needs the others.
+
+    Args:
+        scaled: what GradScaler says.
+        name: the optimizer's class.
+        mixes: whether the direction mixes the gradients of all passes; else it is the last one.
+        unseen: whether nobody can have unscaled the last gradients.
+    """
+    if scaled.found_inf is None or scaled.scale is not None:
+        return
+    if mixes:
         raise RuntimeError(
             f"{name} after GradScaler.unscale_(): it unscaled the gradients of the last pass only, but the "
             "direction mixes those of all passes. Leave out unscale_(), and clip with max_grad_norm=; restore() gives "
             "up this step"
+        )
+    if unseen:
+        raise RuntimeError(
+            f"GradScaler.unscale_() before the last backward of {name}'s step: the gradients that make the update came "
+            "later, and are still scaled. Call it right before scaler.step(), or leave it out, and clip with "
+            "max_grad_norm=; restore() gives up this step"
         )
 
 

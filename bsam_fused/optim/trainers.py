@@ -1,9 +1,14 @@
-"""What trainers do to ``step``: understood where it can be, else an error that says what to do instead."""
+"""What trainers and wrappers do to an optimizer: understood where it can be, else an error that says what to write."""
 
 from __future__ import annotations
 
+import sys
+import traceback
+from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+from bsam_fused import distributed
 
 RECIPES = "docs/recipes.md"
 ALONE = (
@@ -42,10 +47,46 @@ def refuse_lightning(closure: Any) -> None:
             )
 
 
+def _under_way(call: Callable[..., Any]) -> bool:
+    """Return whether ``call``, of whatever object, has led here."""
+    return any(frame.f_code is call.__code__ for frame, _ in traceback.walk_stack(None))
+
+
+def refuse_accelerate() -> None:
+    """Raise RuntimeError where Accelerate's wrapper, which accumulates, calls ``step`` with a closure.
+
+    It leaves out all micro-batches but the last, whose closure has that one alone. The wrapper is known by its call
+    that is under way: what Accelerate has for all to see, its settings, outlives its loops.
+    """
+    module = sys.modules.get("accelerate.optimizer")
+    steps = 1 if module is None else module.GradientState().num_steps
+    if steps == 1:
+        return
+    if _under_way(module.AcceleratedOptimizer.step):  # type: ignore[union-attr]
+        raise RuntimeError(
+            f"step(closure) under Accelerator(gradient_accumulation_steps={steps}): only the last micro-batch would "
+            f"count, by 1/{steps} of its loss. Call the phases by hand ({RECIPES}, Accelerate), or have all "
+            "micro-batches in one closure, without gradient_accumulation_steps"
+        )
+
+
 def refuse_wrapper(optimizer: Any, call: str) -> None:
     """Raise RuntimeError for a phase of Lightning's wrapper, which would keep to itself where the weights are."""
     if "base_optimizer" not in vars(optimizer):
         raise RuntimeError(
             f"{call}() of {type(optimizer).__name__}, a wrapper: call the optimizer's own, "
             f"self.optimizers(use_pl_optimizer=False), and step() of the wrapper ({RECIPES})"
+        )
+
+
+def refuse_zero(base: type) -> None:
+    """Raise TypeError for a ZeroRedundancyOptimizer: ``base``, or one that builds the optimizer of its rank's part."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if module is None:
+        return
+    kind = module.ZeroRedundancyOptimizer
+    if issubclass(base, kind) or _under_way(kind._init_local_optimizer):
+        raise TypeError(
+            "a ZeroRedundancyOptimizer, as base_optimizer or around a sharpness-aware optimizer: "
+            f"{distributed.OWN_NORM}, which shards the optimizer's state as well"
         )

@@ -165,6 +165,10 @@ class Beside(RuleBasedStateMachine):
             then()
         return result
 
+    def lacks(self, grads):
+        """Whether a pass made no gradient, though it could."""
+        return not grads and bool(self.mine(trainable=True))
+
     def disturb(self, really=True):
         """Note what may make the step under way impossible."""
         self.disturbed = really or self.disturbed

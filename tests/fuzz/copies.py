@@ -72,7 +72,7 @@ class Copies(Beside):
             self.params, self.net, self.optimizer = copies
             self.gradients.forget()
 
-    @rule(seed=SEEDS, options=setups.group_options, wrong=st.sampled_from(["", "", "rho", "twice", "integer"]))
+    @rule(seed=SEEDS, options=setups.group_options, wrong=st.sampled_from(["", "", "rho", "twice", "complex"]))
     def add_param_group(self, seed, options, wrong):
         self._add_group(self.optimizer, seed, options, wrong)
 
@@ -88,7 +88,9 @@ class Copies(Beside):
         if len(self.params) == MOST:
             return
         p, ours = nn.Parameter(values((3,), torch.float64, seed)), optimizer is self.optimizer
-        given = {"twice": self.params[self.pick(seed)], "integer": torch.tensor([1])}.get(wrong, p)
+        given = {"twice": self.params[self.pick(seed)], "complex": nn.Parameter(torch.ones(1, dtype=torch.cfloat))}.get(
+            wrong, p
+        )
         group = {"params": [given], **options, **({"rho": -1.0} if wrong == "rho" else {})}
         refused = bool(wrong) or (ours and not self.model.at_rest)
         whole = completed(self.kind, {**self.model.base.defaults, **options})

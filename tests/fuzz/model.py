@@ -103,13 +103,17 @@ class Model:
     def descend(self, grads, loss=0.0):
         """w_min = w − ρ_min T² g / ‖T g‖"""
         self._note(grads, loss)
+        self._note_rates()
         self._perturb({i: -rho_min(o) for i, o in self.options().items()})
+
+    def _note_rates(self):
+        for group in self.base.param_groups:
+            if group.get("rho_min_decay") == "lr":
+                group["largest_lr"] = max(group.get("largest_lr", 0.0), group["lr"])
 
     def _note(self, grads, loss):
         self.grads.append(grads)
         self.failed |= not (finite(grads) and math.isfinite(loss))
-        for group in self.base.param_groups:
-            group["largest_lr"] = max(group.get("largest_lr", 0.0), group["lr"])
 
     def _perturb(self, radii):
         options = self.options()
@@ -149,6 +153,7 @@ class Model:
 
     def plain_step(self, grads, loss=0.0):
         """The base's own step, d = g."""
+        self._note_rates()
         if self.fused and not (finite(grads) and math.isfinite(loss)):
             self.skipped += 1
         else:

@@ -6,6 +6,8 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
+from bsam_fused.optim.base import NoGradientError
+
 from . import gradients
 from .beside import INDICES, SEEDS, Beside
 from .model import CALLS
@@ -48,18 +50,18 @@ class Steps(Beside):
         grads, model = self.read(), self.model
         if model.at_rest and name == "step" and model.plain:
             return self.expect(self.optimizer.step, lambda: model.plain_step(grads))
-        refused = model.next != name or (name == "ascend" and not model.active)
+        refused = model.next != name or (name == "ascend" and not model.active) or self.lacks(grads)
         call = getattr(self.optimizer, ALIASES[model.calls.index(name)] if alias else name)
         return self.expect(call, lambda: getattr(model, name)(grads), refused)
 
     @rule(seed=SEEDS, kinds=gradients.faults, at=st.integers(0, 2), fault=FAULTS)
     def closure_step(self, seed, kinds, at, fault):
         """The fault, and the gradients of these kinds, in pass number ``at``."""
-        model, at_rest, passes, ending = self.model, self.model.at_rest, 0, []
+        model, at_rest, passes, ending, lacking = self.model, self.model.at_rest, 0, [], False
         names = model.calls if model.active else ("plain_step",)
 
         def closure():
-            nonlocal passes
+            nonlocal passes, lacking
             if not model.failed:
                 self.agrees()
             self.forward()
@@ -71,7 +73,8 @@ class Steps(Beside):
             judged = self.mine(trainable=True) and (self.fused or model.active)  # else nobody looks at it
             loss = math.nan if here and fault == "nan loss" and judged else 0.5
             grads = self.read()
-            ending[:] = [lambda: getattr(model, name)(grads, loss)]
+            lacking = self.lacks(grads) and (model.active or fault != "no loss" or not here)
+            ending[:] = [lambda: None if lacking else getattr(model, name)(grads, loss)]
             if passes < len(names):  # now; the last one when the update was made
                 ending.pop()()
             return None if here and fault == "no loss" else torch.tensor(loss)
@@ -80,6 +83,12 @@ class Steps(Beside):
             self.expect(lambda: self.optimizer.step(closure), lambda: ending.pop()(), refused=not at_rest)
         except ZeroDivisionError:
             model.restore()
+        except NoGradientError:
+            assert lacking
+            model.restore()
+        else:
+            given_up = (passes, at, fault) == (1, 0, "no loss")
+            assert not lacking or given_up
         assert at_rest or not passes
 
     @rule()
