@@ -79,7 +79,7 @@ class SharpnessAware(Phased):
         self._known = []
         owned = base.param_groups, base.state
         try:
-            super().__init__(base.param_groups, {**base.defaults, **ours})
+            super().__init__(base.param_groups, {**base.defaults, **ours, **groups.SAVED})
         finally:  # torch begins with none of either
             base.param_groups, base.state = owned
         self._notice()
