@@ -201,6 +201,7 @@ class ProportionalRadius(RadiusSchedule):
         self.end, self.lr_end = self._each("end", end), self._each("lr_end", lr_end)
         for group in optimizer.param_groups:
             group.setdefault(GIVEN_LR, float(group["lr"]))
+            group.setdefault(LARGEST_LR, 0.0)
         self._apply(0)
 
     def _radius(self, t: int, rho_0: float, i: int) -> float:
@@ -360,7 +361,7 @@ def largest_lr(group: dict[str, Any]) -> float:
     The group's ``max_lr`` (OneCycle), else ``initial_lr``, else its lr to begin with; and at least the largest that was
     noted so far, without ``lr_scale``.
     """
-    group[LARGEST_LR] = max(group.get(LARGEST_LR, 0.0), scheduled_lr(group))
+    group[LARGEST_LR] = max(group[LARGEST_LR], scheduled_lr(group))
     planned = next(float(group[name]) for name in ("max_lr", "initial_lr", GIVEN_LR) if name in group)
     return max(planned, group[LARGEST_LR])
 

@@ -70,7 +70,7 @@ class Run:
         """Weights and the whole saved state, on which the bits of all later steps depend."""
         saved = self.opt.state_dict()
         values = {(i, k): torch.as_tensor(v).clone() for i, e in saved["state"].items() for k, v in e.items()}
-        counts = [group.get("rounded_steps", 0) for group in saved["param_groups"]]
+        counts = [group["rounded_steps"] or 0 for group in saved["param_groups"]]
         return [p.detach().clone() for p in self.params], values, counts
 
 

@@ -129,3 +129,108 @@ def test_a_file_is_as_large_as_the_bases(backend, kind, base, dtype):
         sizes.append(len(to_file(opt.state_dict())))
     assert abs(sizes[0] - sizes[1]) < 1500
     assert sizes[0] > 90_000 * params[0].element_size()
+
+
+# ---- the format, and version 0.1, which had none
+
+ADAMW_OF_0_1 = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-08, "weight_decay": 0.01, "amsgrad": False}
+ADAMW_OF_0_1 |= {"maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None}
+ADAMW_OF_0_1 |= {"decoupled_weight_decay": True, "rho_min_decay": "lr", "rho_min_end": 0.0, "rho_min_lr_end": 0.0}
+ADAMW_OF_0_1 |= {"adaptive": False, "eta": 0.0, "lr_max": 0.1}
+SGD_OF_0_1 = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "weight_decay": 0, "nesterov": False, "maximize": False}
+SGD_OF_0_1 |= {"foreach": None, "differentiable": False, "fused": None, "adaptive": False, "eta": 0.0}
+
+
+def in_float64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+OF_0_1 = {
+    "BSAM": (
+        (bsam_fused.BSAM, torch.optim.AdamW),
+        ([0.29929651788833755, -1.1761816721429568], [2.1960376143309954]),
+        {
+            "state": {
+                0: {
+                    "step": torch.tensor(2.0),
+                    "exp_avg": in_float64(0.30122025385481643, 0.2026518977158247),
+                    "exp_avg_sq": in_float64(0.005044036056808413, 0.0037110588208616193),
+                },
+                1: {
+                    "step": torch.tensor(2.0),
+                    "exp_avg": in_float64([-0.2915139900574938]),
+                    "exp_avg_sq": in_float64([0.004692964306770799]),
+                },
+            },
+            "param_groups": [
+                {**ADAMW_OF_0_1, "rho": 0.05, "rho_min": 0.05, "params": [0]},
+                {**ADAMW_OF_0_1, "rho": 0.2, "rho_min": 0.2, "params": [1]},
+            ],
+        },
+        ([0.2075808592774249, -1.1726724749897308], [2.290853513954731]),
+    ),
+    "SAM": (
+        (bsam_fused.SAM, torch.optim.SGD),
+        ([0.31312148809713375, -0.951132552000582], [2.210137162005889]),
+        {
+            "state": {
+                0: {"momentum_buffer": in_float64(0.9594876922029808, -0.6297944880540477)},
+                1: {"momentum_buffer": in_float64([-1.1424473453957504])},
+            },
+            "param_groups": [{**SGD_OF_0_1, "rho": 0.05, "params": [0]}, {**SGD_OF_0_1, "rho": 0.2, "params": [1]}],
+        },
+        ([0.3024478453296583, -0.7985586206094039], [2.247258763219628]),
+    ),
+}
+"""Two steps by 0.1.0 (commit 5af54d5, "torch"): the optimizer, weights, state dict; and the weights a step later."""
+
+
+@pytest.mark.parametrize("through", ["the optimizer", "the base optimizer"])
+@pytest.mark.parametrize("name", OF_0_1)
+def test_a_state_dict_of_0_1_goes_on(backend, name, through):
+    """With every option, other ones than here: it has neither format nor count of rounded steps."""
+    (kind, base), weights, saved, right = OF_0_1[name]
+    params = [nn.Parameter(w) for w in (in_float64(*weights[0]), in_float64(weights[1]))]
+    opt = kind([{"params": params[:1]}, {"params": params[1:]}], base, lr=9.0, rho=9.0, backend=backend)
+    (opt if through == "the optimizer" else opt.base_optimizer).load_state_dict(saved)
+    for k, call in enumerate(opt._calls):
+        for i, p in enumerate(params):
+            p.grad = torch.sin(torch.arange(p.numel(), dtype=p.dtype).reshape(p.shape) + 2 + 2 * k + 3 * i)
+        getattr(opt, call)()
+    torch.testing.assert_close(params[0], in_float64(*right[0]), rtol=1e-12, atol=0)
+    torch.testing.assert_close(params[1], in_float64(right[1]), rtol=1e-12, atol=0)
+    assert [group["bsam_fused_format"] for group in opt.state_dict()["param_groups"]] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("bsam_fused_format", 2), ("bsam_fused_format", None), ("rounded_steps", -1)]
+)
+def test_what_cannot_be_read_is_refused(key, value):
+    """In any group, with nothing loaded; what the base loaded by itself, as soon as it is noticed."""
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    opt = bsam_fused.SAM([{"params": [p]}, {"params": [q]}], lr=0.1, momentum=0.9)
+    for call in opt._calls:
+        p.grad, q.grad = torch.ones(3), torch.ones(2)
+        getattr(opt, call)()
+    before = from_file(to_file(opt.state_dict()))
+    saved = from_file(to_file(opt.state_dict()))
+    saved["param_groups"][1] |= {key: value, "lr": 7.0}
+    saved["state"][0]["momentum_buffer"] += 1
+    with pytest.raises(ValueError, match=f"{key}={value} in group 1"):
+        opt.load_state_dict(saved)
+    assert_same(opt.state_dict(), before)
+    opt.base_optimizer.load_state_dict(saved)
+    p.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=f"{key}={value} in group 1"):
+        opt.ascend()
+    assert torch.equal(p, torch.full((3,), 0.9))
+
+
+def test_format_and_count_are_no_options(backend):
+    """Another wrapper around the same base begins anew, and what the plain base loads trains as ever."""
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    plain = torch.optim.SGD([p], lr=0.1)
+    plain.param_groups[0] |= {"bsam_fused_format": 2, "rounded_steps": 5}
+    opt = bsam_fused.SAM([p], plain, backend=backend)
+    group = opt.state_dict()["param_groups"][0]
+    assert (group["bsam_fused_format"], group["rounded_steps"]) == (1, None)

@@ -123,4 +123,14 @@ class ShardedFlatParams:
         if key == "step":
             return views
         with torch.no_grad():
-            return [distributed.like(view, param) for view, param in zip(views, self.params, strict=True)]
+            return [distributed.like(_alone(view), param) for view, param in zip(views, self.params, strict=True)]
+
+
+def _alone(view: Tensor) -> Tensor:
+    """Return a dense ``view`` over a storage of its own, which keeps the flat buffer's alive.
+
+    A DTensor, which has no memory, repeats its shard's offset, by which torch takes it for one that has some.
+    """
+    start = view.storage_offset() * view.itemsize
+    storage = view.untyped_storage()[start : start + view.nbytes]
+    return view.new_empty(0).set_(storage, 0, view.shape, view.stride())  # type: ignore[call-overload]

@@ -92,13 +92,13 @@ class Around(torch.optim.Optimizer):
             for option, value in kept.items():
                 group.setdefault(option, value)
             self._check_options(group, i)
-        count = self.param_groups[0].get("rounded_steps")
+        count = self.param_groups[0]["rounded_steps"]
         if count is not None:  # a state dict of ours
             if not self._at_rest:
                 return  # the FlatParams have this step's w
             self._flats = self._flats.anew(count)
             for group in self.param_groups:
-                group.pop("rounded_steps", None)
+                group["rounded_steps"] = None
         self._known = list(self.param_groups)
 
     @property
@@ -110,6 +110,7 @@ class Around(torch.optim.Optimizer):
         return groups.check_non_negative(option, group[self._key(option)], index)
 
     def _check_options(self, group: dict[str, Any], index: int) -> None:
-        """Raise ValueError for an option of a param group that cannot be used."""
+        """Raise ValueError for an option of a param group that cannot be used, or is of a later version."""
+        groups.check_saved(group, index)
         for option in ("rho", "eta"):
             self._non_negative(group, option, index)

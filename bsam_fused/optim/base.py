@@ -86,7 +86,7 @@ class SharpnessAware(Phased):
         self._known = []
         owned = base.param_groups, base.state
         try:
-            super().__init__(base.param_groups, {**base.defaults, **ours})
+            super().__init__(base.param_groups, {**base.defaults, **ours, **groups.SAVED})
         finally:  # torch begins with none of either
             base.param_groups, base.state = owned
         self._notice()
@@ -269,8 +269,11 @@ class SharpnessAware(Phased):
         return self._step()
 
     def _is_plain(self) -> bool:
+        return not self.active or self._moves_nothing()
+
+    def _moves_nothing(self) -> bool:
         rates = [group.get("lr") for group in self.param_groups]  # some bases have none
-        return not self.active or all(lr is not None and float(lr) == 0 for lr in rates)
+        return all(lr is not None and float(lr) == 0 for lr in rates)
 
     def _plain_step(self, loss: Any = None) -> None:
         """Make the base optimizer's step from w with d = g, or skip it where ‖g‖ is not finite."""
@@ -293,6 +296,8 @@ class SharpnessAware(Phased):
             self._flats.poison(MAX, loss)
             self._flats.note(MAX, scaled)
             self._flats.update(rule, self.state, scalars, self._flats.totals(), True, max_norm)
+            if self._moves_nothing():  # so does torch.distributed.checkpoint, whenever it finds no state
+                self._flats.draw_again()
         except BaseException:
             scaling.forget(self)
             self.restore()

@@ -175,8 +175,12 @@ class BSAM(SharpnessAware):
             self._non_negative(group, option, index)
         if group["rho_min_decay"] not in {"lr", "none"}:
             raise ValueError(f'rho_min_decay={group["rho_min_decay"]!r} in group {index}: must be "lr" or "none"')
-        if group.get("lr") is not None:
-            group.setdefault(GIVEN_LR, float(group["lr"]))
+        if group.get("lr") is None:
+            return
+        if "lr_max" in group and "lr_max" not in self.base_optimizer.defaults:
+            group[GIVEN_LR] = group.pop("lr_max")  # its name in 0.1
+        group.setdefault(GIVEN_LR, float(group["lr"]))
+        group.setdefault(LARGEST_LR, 0.0)
 
     @property
     def _kept_options(self) -> set[str]:

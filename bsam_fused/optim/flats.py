@@ -320,6 +320,10 @@ class Flats:
     def disregard(self, steps: int) -> None:
         """Do not count the last ``steps`` steps, all skipped."""
         self._skipped_before -= steps
+        self.draw_again(steps)
+
+    def draw_again(self, steps: int = 1) -> None:
+        """Give the next steps the random bits of the last ``steps``."""
         for flat in self:
             flat.step_count.sub_(steps)
 

@@ -18,6 +18,16 @@ from bsam_fused.schedules import GIVEN_LR, LARGEST_LR
 
 Group = dict[str, Any]
 
+FORMAT = 1
+"""Of our state dicts; those of 0.1 have none, and read as 1. To be raised where an older version would misread them."""
+
+SAVED = {"bsam_fused_format": FORMAT, "rounded_steps": None}
+"""What groups have beside options, as nothing else of a state dict gets through torch.distributed.checkpoint.
+
+``rounded_steps`` is None but in state dicts, and until one that was loaded is noticed. Both are always there: torch
+takes of a flattened dict what the groups have already.
+"""
+
 
 def build_base(
     params: Iterable[Any],
@@ -118,7 +128,7 @@ def _merge(params: list[Any], base: torch.optim.Optimizer, options: set[str]) ->
         group["params"] = _tensors(group["params"])
     carried = [group.keys() & options for group in given]
     for group in theirs:  # what an earlier wrapper left there is not asked for now
-        for name in options - base.defaults.keys() | {GIVEN_LR, LARGEST_LR, "rounded_steps"}:
+        for name in options - base.defaults.keys() | {GIVEN_LR, LARGEST_LR, *SAVED}:
             group.pop(name, None)
     if len(given) == len(theirs) and all(
         [id(p) for p in mine["params"]] == [id(p) for p in other["params"]]
@@ -185,6 +195,18 @@ def check_rounding(rounding: str, seed: int) -> int | None:
     if not (isinstance(seed, Integral) and 0 <= seed < 2**32):
         raise ValueError(f"seed={seed!r}: must be an integer in [0, 2**32)")
     return int(seed) if rounding == "stochastic" else None
+
+
+def check_saved(group: Group, index: int) -> None:
+    """Raise ValueError where what is `SAVED` in a param group cannot be read, named by the group's index."""
+    version, count = group["bsam_fused_format"], group["rounded_steps"]
+    if version != FORMAT:
+        raise ValueError(
+            f"bsam_fused_format={version!r} in group {index}: this bsam_fused reads state dicts of format {FORMAT}, "
+            "and older ones, without a format; upgrade to the version that wrote this one"
+        )
+    if count is not None and not (isinstance(count, Integral) and int(count) >= 0):
+        raise ValueError(f"rounded_steps={count!r} in group {index}: must be an integer ≥ 0, or None")
 
 
 def check_non_negative(name: str, value: Any, group: int | None = None) -> float:

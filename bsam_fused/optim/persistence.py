@@ -27,7 +27,8 @@ class Persistent(Around):
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state, and param groups with the sharpness-aware options.
 
-        Groups also have ``rounded_steps`` where parameters are rounded stochastically.
+        Groups also have a version, ``bsam_fused_format``, and where parameters are rounded stochastically the count
+        of ``rounded_steps``.
 
         Raises:
             RuntimeError: while the weights are perturbed: a checkpoint of the model would hold w_max.
@@ -36,11 +37,9 @@ class Persistent(Around):
         self._notice()
         self._flats.retract()
         packed = self._packed()
-        packed = {**packed, "state": with_steps_on_host(packed["state"])}
         count = self._flats.rounded_steps
-        if count is not None:
-            packed["param_groups"] = [{**group, "rounded_steps": count} for group in packed["param_groups"]]
-        return packed
+        counted = [{**group, "rounded_steps": count} for group in packed["param_groups"]]
+        return {**packed, "state": with_steps_on_host(packed["state"]), "param_groups": counted}
 
     def _packed(self) -> dict[str, Any]:
         """Return torch's state dict, which has no words for the state of what is in no param group any more."""
@@ -60,7 +59,8 @@ class Persistent(Around):
 
         Raises:
             RuntimeError: within a step.
-            ValueError: the groups do not match, or have an option that cannot be used; then nothing was loaded.
+            ValueError: the groups do not match, have an option that cannot be used, or are of a later version's format;
+                then nothing was loaded.
         """
         self._require_rest("load_state_dict()")
         self._notice()
