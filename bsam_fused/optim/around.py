@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from bsam_fused import checks
 from bsam_fused.ops.identity import same_items
-from bsam_fused.optim import groups
+from bsam_fused.optim import groups, names
 from bsam_fused.optim.flats import Flats
 
 
@@ -65,8 +66,12 @@ class Around(torch.optim.Optimizer):
         """
         self._require_rest("add_param_group()")
         self._notice()
+        index = len(self.param_groups)
+        if isinstance(param_group, dict):  # else torch says so
+            groups.check_source(groups.params_of(param_group, index), index)
+            ours = self.defaults.keys() - self.base_optimizer.defaults.keys()
+            names.refuse_slips(param_group.keys() - self.defaults.keys(), ours, index)
         super().add_param_group(param_group)
-        index = len(self.param_groups) - 1
         try:
             others = [p for group in self.param_groups[:-1] for p in group["params"]]
             groups.check_parameters(self.param_groups[-1], index, others)
@@ -104,9 +109,13 @@ class Around(torch.optim.Optimizer):
         return set(self.defaults)
 
     def _non_negative(self, group: dict[str, Any], option: str, index: int) -> float:
-        return groups.check_non_negative(option, group[self._key(option)], index)
+        return checks.non_negative(option, group[self._key(option)], index)
+
+    def _flag(self, group: dict[str, Any], option: str, index: int) -> bool:
+        return checks.flag(option, group[self._key(option)], index)
 
     def _check_options(self, group: dict[str, Any], index: int) -> None:
         """Raise ValueError for an option of a param group that cannot be used."""
         for option in ("rho", "eta"):
             self._non_negative(group, option, index)
+        self._flag(group, "adaptive", index)

@@ -123,7 +123,7 @@ class Flats:
         """Build a FlatParams of each kind of parameters.
 
         Raises:
-            RuntimeError: a parameter is uninitialized, or a backend cannot be had.
+            RuntimeError: a parameter is uninitialized or on meta, or a backend cannot be had.
             TypeError, ValueError: a parameter that cannot be optimized, or not together with another; by name.
         """
         seen: list[Tensor] = []
@@ -144,8 +144,8 @@ class Flats:
         """
         if not self._same_lists(groups):
             raise RuntimeError(
-                "the parameters in param_groups were changed within a step: do it before ascend() or after step(); "
-                "restore() gives up this step"
+                "the parameters in param_groups were changed within a step: do it between steps; restore() gives up "
+                "this step"
             )
         if not self._thawed():
             return []
@@ -390,7 +390,7 @@ def _sorted(
     """Return the parameters of each kind with their places, and those that are frozen; none that is ``known``.
 
     Raises:
-        RuntimeError: one is uninitialized.
+        RuntimeError: one is uninitialized, or on meta.
     """
     kinds: dict[Kind, tuple[list[Tensor], list[tuple[int, int]]]] = {}
     frozen = []
@@ -403,6 +403,11 @@ def _sorted(
                 continue
             if torch.nn.parameter.is_lazy(param):
                 raise RuntimeError(f"{contract.describe(param, (i, j))}: run a forward pass before the first step")
+            if param.is_meta:
+                raise RuntimeError(
+                    f"{contract.describe(param, (i, j))} is on meta, without values: build the optimizer after the "
+                    "model has its memory, as to_empty() makes new parameters; or put those into param_groups"
+                )
             params, places = kinds.setdefault((param.device, param.dtype, distributed.shard_groups(param)), ([], []))
             params.append(param)
             places.append((i, j))

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from bsam_fused.distributed import Sync
 from bsam_fused.ops.contract import MAX
+from bsam_fused.ops.dispatch import Backend
 from bsam_fused.optim.base import Closure, SharpnessAware
+from bsam_fused.optim.groups import Rounding
 
 Base = type[torch.optim.Optimizer] | torch.optim.Optimizer
 
@@ -65,12 +68,12 @@ class SAM(SharpnessAware):
         eta: float = 0.0,
         norm_eps: float = 1e-12,
         max_grad_norm: float | None = None,
-        rounding: str = "stochastic",
+        rounding: Rounding = "stochastic",
         seed: int = 0,
         master_weights: bool = False,
-        sync: str = "every",
+        sync: Sync = "every",
         model: nn.Module | None = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
         **base_kwargs: Any,
     ) -> None:
         options = {"rho": rho, "adaptive": adaptive, "eta": eta}
@@ -112,11 +115,11 @@ class SAM(SharpnessAware):
 
     def first_step(self, zero_grad: bool = False) -> None:
         """`ascend`, under the name SAM users know. The gradient is taken whatever ``zero_grad`` says."""
-        self.ascend()
+        self._call_by_number(0)
 
     def second_step(self, zero_grad: bool = False) -> None:
         """`step`, under the name SAM users know; ``zero_grad``: clear the gradients afterwards."""
-        self.step()
+        self._call_by_number(1)
         if zero_grad:
             self.zero_grad()
 
@@ -152,12 +155,12 @@ class ASAM(SAM):
         eta: float = 0.01,
         norm_eps: float = 1e-12,
         max_grad_norm: float | None = None,
-        rounding: str = "stochastic",
+        rounding: Rounding = "stochastic",
         seed: int = 0,
         master_weights: bool = False,
-        sync: str = "every",
+        sync: Sync = "every",
         model: nn.Module | None = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
         **base_kwargs: Any,
     ) -> None:
         super().__init__(
