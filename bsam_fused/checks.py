@@ -52,7 +52,7 @@ def integer(name: str, value: Any, least: int, below: float = math.inf) -> int:
     Raises:
         ValueError: it is something else.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value < below:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) < below:
         _refuse(name, value, f"an integer ≥ {least}" if below == math.inf else f"an integer in [{least}, {below})")
     return int(value)
 

@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -331,7 +331,8 @@ class SequentialRadius(RadiusSchedule):
             )
         if len({(id(schedule.optimizer), schedule.key) for schedule in self.schedules}) != 1:
             raise ValueError("schedules are of different radii or optimizers: give a sequence for each")
-        super().__init__(self.schedules[0].optimizer, self.schedules[0].key.removeprefix("sharpness_"))
+        radius = self.schedules[0].key.removeprefix("sharpness_")
+        super().__init__(self.schedules[0].optimizer, cast(RadiusName, radius))
         self._apply(0)
 
     def _radius(self, t: int, rho_0: float, i: int) -> float:

@@ -53,7 +53,7 @@ class Around(torch.optim.Optimizer):
     def state(self, state: Any) -> None:
         if not isinstance(state, dict):
             raise TypeError(f"state is a {type(state).__name__}: assign a dict of dicts, one a parameter")
-        self.base_optimizer.state = state
+        self.base_optimizer.state = state  # type: ignore[assignment]
 
     # ---- options
 

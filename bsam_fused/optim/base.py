@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from bsam_fused import checks, distributed
 from bsam_fused.ops import contract, dispatch
@@ -24,6 +25,7 @@ from bsam_fused.optim.phases import Phase, Phased
 from bsam_fused.optim.sharpness import Sharpness
 
 Closure = Callable[[], Any]
+R = TypeVar("R")
 
 
 class SharpnessAware(Phased):
@@ -42,7 +44,7 @@ class SharpnessAware(Phased):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
         options: dict[str, Any],
         base_kwargs: dict[str, Any],
@@ -87,7 +89,7 @@ class SharpnessAware(Phased):
         self._fused_rule()  # raises where master weights need one
         _ = self.backends  # raises now, and not in the first step, where one asked for is missing
 
-    profile_hook_step = staticmethod(hooks.hooked_where_watched)
+    profile_hook_step = staticmethod(hooks.hooked_where_watched)  # type: ignore[assignment]
 
     # ---- what runs where
 
@@ -225,7 +227,13 @@ class SharpnessAware(Phased):
         self._sum_last_gradients(math.inf)
         scaling.mark(self._parameters(), self._flats.failed_anywhere(self._group, self._last_slot + 1))
 
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], R]) -> R: ...
+
+    def step(self, closure: Closure | None = None) -> Any:
         """Finish a step by hand, or run a whole one with ``closure``.
 
         Args:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
+from torch.optim.optimizer import ParamsT
 
 from bsam_fused import checks
 from bsam_fused.distributed import Sync
 from bsam_fused.ops.contract import MAX, MIN, Radius
 from bsam_fused.ops.dispatch import Backend
-from bsam_fused.optim.base import Closure, SharpnessAware
+from bsam_fused.optim.base import Closure, R, SharpnessAware
 from bsam_fused.optim.groups import Rounding
 from bsam_fused.optim.phases import Phase
 from bsam_fused.optim.sam import Base
@@ -63,7 +64,7 @@ class BSAM(SharpnessAware):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         base_optimizer: Base = torch.optim.SGD,
         *,
         rho: float = 0.05,
@@ -154,7 +155,13 @@ class BSAM(SharpnessAware):
     def _decay(self, group: dict[str, Any], index: int) -> str:
         return checks.choice("rho_min_decay", group["rho_min_decay"], Decay, index)
 
-    def step(self, closure: Closure | None = None, *, ascent_closure: Closure | None = None) -> Any:  # type: ignore[override]
+    @overload
+    def step(self, closure: None = None, *, ascent_closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], R], *, ascent_closure: None = None) -> R: ...
+
+    def step(self, closure: Closure | None = None, *, ascent_closure: Closure | None = None) -> Any:
         """As `SharpnessAware.step`; the closure is called three times.
 
         Raises:

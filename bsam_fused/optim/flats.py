@@ -240,11 +240,11 @@ class Flats:
         """
         sums = [total.clone() for total in self.totals()]
         exchange = self._exchange(group)
-        alike = [self._fingerprint] if mixed else [self._fingerprint, sums[0][MAX]]
+        alike: list[Tensor | float] = [self._fingerprint] if mixed else [self._fingerprint, sums[0][MAX]]
         rows = exchange(sums[0], alike, [_GRADIENTS, _NOT_REDUCED][: len(alike)])
         if mixed:
-            for flat, own in zip(self, sums, strict=True):
-                distributed.average(flat.merge(own, 1 / exchange.ranks), group)
+            for flat, total in zip(self, sums, strict=True):
+                distributed.average(flat.merge(total, 1 / exchange.ranks), group)
                 flat.read_gradients()
                 flat.square_norm(MAX, [Radius(0.0)] * len(self._lists))
             own, sums = sums, self.totals()

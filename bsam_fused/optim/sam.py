@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 from torch import nn
+from torch.optim.optimizer import ParamsT
 
 from bsam_fused.distributed import Sync
 from bsam_fused.ops.contract import MAX
 from bsam_fused.ops.dispatch import Backend
-from bsam_fused.optim.base import Closure, SharpnessAware
+from bsam_fused.optim.base import Closure, R, SharpnessAware
 from bsam_fused.optim.groups import Rounding
 
 Base = type[torch.optim.Optimizer] | torch.optim.Optimizer
@@ -60,7 +61,7 @@ class SAM(SharpnessAware):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         base_optimizer: Base = torch.optim.SGD,
         *,
         rho: float = 0.05,
@@ -92,7 +93,16 @@ class SAM(SharpnessAware):
             backend=backend,
         )
 
-    def step(self, closure: Closure | None = None, *, ascent_closure: Closure | None = None) -> Any:  # type: ignore[override]
+    @overload
+    def step(self, closure: None = None, *, ascent_closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], R], *, ascent_closure: None = None) -> R: ...
+
+    @overload
+    def step(self, closure: Closure, *, ascent_closure: Callable[[], R]) -> R: ...
+
+    def step(self, closure: Closure | None = None, *, ascent_closure: Closure | None = None) -> Any:
         """Finish a step by hand, or run a whole one with closures.
 
         Args:
@@ -148,7 +158,7 @@ class ASAM(SAM):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         base_optimizer: Base = torch.optim.SGD,
         *,
         rho: float = 0.5,
