@@ -324,7 +324,8 @@ def test_parameters_on_meta(backend, kind):
         with pytest.raises(RuntimeError, match=words):
             call()
     opt.param_groups[0]["params"] = list(net.parameters())
-    nn.init.ones_(net.weight)
+    for p in net.parameters():
+        nn.init.ones_(p)
     opt.step(closure)
     assert (net.weight != 1).all()
 
@@ -335,7 +336,8 @@ def test_parameters_that_leave_meta(monkeypatch):
         net = nn.Linear(3, 2)
     opt = SAM(net.parameters(), lr=0.1, model=net)
     net.to_empty(device="cpu")
-    nn.init.ones_(net.weight)
+    for p in net.parameters():
+        nn.init.ones_(p)
     give(opt)
     opt.ascend()
     give(opt)
@@ -400,6 +402,10 @@ def test_calls_out_of_order_by_number(backend, kind):
     opt.first_step()
     opt.restore()
     with pytest.raises(RuntimeError, match=r"next come backward\(\) and ascend\(\)"):
+        opt.step()
+    with pytest.raises(RuntimeError, match=rf"\.{calls[-1]}\(\) out of order"):
+        getattr(opt, calls[-1])()
+    with pytest.raises(RuntimeError, match=r"\.step\(\) out of order.*next come backward\(\) and ascend\(\)"):
         opt.step()
 
 
