@@ -8,6 +8,7 @@
 # make bench-check   the smallest part of it, which fails where the fused step is slow
 # make performance   measure everything on this CPU, and write docs/performance.md (half an hour to an hour; quiet, please)
 # make lint     ruff and clang-format
+# make types    mypy on the package; mypy --strict and pyright on a user's script, tests/typing, its deliberate mistakes among it
 # make cuda-build-check   the CUDA build against a CUDA build of torch (5 GB, in .venv-cuda); needs nvcc and no GPU
 # make gpu      with PYTHON's own torch, this machine's nvcc and no network: build, CUDA tests, benchmarks, sanitizer
 #               (COMMIT=... names the source where this is no git checkout)
@@ -24,7 +25,7 @@ CUDA_TORCH := torch==2.12.1 setuptools==81.0.0
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py
 
-.PHONY: report test test-triton interrupts test-recipes fuzz bench bench-check performance lint format cuda-build-check gpu clean
+.PHONY: report test test-triton interrupts test-recipes fuzz bench bench-check performance lint types format cuda-build-check gpu clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
@@ -62,6 +63,12 @@ lint: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
+# Tensor.backward has no types: that is torch's.
+types: $(BUILT)
+	$(BIN)/mypy
+	$(BIN)/mypy --strict --warn-unused-ignores --untyped-calls-exclude=torch --follow-imports=silent tests/typing
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
 format: $(BUILT)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -73,7 +80,7 @@ $(VENV)/.installed: constraints.txt
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt ninja numpy pytest pytest-benchmark hypothesis \
 		matplotlib jinja2 rich scikit-learn ruff clang-format build triton pytorch_optimizer \
-		lightning transformers accelerate schedulefree
+		lightning transformers accelerate schedulefree mypy 'pyright[nodejs]'
 	touch $@
 
 $(BUILT): $(VENV)/.installed $(SOURCES)

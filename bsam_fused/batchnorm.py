@@ -48,7 +48,7 @@ class RunningStats:
             wanted = _wanted_frozen.get(layer, set())
             wanted.discard(self._who)
             if not wanted and _is_frozen(layer):
-                layer.__class__ = type(layer).thawed
+                layer.__class__ = type(layer).thawed  # type: ignore[attr-defined]
         self._layers = ()  # all are
 
 

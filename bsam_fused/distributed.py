@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from bsam_fused import checks
+
+Sync = Literal["every", "last"]
 
 
 def world_size() -> int:
@@ -91,16 +95,14 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def averaging_group(sync: str, model: nn.Module | None) -> Any:
+def averaging_group(sync: Sync, model: nn.Module | None) -> Any:
     """Return the process group of a DistributedDataParallel where ``sync`` is "last", None where it is "every".
 
     Raises:
         ValueError: ``sync`` is neither, or ``model`` is no DistributedDataParallel, or one of a static graph; why, and
             what to do.
     """
-    if sync not in {"every", "last"}:
-        raise ValueError(f'sync={sync!r}: must be "every" or "last"')
-    if sync == "every":
+    if checks.choice("sync", sync, Sync) == "every":
         return None
     if isinstance(model, nn.parallel.DistributedDataParallel):
         if model.static_graph:

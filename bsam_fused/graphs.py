@@ -92,7 +92,7 @@ class GraphedStep:
         skipped = self._optimizer.skipped_steps
         try:
             with torch.random.fork_rng(_devices(self._inputs)):
-                _on_side_stream(lambda: [self._step(math.nan) for _ in range(_WARM_UP)])
+                _on_side_stream(lambda: [self._step(math.nan) for _ in range(_WARM_UP)])  # type: ignore[func-returns-value]
         finally:
             for buffer, before in zip(self._model.buffers(), buffers, strict=True):
                 buffer.detach().copy_(before)

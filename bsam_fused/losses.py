@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bsam_fused import checks
+
+Reduction = Literal["mean", "sum", "none"]
 GAMMA = math.log(math.e - 1)
 """γ, which makes the log bound pass through the step's corner: φ(0) = 0."""
 
 
 def bisam_log_loss(
-    logits: Tensor, target: Tensor, mu: float = 1.0, reduction: str = "mean", ignore_index: int = -100
+    logits: Tensor, target: Tensor, mu: float = 1.0, reduction: Reduction = "mean", ignore_index: int = -100
 ) -> Tensor:
     """Return Q = mean_i 1/μ log Σ_j exp(μ φ(f_j − f_y)) with φ(x) = 1 − log(1 + exp(γ − x)), γ = log(e − 1).
 
@@ -46,7 +50,7 @@ def bisam_tanh_loss(
     target: Tensor,
     mu: float = 10.0,
     alpha: float = 0.1,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int = -100,
 ) -> Tensor:
     """Return Q = mean_i 1/μ log Σ_j exp(μ φ(f_j − f_y)) with φ(x) = tanh(α x).
@@ -67,7 +71,7 @@ def bisam_tanh_loss(
     Raises:
         ValueError, TypeError, IndexError: as `bisam_log_loss`.
     """
-    _check_positive("alpha", alpha)
+    checks.positive("alpha", alpha)
     return _lower_bound(logits, target, lambda x: torch.tanh(alpha * x), mu, reduction, ignore_index)
 
 
@@ -80,7 +84,7 @@ class BiSAMLogLoss(nn.Module):
         ignore_index: as `bisam_log_loss` has it.
     """
 
-    def __init__(self, mu: float = 1.0, reduction: str = "mean", ignore_index: int = -100) -> None:
+    def __init__(self, mu: float = 1.0, reduction: Reduction = "mean", ignore_index: int = -100) -> None:
         super().__init__()
         self.mu, self.reduction, self.ignore_index = mu, reduction, ignore_index
 
@@ -99,7 +103,9 @@ class BiSAMTanhLoss(nn.Module):
         ignore_index: as `bisam_tanh_loss` has it.
     """
 
-    def __init__(self, mu: float = 10.0, alpha: float = 0.1, reduction: str = "mean", ignore_index: int = -100) -> None:
+    def __init__(
+        self, mu: float = 10.0, alpha: float = 0.1, reduction: Reduction = "mean", ignore_index: int = -100
+    ) -> None:
         super().__init__()
         self.mu, self.alpha, self.reduction, self.ignore_index = mu, alpha, reduction, ignore_index
 
@@ -109,10 +115,10 @@ class BiSAMTanhLoss(nn.Module):
 
 
 def _lower_bound(
-    logits: Tensor, target: Tensor, phi: Callable[[Tensor], Tensor], mu: float, reduction: str, ignore_index: int
+    logits: Tensor, target: Tensor, phi: Callable[[Tensor], Tensor], mu: float, reduction: Reduction, ignore_index: int
 ) -> Tensor:
     """Return Q, for any φ below the unit step."""
-    _check_positive("mu", mu)
+    checks.positive("mu", mu)
     classes = 1 if logits.dim() > 1 else 0
     _check(logits, target, classes, reduction, ignore_index)
     ignored = target == ignore_index
@@ -126,9 +132,8 @@ def _lower_bound(
     return q.to(logits.dtype)
 
 
-def _check(logits: Tensor, target: Tensor, classes: int, reduction: str, ignore_index: int) -> None:
-    if reduction not in {"mean", "sum", "none"}:
-        raise ValueError(f'reduction={reduction!r}: must be "mean", "sum" or "none"')
+def _check(logits: Tensor, target: Tensor, classes: int, reduction: Reduction, ignore_index: int) -> None:
+    checks.choice("reduction", reduction, Reduction)
     if not logits.is_floating_point():
         raise TypeError(f"logits are {logits.dtype}: pass floating point ones")
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
@@ -144,8 +149,3 @@ def _check(logits: Tensor, target: Tensor, classes: int, reduction: str, ignore_
         wrong = target[((target < 0) | (target >= k)) & (target != ignore_index)]
         if wrong.numel():
             raise IndexError(f"target {wrong[0].item()} is out of range: there are {k} classes, from 0 on")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}={value!r}: must be a finite number > 0")

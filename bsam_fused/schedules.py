@@ -9,12 +9,14 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
+from bsam_fused import checks
+
+RadiusName = Literal["rho", "rho_min"]
 Each = float | Sequence[float]
 """One number for all param groups, or one a group."""
 Factor = Callable[[int], float]
@@ -84,11 +86,11 @@ class LatePhase(_Stepped):
         every: int = 1,
     ) -> None:
         super().__init__(optimizer)
-        if not 0 <= start <= 1:
+        if checks.non_negative("start", start) > 1:
             raise ValueError(f"start={start!r}: must be a share of the steps, in [0, 1]")
-        self.total_steps = _check_count("total_steps", total_steps)
-        self.start, self.early = start, early
-        self.every = _check_count("every", every)
+        self.total_steps = checks.integer("total_steps", total_steps, 1)
+        self.start, self.early = start, checks.flag("early", early)
+        self.every = checks.integer("every", every, 1)
         self._apply(0)
 
     def _apply(self, t: int) -> None:
@@ -116,14 +118,17 @@ class RadiusSchedule(_Stepped):
             or not finite, with no group changed.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, radius: str = "rho") -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, radius: RadiusName = "rho") -> None:
         super().__init__(optimizer)
         groups = optimizer.param_groups
-        if radius not in {"rho", "rho_min"} or radius not in groups[0]:
+        if checks.choice("radius", radius, RadiusName) not in groups[0]:
             raise ValueError(f"radius={radius!r}: {type(optimizer).__name__} has no such radius")
         # where the base optimizer has an option of its own called rho (Adadelta), ours has a longer name
         self.key = f"sharpness_{radius}" if f"sharpness_{radius}" in groups[0] else radius
-        self.initial = [float(group.setdefault(f"initial_{radius}", float(group[self.key]))) for group in groups]
+        initial = f"initial_{radius}"
+        for i, group in enumerate(groups):
+            group.setdefault(initial, checks.non_negative(self.key, group[self.key], i))
+        self.initial = [checks.non_negative(initial, group[initial], i) for i, group in enumerate(groups)]
 
     @abstractmethod
     def _radius(self, t: int, rho_0: float, i: int) -> float:
@@ -142,7 +147,7 @@ class RadiusSchedule(_Stepped):
         if len(groups) != len(self.initial):
             raise ValueError(f"{len(groups)} param groups, but the schedule was made for {len(self.initial)}")
         radii = [
-            _check_non_negative(f"{self.key}={{}} at step {t} of {type(self).__name__} in group {i}", radius)
+            checks.non_negative(self.key, radius, i, f" at step {t} of {type(self).__name__}")
             for i, radius in enumerate(self.radii(t))
         ]
         for group, radius in zip(groups, radii, strict=True):
@@ -154,10 +159,14 @@ class RadiusSchedule(_Stepped):
                 group["rho_min_decay"] = "none"
 
     def _each(self, name: str, values: Each) -> list[float]:
-        given = list(values) if isinstance(values, Sequence) else [values] * len(self.initial)
+        given = (
+            list(values)
+            if isinstance(values, Sequence) and not isinstance(values, str)
+            else [values] * len(self.initial)
+        )
         if len(given) != len(self.initial):
             raise ValueError(f"{name} has {len(given)} values, but there are {len(self.initial)} param groups")
-        return [_check_non_negative(f"{name}={{}}", value) for value in given]
+        return [checks.non_negative(name, value) for value in given]
 
 
 class ConstantRadius(RadiusSchedule):
@@ -171,7 +180,7 @@ class ConstantRadius(RadiusSchedule):
         TypeError, ValueError: as `RadiusSchedule` has it.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, radius: str = "rho") -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, *, radius: RadiusName = "rho") -> None:
         super().__init__(optimizer, radius)
         self._apply(0)
 
@@ -195,7 +204,7 @@ class ProportionalRadius(RadiusSchedule):
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, *, radius: str = "rho", end: Each = 0.0, lr_end: Each = 0.0
+        self, optimizer: torch.optim.Optimizer, *, radius: RadiusName = "rho", end: Each = 0.0, lr_end: Each = 0.0
     ) -> None:
         super().__init__(optimizer, radius)
         self.end, self.lr_end = self._each("end", end), self._each("lr_end", lr_end)
@@ -224,10 +233,10 @@ class LinearRadius(RadiusSchedule):
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, total_steps: int, *, radius: str = "rho", end: Each = 0.0
+        self, optimizer: torch.optim.Optimizer, total_steps: int, *, radius: RadiusName = "rho", end: Each = 0.0
     ) -> None:
         super().__init__(optimizer, radius)
-        self.total_steps, self.end = _check_count("total_steps", total_steps), self._each("end", end)
+        self.total_steps, self.end = checks.integer("total_steps", total_steps, 1), self._each("end", end)
         self._apply(0)
 
     def _radius(self, t: int, rho_0: float, i: int) -> float:
@@ -263,7 +272,7 @@ class ExponentialRadius(RadiusSchedule):
         TypeError, ValueError: as `RadiusSchedule` has it.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, gamma: Each, *, radius: str = "rho") -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, gamma: Each, *, radius: RadiusName = "rho") -> None:
         super().__init__(optimizer, radius)
         self.gamma = self._each("gamma", gamma)
         self._apply(0)
@@ -287,10 +296,12 @@ class LambdaRadius(RadiusSchedule):
     _unsaved = _Stepped._unsaved | {"factors"}
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, factor: Factor | Sequence[Factor], *, radius: str = "rho"
+        self, optimizer: torch.optim.Optimizer, factor: Factor | Sequence[Factor], *, radius: RadiusName = "rho"
     ) -> None:
         super().__init__(optimizer, radius)
-        self.factors = [factor] * len(self.initial) if callable(factor) else list(factor)
+        self.factors = list(factor) if isinstance(factor, Sequence) else [factor] * len(self.initial)
+        if not all(map(callable, self.factors)):
+            raise TypeError(f"factor={factor!r}: pass a function of the number of steps taken, or one a group")
         if len(self.factors) != len(self.initial):
             raise ValueError(f"{len(self.factors)} functions, but there are {len(self.initial)} param groups")
         self._apply(0)
@@ -323,7 +334,8 @@ class SequentialRadius(RadiusSchedule):
             )
         if len({(id(schedule.optimizer), schedule.key) for schedule in self.schedules}) != 1:
             raise ValueError("schedules are of different radii or optimizers: give a sequence for each")
-        super().__init__(self.schedules[0].optimizer, self.schedules[0].key.removeprefix("sharpness_"))
+        radius = self.schedules[0].key.removeprefix("sharpness_")
+        super().__init__(self.schedules[0].optimizer, cast(RadiusName, radius))
         self._apply(0)
 
     def _radius(self, t: int, rho_0: float, i: int) -> float:
@@ -364,15 +376,3 @@ def largest_lr(group: dict[str, Any]) -> float:
     group[LARGEST_LR] = max(group[LARGEST_LR], scheduled_lr(group))
     planned = next(float(group[name]) for name in ("max_lr", "initial_lr", GIVEN_LR) if name in group)
     return max(planned, group[LARGEST_LR])
-
-
-def _check_count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value <= 0:
-        raise ValueError(f"{name}={value!r}: must be an integer > 0")
-    return int(value)
-
-
-def _check_non_negative(what: str, value: float) -> float:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{what.format(value)}: must be a finite number ≥ 0")
-    return value

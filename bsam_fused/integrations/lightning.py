@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -32,7 +32,15 @@ class SharpnessAwareMixin:
     runs_all_passes: ClassVar[bool] = True
     """What the optimizer asks before it takes a step of Lightning's that accumulates or clips."""
 
-    trainer: Any
+    if TYPE_CHECKING:
+
+        @property
+        def trainer(self) -> Any:
+            """Lightning's, which is a property of LightningModule."""
+
+        @trainer.setter
+        def trainer(self, trainer: Any) -> None: ...
+
     _micro_batches: tuple[tuple[Any, ...], ...] = ()
     _replaying = False
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from bsam_fused import callers
 from bsam_fused.ops import contract, native_flat, torch_lists, triton_flat
 
 Factory = Callable[[Sequence[Tensor], Sequence[tuple[int, int]], int | None], contract.FlatParams]
 
-BACKENDS = ("cuda", "triton", "cpp", "torch")
+Backend = Literal["auto", "cuda", "triton", "cpp", "torch"]
+BACKENDS = get_args(Backend)[1:]
 VARIABLE = "BSAM_FUSED_BACKEND"
 _PREFERENCE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch")}
 _FACTORIES: dict[str, Factory] = {
@@ -66,7 +67,7 @@ def choose(requested: str, device: torch.device) -> Choice:
     if requested == "auto" and os.environ.get(VARIABLE, "auto") != "auto":
         requested = os.environ[VARIABLE]
         source = f"{VARIABLE}={requested}"
-    if requested not in {"auto", *BACKENDS}:
+    if requested not in get_args(Backend):
         raise ValueError(f"{source}: must be auto, {', '.join(BACKENDS)}")
     if requested != "auto":
         reason = unavailable(requested, device.type)
@@ -84,7 +85,7 @@ def _best(device: torch.device) -> Choice:
             break
         missing.append(f"{backend}: {reason}")
     if backend == "torch" and missing:
-        warnings.warn(f"bsam_fused runs on its slower torch backend; {missing[0]}", stacklevel=2)
+        callers.warn(f"bsam_fused runs on its slower torch backend; {missing[0]}")
     why = f"auto's choice for {device.type} tensors" + "".join(f"; without {reason}" for reason in missing)
     return Choice(backend, why, _FACTORIES[backend])
 

@@ -29,7 +29,7 @@ def _counts(grad: Tensor) -> Counts:
     """Return the holders of the tensor and of its storage, in Python and in C++, our own included."""
     storage = grad.untyped_storage()
     storages = sys.getrefcount(storage) + weakref.getweakrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
-    return sys.getrefcount(grad), grad._use_count(), *storages
+    return sys.getrefcount(grad), grad._use_count(), *storages  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -205,7 +205,9 @@ class TorchFlatParams(PythonFlatParams):
             for operand, (key, value) in enumerate(new.state.items(), rounding.FIRST_STATE):
                 state = self._view(key, i)
                 written.append((state, torch.where(finite, self._rounded(i, operand, value), state)))
-        writes: list[Call] = [partial(torch._foreach_copy_, *map(list, zip(*written, strict=True)))] if written else []
+        writes: list[Call] = []
+        if written:
+            writes.append(partial(torch._foreach_copy_, *map(list, zip(*written, strict=True))))  # type: ignore[arg-type]
         if counted:
             made = [finite.to(self._steps.dtype)] * len(counted)
             writes.append(partial(torch._foreach_add_, pick(self._list("step"), counted), made))

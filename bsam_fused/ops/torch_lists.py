@@ -6,7 +6,7 @@ On a CPU the host reads sums for nothing, so what is to be done is decided there
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -121,7 +121,7 @@ class TorchListFlatParams(TorchFlatParams):
         for i, (group, _) in enumerate(places):
             self._of_group.setdefault(group, []).append(i)
 
-    def _grouped(self, members: Sequence[int]) -> dict[int, list[int]]:
+    def _grouped(self, members: Collection[int]) -> dict[int, list[int]]:
         """Return param group -> those of ``members`` in it."""
         if len(members) == len(self.params):
             return self._of_group
@@ -134,6 +134,7 @@ class TorchListFlatParams(TorchFlatParams):
 
     def square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
         """Σ (T g)²."""
+        total: float
         if any(radius.adaptive for radius in radii):
             total = sum([self._adaptive_sum(radii[group], own) for group, own in self._grouped(self._now).items()])
         else:

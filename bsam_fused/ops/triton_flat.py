@@ -164,7 +164,7 @@ class TritonFlatParams(PythonFlatParams):
 
     def write_options(self, tables: Sequence[Sequence[Sequence[float]]]) -> None:
         """Write what captured phases read."""
-        self._norm_options(ASCENT, [Radius(*row) for row in tables[0]])
+        self._norm_options(ASCENT, [Radius(*row) for row in tables[0]])  # type: ignore[arg-type]
         for name, rows in zip(("ascend", "descend", "update"), tables, strict=True):
             if rows and name in self._tables:
                 (*_, last, _), *_ = self._tables[name].rows  # norm_eps or max_norm

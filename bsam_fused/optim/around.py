@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from bsam_fused import checks
 from bsam_fused.ops.identity import same_items
-from bsam_fused.optim import groups
+from bsam_fused.optim import groups, names
 from bsam_fused.optim.flats import Flats
 
 
@@ -55,7 +56,7 @@ class Around(torch.optim.Optimizer):
     def state(self, state: Any) -> None:
         if not isinstance(state, dict):
             raise TypeError(f"state is a {type(state).__name__}: assign a dict of dicts, one a parameter")
-        self.base_optimizer.state = state
+        self.base_optimizer.state = state  # type: ignore[assignment]
 
     # ---- options
 
@@ -68,8 +69,12 @@ class Around(torch.optim.Optimizer):
         """
         self._require_rest("add_param_group()")
         self._notice()
+        index = len(self.param_groups)
+        if isinstance(param_group, dict):  # else torch says so
+            groups.check_source(groups.params_of(param_group, index), index)
+            ours = self.defaults.keys() - self.base_optimizer.defaults.keys()
+            names.refuse_slips(param_group.keys() - self.defaults.keys(), ours, index)
         super().add_param_group(param_group)
-        index = len(self.param_groups) - 1
         try:
             others = [p for group in self.param_groups[:-1] for p in group["params"]]
             groups.check_parameters(self.param_groups[-1], index, others)
@@ -107,10 +112,14 @@ class Around(torch.optim.Optimizer):
         return set(self.defaults)
 
     def _non_negative(self, group: dict[str, Any], option: str, index: int) -> float:
-        return groups.check_non_negative(option, group[self._key(option)], index)
+        return checks.non_negative(option, group[self._key(option)], index)
+
+    def _flag(self, group: dict[str, Any], option: str, index: int) -> bool:
+        return checks.flag(option, group[self._key(option)], index)
 
     def _check_options(self, group: dict[str, Any], index: int) -> None:
         """Raise ValueError for an option of a param group that cannot be used, or is of a later version."""
         groups.check_saved(group, index)
         for option in ("rho", "eta"):
             self._non_negative(group, option, index)
+        self._flag(group, "adaptive", index)

@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
-from bsam_fused import distributed
+from bsam_fused import checks, distributed
 from bsam_fused.ops import contract, dispatch
 from bsam_fused.ops.contract import ASCENT, MAX, NORMS, Radius
 from bsam_fused.optim import fused, groups, hooks, scaling, trainers
@@ -24,11 +25,13 @@ from bsam_fused.optim.phases import Phase, Phased
 from bsam_fused.optim.sharpness import Sharpness
 
 Closure = Callable[[], Any]
+R = TypeVar("R")
 
 NO_GRADIENT = (
     "no parameter has a gradient. A pass is a forward and a loss.backward() on this optimizer's parameters, in the "
     "closure or before each call by hand, with no zero_grad() after it"
 )
+
 
 class SharpnessAware(Phased):
     """A base optimizer that steps from w with a direction found at perturbed weights.
@@ -48,27 +51,25 @@ class SharpnessAware(Phased):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
         options: dict[str, Any],
         base_kwargs: dict[str, Any],
         *,
         norm_eps: float,
         max_grad_norm: float | None,
-        rounding: str,
+        rounding: groups.Rounding,
         seed: int,
         master_weights: bool,
-        sync: str,
+        sync: distributed.Sync,
         model: nn.Module | None,
-        backend: str,
+        backend: dispatch.Backend,
     ) -> None:
-        self._flats = Flats(groups.check_rounding(rounding, seed), master_weights, sync == "last")
-        self.norm_eps = groups.check_non_negative("norm_eps", norm_eps)
+        masters = checks.flag("master_weights", master_weights)
+        self._flats = Flats(groups.check_rounding(rounding, seed), masters, sync == "last")
+        self.norm_eps = checks.non_negative("norm_eps", norm_eps)
         groups.check_max_norm(max_grad_norm)
         self.max_grad_norm = max_grad_norm
-        if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}: pass the nn.Module whose BatchNorm to guard")
-        distributed.refuse_fsdp1(model)
         self.model = model
         self.sync = sync
         _ = self._group  # raises where there must be one
@@ -81,7 +82,10 @@ class SharpnessAware(Phased):
             raise TypeError(
                 "base_optimizer is sharpness-aware itself: pass the optimizer that makes the update, such as SGD"
             )
-        base = self.base_optimizer = groups.build_base(params, base_optimizer, base_kwargs, options)
+        base = self.base_optimizer = groups.build_base(type(self), params, base_optimizer, base_kwargs, options)
+        if model is not None:
+            groups.check_model(model, self._parameters())
+            distributed.refuse_fsdp1(model)
         ours = {self._key(option): value for option, value in options.items()}
         self._known = []
         owned = base.param_groups, base.state
@@ -93,18 +97,18 @@ class SharpnessAware(Phased):
         self._fused_rule()  # raises where master weights need one
         _ = self.backends  # raises now, and not in the first step, where one asked for is missing
 
-    profile_hook_step = staticmethod(hooks.hooked_where_watched)
+    profile_hook_step = staticmethod(hooks.hooked_where_watched)  # type: ignore[assignment]
 
     # ---- what runs where
 
     @property
     def backends(self) -> dict[str, str]:
-        """Which backend runs for the parameters on each device, and why.
+        """Which backend runs for the parameters on each device, and why; on meta, none.
 
         Raises:
             RuntimeError: the one asked for cannot be had, with the reason.
         """
-        devices = {p.device for group in self.param_groups for p in group["params"]}
+        devices = {p.device for p in self._parameters() if not p.is_meta}
         choices = {device: dispatch.choose(self.backend, device) for device in sorted(devices, key=str)}
         return {str(device): f"{choice.backend} ({choice.why})" for device, choice in choices.items()}
 
@@ -132,7 +136,7 @@ class SharpnessAware(Phased):
         return [
             Radius(
                 (-sign if group.get("maximize") else sign) * radius,
-                bool(group[self._key("adaptive")]),
+                self._flag(group, "adaptive", i),
                 self._non_negative(group, "eta", i),
                 largest,
             )
@@ -141,6 +145,10 @@ class SharpnessAware(Phased):
 
     def _radius(self, group: dict[str, Any], option: str, index: int) -> float:
         return self._non_negative(group, option, index)
+
+    @property
+    def _norm_eps(self) -> float:
+        return checks.non_negative("norm_eps", self.norm_eps)
 
     def _plain_radii(self) -> list[Radius]:
         return [Radius(0.0)] * len(self.param_groups)
@@ -199,10 +207,11 @@ class SharpnessAware(Phased):
 
     def _ascend(self, loss: Any = None) -> None:
         self._expect("ascend")
-        if not self.active:
-            raise RuntimeError("ascend() while active is False: step() is then the base optimizer's step")
+        if not self._active:
+            ascend, step = self._named("ascend"), self._named("step")
+            raise RuntimeError(f"{ascend}() while active is False: {step}() is then the base optimizer's step")
         self._notice()
-        radii = self._radii("rho", +1.0)
+        radii, norm_eps = self._radii("rho", +1.0), self._norm_eps
         self._read_gradients()
         for flat in self._flats:
             flat.square_norm(ASCENT, radii)
@@ -212,7 +221,7 @@ class SharpnessAware(Phased):
         try:
             self._enter(Phase.ASCENDED)
             for flat, sums in zip(self._flats, totals, strict=True):
-                flat.ascend(sums, radii, self.norm_eps, self._keeps_g)
+                flat.ascend(sums, radii, norm_eps, self._keeps_g)
             self._freeze_running_stats()
         except BaseException:
             self.restore()
@@ -243,7 +252,13 @@ class SharpnessAware(Phased):
         self._sum_last_gradients(math.inf)
         scaling.mark(self._parameters(), self._flats.failed_anywhere(self._group, self._last_slot + 1))
 
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], R]) -> R: ...
+
+    def step(self, closure: Closure | None = None) -> Any:
         """Finish a step by hand, or run a whole one with ``closure``.
 
         Args:
@@ -265,8 +280,12 @@ class SharpnessAware(Phased):
             return self._plain_step()
         return self._step()
 
+    @property
+    def _active(self) -> bool:
+        return checks.flag("active", self.active)
+
     def _is_plain(self) -> bool:
-        return not self.active or self._moves_nothing()
+        return not self._active or self._moves_nothing()
 
     def _moves_nothing(self) -> bool:
         rates = [group.get("lr") for group in self.param_groups]  # some bases have none
@@ -304,9 +323,11 @@ class SharpnessAware(Phased):
     def _run(self, closures: Sequence[Closure]) -> Any:
         """Run a whole step, one closure a pass."""
         try:
+            _require_functions(closures)
             scaling.refuse_closure(scaling.told(self))
             if self._phase is not Phase.REST:
                 self._out_of_order("step(closure)")
+            active = self._active
         except Exception:
             scaling.forget(self)
             raise
@@ -314,7 +335,7 @@ class SharpnessAware(Phased):
         trainers.refuse_accelerate()
         self.sharpness = None
         self._clear_gradients()
-        if not self.active:
+        if not active:
             loss = _evaluate(closures[-1])
             self._lacking = all(p.grad is None for p in self._parameters())
             if loss is not None:
@@ -418,7 +439,7 @@ class SharpnessAware(Phased):
         all of BSAM's. Else it does nothing, so that a loop by hand can have every pass in it.
         """
         mixes = self._keeps_g or self._following != "step"
-        if self.sync == "last" and self.active and mixes:
+        if self.sync == "last" and self._active and mixes:
             return self.model.no_sync()  # type: ignore[union-attr, operator, return-value]
         return nullcontext()
 
@@ -436,6 +457,15 @@ def _clip(params: Iterable[Tensor], max_norm: float) -> None:
         for param in given:
             param.grad = param.grad.clone()  # type: ignore[union-attr]
         nn.utils.clip_grad_norm_(given, max_norm)
+
+
+def _require_functions(closures: Sequence[Any]) -> None:
+    wrong = next((closure for closure in closures if not callable(closure)), None)
+    if wrong is not None:
+        raise TypeError(
+            f"step() was given a {type(wrong).__name__}: pass a function that does forward and backward and returns "
+            "the loss, which is called once a pass; or call backward() and the phases by hand, and step() with nothing"
+        )
 
 
 def _evaluate(closure: Closure) -> Any:

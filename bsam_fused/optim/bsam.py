@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
+from torch.optim.optimizer import ParamsT
 
+from bsam_fused import checks
+from bsam_fused.distributed import Sync
 from bsam_fused.ops.contract import MAX, MIN, Radius
-from bsam_fused.optim.base import Closure, SharpnessAware
+from bsam_fused.ops.dispatch import Backend
+from bsam_fused.optim.base import Closure, R, SharpnessAware
+from bsam_fused.optim.groups import Rounding
 from bsam_fused.optim.phases import Phase
 from bsam_fused.optim.sam import Base
 from bsam_fused.schedules import GIVEN_LR, LARGEST_LR, decayed_radius, largest_lr, scheduled_lr
+
+Decay = Literal["lr", "none"]
+UpdateFrom = Literal["w", "w_min"]
 
 
 class BSAM(SharpnessAware):
@@ -56,29 +64,28 @@ class BSAM(SharpnessAware):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         base_optimizer: Base = torch.optim.SGD,
         *,
         rho: float = 0.05,
         rho_min: float | None = None,
-        rho_min_decay: str = "lr",
+        rho_min_decay: Decay = "lr",
         rho_min_end: float = 0.0,
         rho_min_lr_end: float = 0.0,
-        update_from: str = "w",
+        update_from: UpdateFrom = "w",
         adaptive: bool = False,
         eta: float = 0.0,
         norm_eps: float = 1e-12,
         max_grad_norm: float | None = None,
-        rounding: str = "stochastic",
+        rounding: Rounding = "stochastic",
         seed: int = 0,
         master_weights: bool = False,
-        sync: str = "every",
+        sync: Sync = "every",
         model: nn.Module | None = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
         **base_kwargs: Any,
     ) -> None:
-        if update_from not in {"w", "w_min"}:
-            raise ValueError(f'update_from={update_from!r}: must be "w" (the paper) or "w_min" (the released code)')
+        checks.choice("update_from", update_from, UpdateFrom)
         if master_weights and update_from == "w_min":
             raise ValueError('master_weights=True with update_from="w_min": master weights are of w; use "w"')
         if sync == "last" and update_from == "w_min":
@@ -122,31 +129,27 @@ class BSAM(SharpnessAware):
     def _descend(self, loss: Any = None) -> None:
         self._expect("descend")
         self._notice()
-        radii = self._radii("rho_min", -1.0)
+        radii, norm_eps = self._radii("rho_min", -1.0), self._norm_eps
         self._read_gradients()
         totals = self._flats.totals()
         self._require_gradients("descend")
         self._enter(Phase.DESCENDED)
         for flat, sums in zip(self._flats, totals, strict=True):
-            flat.descend(sums, radii, self.norm_eps)
+            flat.descend(sums, radii, norm_eps)
         self._flats.poison(MAX, loss)
 
     def _plain_step(self, loss: Any = None) -> None:
         super()._plain_step(loss)
         for group in self.param_groups:  # a late phase may come after the learning rate's peak
-            if self._decays(group):
+            if group["rho_min_decay"] == "lr" and group.get("lr") is not None:
                 largest_lr(group)
-
-    @staticmethod
-    def _decays(group: dict[str, Any]) -> bool:
-        return group["rho_min_decay"] == "lr" and group.get("lr") is not None
 
     def _all_radii(self) -> list[list[Radius]]:
         return [*super()._all_radii(), self._radii("rho_min", -1.0)]
 
     def _radius(self, group: dict[str, Any], option: str, index: int) -> float:
         radius = super()._radius(group, option, index)
-        if option != "rho_min" or not self._decays(group):
+        if option != "rho_min" or self._decay(group, index) == "none" or group.get("lr") is None:
             return radius
         lr_max = largest_lr(group)
         return decayed_radius(
@@ -157,7 +160,16 @@ class BSAM(SharpnessAware):
             lr_end=self._non_negative(group, "rho_min_lr_end", index),
         )
 
-    def step(self, closure: Closure | None = None, *, ascent_closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def _decay(self, group: dict[str, Any], index: int) -> str:
+        return checks.choice("rho_min_decay", group["rho_min_decay"], Decay, index)
+
+    @overload
+    def step(self, closure: None = None, *, ascent_closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], R], *, ascent_closure: None = None) -> R: ...
+
+    def step(self, closure: Closure | None = None, *, ascent_closure: Closure | None = None) -> Any:
         """As `SharpnessAware.step`; the closure is called three times.
 
         Raises:
@@ -173,8 +185,7 @@ class BSAM(SharpnessAware):
             group["rho_min"] = group[self._key("rho")]
         for option in ("rho_min", "rho_min_end", "rho_min_lr_end"):
             self._non_negative(group, option, index)
-        if group["rho_min_decay"] not in {"lr", "none"}:
-            raise ValueError(f'rho_min_decay={group["rho_min_decay"]!r} in group {index}: must be "lr" or "none"')
+        self._decay(group, index)
         if group.get("lr") is None:
             return
         if "lr_max" in group and "lr_max" not in self.base_optimizer.defaults:
@@ -188,14 +199,14 @@ class BSAM(SharpnessAware):
 
     def first_step(self, zero_grad: bool = False) -> None:
         """`ascend`, under the name SAM users know. The gradient is taken whatever ``zero_grad`` says."""
-        self.ascend()
+        self._call_by_number(0)
 
     def second_step(self, zero_grad: bool = False) -> None:
         """`descend`, under the name SAM users know. The gradient is taken whatever ``zero_grad`` says."""
-        self.descend()
+        self._call_by_number(1)
 
     def third_step(self, zero_grad: bool = False) -> None:
         """`step`, under the name SAM users know; ``zero_grad``: clear the gradients afterwards."""
-        self.step()
+        self._call_by_number(2)
         if zero_grad:
             self.zero_grad()

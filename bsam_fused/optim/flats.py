@@ -123,7 +123,7 @@ class Flats:
         """Build a FlatParams of each kind of parameters.
 
         Raises:
-            RuntimeError: a parameter is uninitialized, or a backend cannot be had.
+            RuntimeError: a parameter is uninitialized or on meta, or a backend cannot be had.
             TypeError, ValueError: a parameter that cannot be optimized, or not together with another; by name.
         """
         self._add(groups, backend, known=[])
@@ -141,8 +141,8 @@ class Flats:
         """
         if not self._same_lists(groups):
             raise RuntimeError(
-                "the parameters in param_groups were changed within a step: do it before ascend() or after step(); "
-                "restore() gives up this step"
+                "the parameters in param_groups were changed within a step: do it between steps; restore() gives up "
+                "this step"
             )
         if not self._thawed():
             return []
@@ -244,11 +244,11 @@ class Flats:
         """
         sums = [total.clone() for total in self.totals()]
         exchange = self._exchange(group)
-        alike = [self._fingerprint] if mixed else [self._fingerprint, sums[0][MAX]]
+        alike: list[Tensor | float] = [self._fingerprint] if mixed else [self._fingerprint, sums[0][MAX]]
         rows = exchange(sums[0], alike, [_GRADIENTS, _NOT_REDUCED][: len(alike)])
         if mixed:
-            for flat, own in zip(self, sums, strict=True):
-                distributed.average(flat.merge(own, 1 / exchange.ranks), group)
+            for flat, total in zip(self, sums, strict=True):
+                distributed.average(flat.merge(total, 1 / exchange.ranks), group)
                 flat.read_gradients()
                 flat.square_norm(MAX, [Radius(0.0)] * len(self._lists))
             own, sums = sums, self.totals()
@@ -402,7 +402,7 @@ def _sorted(
     """Return the parameters of each kind with their places, and those that are frozen; none that is ``known``.
 
     Raises:
-        RuntimeError: one is uninitialized.
+        RuntimeError: one is uninitialized, or on meta.
     """
     kinds: dict[Kind, tuple[list[Tensor], list[tuple[int, int]]]] = {}
     frozen = []
@@ -415,6 +415,11 @@ def _sorted(
                 continue
             if torch.nn.parameter.is_lazy(param):
                 raise RuntimeError(f"{contract.describe(param, (i, j))}: run a forward pass before the first step")
+            if param.is_meta:
+                raise RuntimeError(
+                    f"{contract.describe(param, (i, j))} is on meta, without values: build the optimizer after the "
+                    "model has its memory, as to_empty() makes new parameters; or put those into param_groups"
+                )
             kind = param.device, param.dtype, distributed.is_dtensor(param), distributed.shard_groups(param)
             params, places = kinds.setdefault(kind, ([], []))
             params.append(param)

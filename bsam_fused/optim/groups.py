@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
-from numbers import Integral
+from collections.abc import Iterable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bsam_fused import checks
 from bsam_fused.ops import contract
-from bsam_fused.optim import trainers
+from bsam_fused.optim import names, trainers
 from bsam_fused.schedules import GIVEN_LR, LARGEST_LR
 
 Group = dict[str, Any]
+Rounding = Literal["stochastic", "nearest"]
 
 FORMAT = 1
 """Of our state dicts; those of 0.1 have none, and read as 1. To be raised where an older version would misread them."""
@@ -30,6 +31,7 @@ takes of a flattened dict what the groups have already.
 
 
 def build_base(
+    owner: type,
     params: Iterable[Any],
     base: type[torch.optim.Optimizer] | torch.optim.Optimizer,
     base_kwargs: dict[str, Any],
@@ -38,6 +40,7 @@ def build_base(
     """Return the base optimizer over ``params``.
 
     Args:
+        owner: the sharpness-aware class.
         params: parameters, (name, parameter) pairs, or param groups, as torch.optim takes them.
         base: an optimizer class, or an instance over the same parameters.
         base_kwargs: options for the class.
@@ -45,32 +48,36 @@ def build_base(
 
     Raises:
         ValueError: no parameters, or an instance over other parameters.
-        TypeError: ``base`` is no optimizer, needs a closure of its own (LBFGS), wraps another one (Lookahead), shards
-            its parameters (ZeroRedundancyOptimizer), or options came with an instance.
+        TypeError: ``params`` is something else, or ``base`` is no optimizer, needs a closure of its own (LBFGS), wraps
+            another one (Lookahead), shards its parameters (ZeroRedundancyOptimizer), has no such option, or options
+            came with an instance.
     """
     trainers.refuse_zero(base if isinstance(base, type) else type(base))
     if isinstance(params, Tensor):
         raise TypeError("params is a Tensor: pass an iterable of parameters or param groups")
-    params = list(params)
-    if not params:
-        raise ValueError("params is empty: pass model.parameters() of a model that has some")
-    if isinstance(params[0], dict):
-        params = [{**group, "params": _listed(group["params"])} for group in params]
-        if not any(group["params"] for group in params):
+    listed = _listed(params)
+    if not listed:
+        once = f" (a {type(params).__name__} goes once: has it been used up?)" if isinstance(params, Iterator) else ""
+        raise ValueError(f"params is empty: pass model.parameters() of a model that has some{once}")
+    if isinstance(listed[0], dict):
+        listed = [dict(group, params=_listed(params_of(group, i), i)) for i, group in enumerate(listed)]
+        if not any(group["params"] for group in listed):
             raise ValueError("params has groups, but no parameters in them: pass some")
     if isinstance(base, type) and issubclass(base, torch.optim.Optimizer):
         _refuse_closure(base)
-        built = base(params, **base_kwargs)
+        names.refuse_unknown(owner, base, base_kwargs)
+        built = base(listed, **base_kwargs)
         _refuse_wrapper(built)
         return built
     if not isinstance(base, torch.optim.Optimizer):
         raise TypeError(f"base_optimizer is {base!r}: pass a torch.optim.Optimizer class or instance")
     _refuse_closure(type(base))
     _refuse_wrapper(base)
+    names.refuse_unknown(owner, type(base), base_kwargs)
     if base_kwargs:
-        names = ", ".join(base_kwargs)
-        raise TypeError(f"base_optimizer is an instance, so its options ({names}) cannot be given here: set them there")
-    _merge(params, base, set(options))
+        given = ", ".join(base_kwargs)
+        raise TypeError(f"base_optimizer is an instance, so its options ({given}) cannot be given here: set them there")
+    _merge(listed, base, set(options))
     return base
 
 
@@ -112,12 +119,53 @@ def _within(value: Any) -> list[Any]:
     return [value, getattr(value, "__self__", None), *cells, *_attributes(value).values()]
 
 
-def _listed(params: Any) -> list[Any]:
-    return [params] if isinstance(params, Tensor) else list(params)
+def params_of(group: Any, index: int) -> Any:
+    """Return what a param group gives as its parameters.
+
+    Raises:
+        ValueError: nothing.
+    """
+    if not (isinstance(group, dict) and "params" in group):
+        raise ValueError(f'group {index} has no "params": give it the parameters that its options are for')
+    return group["params"]
 
 
-def _tensors(params: Any) -> list[Tensor]:
-    return [item[1] if isinstance(item, tuple) else item for item in _listed(params)]
+def check_source(params: Any, group: int | None = None) -> None:
+    """Raise where ``params`` gives no parameters, or not all of them.
+
+    Args:
+        params: what the user gave.
+        group: the index of the param group that it is of; None: of no group.
+
+    Raises:
+        TypeError: it is a module, a dict, or no iterable.
+        ValueError: it is a generator that is used up.
+    """
+    name = "params" if group is None else f"params of group {group}"
+    if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):
+        raise TypeError(f"{name} is a {type(params).__name__}: pass its parameters, model.parameters()")
+    if isinstance(params, dict | str) or not isinstance(params, Iterable):
+        raise TypeError(f"{name} is a {type(params).__name__}: pass a list of parameters, or of param groups")
+    if inspect.isgenerator(params) and inspect.getgeneratorstate(params) == inspect.GEN_CLOSED:
+        raise ValueError(
+            f"{name} is a generator that is used up: another optimizer, or a loop, went through it. Pass "
+            "model.parameters() anew, or keep a list"
+        )
+
+
+def _listed(params: Any, group: int | None = None) -> list[Any]:
+    if isinstance(params, Tensor):
+        return [params]
+    check_source(params, group)
+    items = list(params)
+    for item in items:
+        if isinstance(item, nn.Module):
+            check_source(item, group)
+    return items
+
+
+def _tensors(items: list[Any]) -> list[Tensor]:
+    return [item[1] if isinstance(item, tuple) else item for item in items]
 
 
 def _merge(params: list[Any], base: torch.optim.Optimizer, options: set[str]) -> None:
@@ -150,6 +198,22 @@ def _merge(params: list[Any], base: torch.optim.Optimizer, options: set[str]) ->
         )
 
 
+def check_model(model: Any, params: Iterable[Tensor]) -> None:
+    """Raise where ``model`` is no module, or one that has none of ``params``: another's buffers would be guarded.
+
+    Raises:
+        TypeError, ValueError: so it is.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: pass the nn.Module whose buffers to guard")
+    trained = {id(p) for p in params}
+    if not any(id(p) in trained for p in model.parameters()):
+        raise ValueError(
+            f"model, a {type(model).__name__}, has none of the parameters in params: pass the module that is trained, "
+            "or a wrapper of it"
+        )
+
+
 def takes_part(param: Tensor) -> bool:
     """Return whether ``param`` has a gradient, or can get one; the others, frozen, may be of any kind."""
     return param.requires_grad or param.grad is not None
@@ -176,25 +240,17 @@ def check_max_norm(value: Any) -> float:
     Raises:
         ValueError: it is not positive, infinite, NaN, or no number.
     """
-    if value is None:
-        return math.inf
-    number = check_non_negative("max_grad_norm", value)
-    if number == 0:
-        raise ValueError(f"max_grad_norm={value!r}: must be a finite number > 0, or None for no clipping")
-    return number
+    return math.inf if value is None else checks.positive("max_grad_norm", value, ", or None for no clipping")
 
 
-def check_rounding(rounding: str, seed: int) -> int | None:
+def check_rounding(rounding: Rounding, seed: int) -> int | None:
     """Return the seed of stochastic rounding, None for rounding to nearest.
 
     Raises:
         ValueError: ``rounding`` is no way to round, or ``seed`` no 32-bit integer ≥ 0.
     """
-    if rounding not in {"stochastic", "nearest"}:
-        raise ValueError(f'rounding={rounding!r}: must be "stochastic" or "nearest"')
-    if not (isinstance(seed, Integral) and 0 <= seed < 2**32):
-        raise ValueError(f"seed={seed!r}: must be an integer in [0, 2**32)")
-    return int(seed) if rounding == "stochastic" else None
+    seed = checks.integer("seed", seed, 0, 2**32)
+    return seed if checks.choice("rounding", rounding, Rounding) == "stochastic" else None
 
 
 def check_saved(group: Group, index: int) -> None:
@@ -205,23 +261,5 @@ def check_saved(group: Group, index: int) -> None:
             f"bsam_fused_format={version!r} in group {index}: this bsam_fused reads state dicts of format {FORMAT}, "
             "and older ones, without a format; upgrade to the version that wrote this one"
         )
-    if count is not None and not (isinstance(count, Integral) and int(count) >= 0):
-        raise ValueError(f"rounded_steps={count!r} in group {index}: must be an integer ≥ 0, or None")
-
-
-def check_non_negative(name: str, value: Any, group: int | None = None) -> float:
-    """Return ``value`` as a float.
-
-    Raises:
-        ValueError: it is negative, infinite, NaN, or no number; named by ``name`` and the param group's index.
-    """
-    if type(value) is float and 0.0 <= value < math.inf:  # nearly always, and this is on the way of every phase
-        return value
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0):
-        where = "" if group is None else f" in group {group}"
-        raise ValueError(f"{name}={value!r}{where}: must be a finite number ≥ 0")
-    return number
+    if count is not None:
+        checks.integer("rounded_steps", count, 0, group=index)

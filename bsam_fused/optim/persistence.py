@@ -69,7 +69,7 @@ class Persistent(Around):
         state, masters = without_masters(state_dict["state"])
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        self._masters = {p: masters[i] for i, p in zip(ids, params, strict=False) if i in masters}
+        self._masters = {p: masters[i] for i, p in zip(ids, params, strict=False) if i in masters}  # type: ignore[misc]
         super().load_state_dict({**state_dict, "state": state})
         self._notice()
 
@@ -107,7 +107,7 @@ class Persistent(Around):
                 for param, master in self._masters.items():
                     state["state"][param][MASTER_WEIGHT] = master.to(param.device, torch.float32)
             self.base_optimizer.__setstate__({key: state[key] for key in ("state", "param_groups")})
-            self._masters = {}
+            self._masters = {}  # type: ignore[misc]
 
 
 def _cloned(entry: dict[str, Any]) -> dict[str, Any]:

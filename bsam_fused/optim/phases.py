@@ -61,11 +61,14 @@ class Phased(Persistent):
 
     _calls: ClassVar[tuple[str, ...]]
     """The phases' calls in order, one after each backward pass; the last is "step"."""
+    _NUMBERED: ClassVar[tuple[str, ...]] = ("first_step", "second_step", "third_step")
+    """The names by which SAM users know them."""
     _PHASES: ClassVar[tuple[Phase, ...]] = (Phase.REST, Phase.ASCENDED, Phase.DESCENDED)
 
     model: nn.Module | None
     _phase = Phase.REST
     _looking_at_w = False
+    _by_number = False  # whether the user calls the phases of this step by those names
     _marks: Marks | None = None
 
     # ---- the order of calls
@@ -76,11 +79,11 @@ class Phased(Persistent):
 
     def _expect(self, call: str) -> None:
         """Raise unless ``call`` is next."""
-        trainers.refuse_wrapper(self, call)
+        trainers.refuse_wrapper(self, self._named(call))
         if self._looking_at_w:
-            raise RuntimeError(f"{call}() within unperturbed(): leave that context first")
+            raise RuntimeError(f"{self._named(call)}() within unperturbed(): leave that context first")
         if call != self._following:
-            self._out_of_order(f"{call}()")
+            self._out_of_order(f"{self._named(call)}()")
 
     def _out_of_order(self, call: str) -> NoReturn:
         name = type(self).__name__
@@ -88,8 +91,19 @@ class Phased(Persistent):
         alone = f". {trainers.ALONE}" if self._phase is Phase.REST and call == "step()" else ""
         raise RuntimeError(
             f"{name}.{call} out of order: the optimizer is {self._phase.value}; "
-            f"next come backward() and {self._following}(){mend}{alone}"
+            f"next come backward() and {self._named(self._following)}(){mend}{alone}"
         )
+
+    def _named(self, call: str) -> str:
+        """Return the name by which the user calls the phase of ``call``."""
+        return self._NUMBERED[self._calls.index(call)] if self._by_number else call
+
+    def _call_by_number(self, index: int) -> None:
+        self._by_number = True
+        try:
+            getattr(self, self._calls[index])()
+        finally:
+            self._by_number = not self._at_rest
 
     @property
     def _at_rest(self) -> bool:
@@ -122,7 +136,7 @@ class Phased(Persistent):
         if self._marks is not None:
             self._marks.remove()
         self._forget_copies()
-        self._looking_at_w = False
+        self._looking_at_w = self._by_number = False
         self._phase = Phase.REST
 
     def _freeze_running_stats(self) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 from torch import nn
+from torch.optim.optimizer import ParamsT
 
+from bsam_fused.distributed import Sync
 from bsam_fused.ops.contract import MAX
-from bsam_fused.optim.base import Closure, SharpnessAware
+from bsam_fused.ops.dispatch import Backend
+from bsam_fused.optim.base import Closure, R, SharpnessAware
+from bsam_fused.optim.groups import Rounding
 
 Base = type[torch.optim.Optimizer] | torch.optim.Optimizer
 
@@ -57,7 +61,7 @@ class SAM(SharpnessAware):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         base_optimizer: Base = torch.optim.SGD,
         *,
         rho: float = 0.05,
@@ -65,12 +69,12 @@ class SAM(SharpnessAware):
         eta: float = 0.0,
         norm_eps: float = 1e-12,
         max_grad_norm: float | None = None,
-        rounding: str = "stochastic",
+        rounding: Rounding = "stochastic",
         seed: int = 0,
         master_weights: bool = False,
-        sync: str = "every",
+        sync: Sync = "every",
         model: nn.Module | None = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
         **base_kwargs: Any,
     ) -> None:
         options = {"rho": rho, "adaptive": adaptive, "eta": eta}
@@ -89,7 +93,16 @@ class SAM(SharpnessAware):
             backend=backend,
         )
 
-    def step(self, closure: Closure | None = None, *, ascent_closure: Closure | None = None) -> Any:  # type: ignore[override]
+    @overload
+    def step(self, closure: None = None, *, ascent_closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], R], *, ascent_closure: None = None) -> R: ...
+
+    @overload
+    def step(self, closure: Closure, *, ascent_closure: Callable[[], R]) -> R: ...
+
+    def step(self, closure: Closure | None = None, *, ascent_closure: Closure | None = None) -> Any:
         """Finish a step by hand, or run a whole one with closures.
 
         Args:
@@ -112,11 +125,11 @@ class SAM(SharpnessAware):
 
     def first_step(self, zero_grad: bool = False) -> None:
         """`ascend`, under the name SAM users know. The gradient is taken whatever ``zero_grad`` says."""
-        self.ascend()
+        self._call_by_number(0)
 
     def second_step(self, zero_grad: bool = False) -> None:
         """`step`, under the name SAM users know; ``zero_grad``: clear the gradients afterwards."""
-        self.step()
+        self._call_by_number(1)
         if zero_grad:
             self.zero_grad()
 
@@ -145,19 +158,19 @@ class ASAM(SAM):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         base_optimizer: Base = torch.optim.SGD,
         *,
         rho: float = 0.5,
         eta: float = 0.01,
         norm_eps: float = 1e-12,
         max_grad_norm: float | None = None,
-        rounding: str = "stochastic",
+        rounding: Rounding = "stochastic",
         seed: int = 0,
         master_weights: bool = False,
-        sync: str = "every",
+        sync: Sync = "every",
         model: nn.Module | None = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
         **base_kwargs: Any,
     ) -> None:
         super().__init__(

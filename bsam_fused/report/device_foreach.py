@@ -23,9 +23,9 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
 
 def take_gradients(params: Iterable[Tensor]) -> list[Tensor]:
     """Return every gradient, and leave ``.grad`` None."""
-    gradients = []
+    gradients: list[Tensor] = []
     for p in params:
-        gradients.append(p.grad)
+        gradients.append(p.grad)  # type: ignore[arg-type]
         p.grad = None
     return gradients
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import bsam_fused
+from bsam_fused.ops.dispatch import Backend
 from bsam_fused.report import device_foreach, foreach, loops
 from bsam_fused.report.packaged import PackagedSAM
 
@@ -18,7 +19,7 @@ Build = Callable[[list[Tensor]], Any]
 RHO = 0.05
 REFERENCE = "loops"
 """The papers' loops, which all others are compared with."""
-BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton", "cuda")}
+BACKENDS: dict[str, tuple[Backend, ...]] = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton", "cuda")}
 """Device type -> backends, the one that matters last."""
 PACKAGE = "pytorch_optimizer"
 
@@ -31,7 +32,7 @@ class Base(NamedTuple):
     state: int
     """Elements of state that it keeps, in N."""
 
-    def build(self, params: list[Tensor], **how: bool) -> torch.optim.Optimizer:
+    def build(self, params: list[Tensor], **how: Any) -> torch.optim.Optimizer:
         """Return it over parameters; ``how``: fused or foreach."""
         return self.kind(params, **how, **self.options)
 
@@ -100,7 +101,7 @@ def implementations(algorithm: Algorithm, base: Base, device_type: str) -> dict[
     return found | {backend: _fused(algorithm, base, backend) for backend in BACKENDS[device_type]}
 
 
-def _fused(algorithm: Algorithm, base: Base, backend: str) -> Build:
+def _fused(algorithm: Algorithm, base: Base, backend: Backend) -> Build:
     options = {"rho": RHO, **algorithm.options, **base.options}
     return lambda params: algorithm.fused(params, base.kind, backend=backend, **options)
 

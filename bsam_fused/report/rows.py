@@ -53,7 +53,7 @@ def _row(timed: Timed, base_pass: float) -> Row:
     passes, whole = len(timed.calls), timed.whole is not None
     step = 1e3 * timed.median(lambda laps: laps.wall)
     phases = {
-        call: 1e3 * timed.median(lambda laps, i=i: laps.pieces[i])
+        call: 1e3 * timed.median(lambda laps, i=i: laps.pieces[i])  # type: ignore[misc]
         for call, i in zip((*timed.calls, "zero_grad"), [*range(1, 2 * passes, 2), 2 * passes], strict=True)
         if not whole
     }

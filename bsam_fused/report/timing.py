@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bsam_fused.report import ctrl_c
 from bsam_fused.report.clock import Clock, Laps
@@ -112,7 +112,7 @@ class Training:
     def count_launches(self) -> None:
         """Count what a step of each launches. After all timing: a profiler that was on may slow launches."""
         for timed in self.timed:
-            timed.launches = self.clock.launches(lambda timed=timed: [piece() for piece in self.pieces(timed)])
+            timed.launches = self.clock.launches(lambda timed=timed: [piece() for piece in self.pieces(timed)])  # type: ignore[misc]
 
 
 def graphed(workload: Workload, optimizer: Any) -> Callable[[], object]:
@@ -134,4 +134,4 @@ def graphed(workload: Workload, optimizer: Any) -> Callable[[], object]:
 
 def compiled(workload: Workload) -> Workload:
     """Return the workload with its network under torch.compile."""
-    return workload._replace(model=torch.compile(workload.model))
+    return workload._replace(model=cast(nn.Module, torch.compile(workload.model)))

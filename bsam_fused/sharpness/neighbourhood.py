@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from bsam_fused import checks
 from bsam_fused.optim.sharpness import Sharpness
 from bsam_fused.sharpness.mean_loss import LossFunction, dot, measured
 
@@ -38,8 +39,8 @@ def measure(
         TypeError: a loader that is an iterator.
         FloatingPointError: a loss or gradient that is not finite.
     """
-    _check_radius("rho", rho)
-    _check_radius("rho_min", rho_min if rho_min is not None else rho)
+    checks.non_negative("rho", rho)
+    checks.non_negative("rho_min", rho_min if rho_min is not None else rho)
     with measured(model, loss_fn, loader) as loss:
         at_w, g = loss.gradient()
         norm = math.sqrt(dot(g, g)) + EPS
@@ -72,7 +73,7 @@ def gradient_conflict(
             has no direction.
     """
     for rho_min in rho_mins:
-        _check_radius("rho_mins", rho_min)
+        checks.non_negative("rho_mins", rho_min)
     cosines = []
     with measured(model, loss_fn, loader) as loss:
         _, g = loss.gradient()
@@ -85,8 +86,3 @@ def gradient_conflict(
                 raise FloatingPointError(f"a gradient is zero, at w or at w_min with ρ_min = {rho_min}")
             cosines.append(dot(g, g_min) / norms)
     return cosines
-
-
-def _check_radius(name: str, radius: float) -> None:
-    if not (math.isfinite(radius) and radius >= 0):
-        raise ValueError(f"{name}={radius!r}: must be a finite number ≥ 0")

@@ -46,6 +46,7 @@ class Beside(RuleBasedStateMachine):
         ]
         settings = {"max_grad_norm": max_grad_norm, **({"update_from": update_from} if kind == "BSAM" else {})}
         self.net = nn.BatchNorm1d(2)
+        self.net.trained = self.params[0]
         self.optimizer = getattr(bsam_fused, kind)(
             [{**group, "params": [self.params[i] for i in group["params"]]} for group in cut],
             self.base,
