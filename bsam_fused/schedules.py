@@ -215,6 +215,7 @@ class ProportionalRadius(RadiusSchedule):
 
     def _radius(self, t: int, rho_0: float, i: int) -> float:
         group = self.optimizer.param_groups[i]
+        note_lr(group)
         lr_max = largest_lr(group)
         return decayed_radius(rho_0, scheduled_lr(group), lr_max, rho_min_end=self.end[i], lr_end=self.lr_end[i])
 
@@ -368,11 +369,15 @@ def scheduled_lr(group: dict[str, Any]) -> float:
 
 
 def largest_lr(group: dict[str, Any]) -> float:
-    """Return lr_max of eq. 12, and note the group's lr now.
+    """Return lr_max of eq. 12, without ``lr_scale``.
 
     The group's ``max_lr`` (OneCycle), else ``initial_lr``, else its lr to begin with; and at least the largest that was
-    noted so far, without ``lr_scale``.
+    noted so far, and the one now.
     """
-    group[LARGEST_LR] = max(group[LARGEST_LR], scheduled_lr(group))
     planned = next(float(group[name]) for name in ("max_lr", "initial_lr", GIVEN_LR) if name in group)
-    return max(planned, group[LARGEST_LR])
+    return max(planned, group[LARGEST_LR], scheduled_lr(group))
+
+
+def note_lr(group: dict[str, Any]) -> None:
+    """Keep the largest learning rate that a group has had in a step."""
+    group[LARGEST_LR] = max(group[LARGEST_LR], scheduled_lr(group))

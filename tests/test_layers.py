@@ -14,7 +14,9 @@ PACKAGE = ROOT / "bsam_fused"
 # What each part may import of the package. Backends never know each other.
 MAY_IMPORT = {
     "_version": set(),
-    "batchnorm": set(),
+    "ops.copies": {"ops.native_flat"},
+    "buffers": {"distributed", "ops.copies", "ops.identity"},
+    "batchnorm": {"buffers"},
     "callers": set(),
     "checks": set(),
     "distributed": {"checks"},
@@ -63,7 +65,8 @@ MAY_IMPORT = {
         "optim.state",
     },
     "optim.persistence": {"ops.contract", "optim.around", "optim.state"},
-    "optim.phases": {"optim.persistence", "optim.trainers", "batchnorm", "distributed"},
+    "optim.passes": {"buffers"},
+    "optim.phases": {"checks", "optim.passes", "optim.persistence", "optim.trainers", "distributed"},
     "optim.base": {
         "checks",
         "ops.contract",

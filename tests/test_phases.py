@@ -222,7 +222,7 @@ def test_what_the_largest_learning_rate_is(keys, lr_max):
     assert resumed._radii("rho_min", -1.0)[0].radius == pytest.approx(-0.6 * 0.05 / lr_max)
     for optimizer in (opt, resumed):
         optimizer.param_groups[0]["lr"] = 2.0
-        assert optimizer._radii("rho_min", -1.0)[0].radius == -0.6
+        assert optimizer._all_radii()[-1][0].radius == -0.6
     resumed = bsam_fused.BSAM([nn.Parameter(torch.ones(2))], lr=0.05, rho_min=0.6)
     resumed.load_state_dict(opt.state_dict())
     resumed.param_groups[0]["lr"] = 0.05
@@ -247,7 +247,7 @@ def test_layer_decay_leaves_every_group_its_whole_rho_min_at_the_peak():
     for lr, share in [(1e-4, 0.1), (1e-3, 1.0), (5e-4, 0.5), (2e-3, 1.0), (1e-3, 0.5), (0.0, 0.0)]:
         for group in opt.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        assert [r.radius for r in opt._radii("rho_min", -1.0)] == pytest.approx([-0.6 * share] * 3)
+        assert [r.radius for r in opt._all_radii()[-1]] == pytest.approx([-0.6 * share] * 3)
 
 
 @pytest.mark.parametrize(("rho_min_end", "expected"), [(0.0, 0.6), (0.9, 0.6)])
@@ -258,7 +258,7 @@ def test_rho_min_stays_between_its_ends(rho_min_end, expected):
     )
     for lr in (1e-6, 1e-3, 1.0):
         opt.param_groups[0]["lr"] = lr
-        assert -opt._radii("rho_min", -1.0)[0].radius == pytest.approx(expected)
+        assert -opt._all_radii()[-1][0].radius == pytest.approx(expected)
     opt.param_groups[0]["lr"] = 1e-8
     assert -opt._radii("rho_min", -1.0)[0].radius == rho_min_end
 

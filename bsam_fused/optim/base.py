@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any, ClassVar, TypeVar, overload
 
@@ -41,9 +40,6 @@ class SharpnessAware(Phased):
 
     _last_slot: ClassVar[int]
     """Where the sums keep the last pass's gradient: MAX, or MIN."""
-    _keeps_g: ClassVar[bool]
-    """Whether the direction needs g, the gradient at w."""
-
     _from_saved = True
     _scaler_seen: bool | None = None  # in the last step; None: there was none
     _lacking = False  # a pass of this step that was read had no gradient at all
@@ -62,6 +58,7 @@ class SharpnessAware(Phased):
         seed: int,
         master_weights: bool,
         sync: distributed.Sync,
+        same_randomness: bool,
         model: nn.Module | None,
         backend: dispatch.Backend,
     ) -> None:
@@ -72,6 +69,7 @@ class SharpnessAware(Phased):
         self.max_grad_norm = max_grad_norm
         self.model = model
         self.sync = sync
+        self.same_randomness = checks.flag("same_randomness", same_randomness)
         _ = self._group  # raises where there must be one
         self.backend = backend
         self.active = True
@@ -179,7 +177,7 @@ class SharpnessAware(Phased):
         """
         heard = call == "step" or self.sync == "every"
         if self._lacking and heard and any(p.requires_grad for p in self._parameters()):
-            raise RuntimeError(f"{call}(): {NO_GRADIENT}")
+            raise RuntimeError(f"{self._named(call)}(): {NO_GRADIENT}")
 
     def _build(self) -> None:
         """Build FlatParams of the parameters as they are; only when all are built do they count."""
@@ -218,11 +216,11 @@ class SharpnessAware(Phased):
         self._flats.poison(ASCENT, loss)
         totals = self._flats.totals()
         self._require_gradients("ascend")
+        self._mark().passes.keep(self.model)
         try:
             self._enter(Phase.ASCENDED)
             for flat, sums in zip(self._flats, totals, strict=True):
                 flat.ascend(sums, radii, norm_eps, self._keeps_g)
-            self._freeze_running_stats()
         except BaseException:
             self.restore()
             raise
@@ -279,10 +277,6 @@ class SharpnessAware(Phased):
         if self._phase is Phase.REST and not self._looking_at_w and self._is_plain():
             return self._plain_step()
         return self._step()
-
-    @property
-    def _active(self) -> bool:
-        return checks.flag("active", self.active)
 
     def _is_plain(self) -> bool:
         return not self._active or self._moves_nothing()
@@ -345,7 +339,7 @@ class SharpnessAware(Phased):
         losses = []
         try:
             for call, closure in zip(self._calls, closures, strict=True):
-                with self.no_sync():
+                with self.one_pass():
                     losses.append(_evaluate(closure))
                 getattr(self, f"_{call}")(losses[-1])
         except BaseException as error:
@@ -431,17 +425,6 @@ class SharpnessAware(Phased):
     def _group(self) -> Any:
         """The ranks over which the direction is averaged, None where DDP averages every pass's gradients."""
         return distributed.averaging_group(self.sync, self.model)
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        """Return a context for the coming pass, forward and backward; `step` with a closure enters it itself.
-
-        With ``sync="last"`` DDP reduces no gradient in it that the optimizer wants as it is: in SAM's first pass, in
-        all of BSAM's. Else it does nothing, so that a loop by hand can have every pass in it.
-        """
-        mixes = self._keeps_g or self._following != "step"
-        if self.sync == "last" and self._active and mixes:
-            return self.model.no_sync()  # type: ignore[union-attr, operator, return-value]
-        return nullcontext()
 
     def _clear_gradients(self) -> None:
         if self._flats.fit(self.param_groups):

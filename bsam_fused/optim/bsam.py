@@ -17,7 +17,7 @@ from bsam_fused.optim.base import Closure, R, SharpnessAware
 from bsam_fused.optim.groups import Rounding
 from bsam_fused.optim.phases import Phase
 from bsam_fused.optim.sam import Base
-from bsam_fused.schedules import GIVEN_LR, LARGEST_LR, decayed_radius, largest_lr, scheduled_lr
+from bsam_fused.schedules import GIVEN_LR, LARGEST_LR, decayed_radius, largest_lr, note_lr, scheduled_lr
 
 Decay = Literal["lr", "none"]
 UpdateFrom = Literal["w", "w_min"]
@@ -50,6 +50,7 @@ class BSAM(SharpnessAware):
         master_weights: as `SAM` has it; not with ``update_from="w_min"``.
         sync: as `SAM` has it: all passes are local, and d, with each rank's own c, is reduced; not with
             ``update_from="w_min"``.
+        same_randomness: as `SAM` has it.
         model: as `SAM` has it.
         backend: as `SAM` has it.
         **base_kwargs: options of the base optimizer's class.
@@ -81,6 +82,7 @@ class BSAM(SharpnessAware):
         seed: int = 0,
         master_weights: bool = False,
         sync: Sync = "every",
+        same_randomness: bool = False,
         model: nn.Module | None = None,
         backend: Backend = "auto",
         **base_kwargs: Any,
@@ -111,6 +113,7 @@ class BSAM(SharpnessAware):
             seed=seed,
             master_weights=master_weights,
             sync=sync,
+            same_randomness=same_randomness,
             model=model,
             backend=backend,
         )
@@ -125,6 +128,7 @@ class BSAM(SharpnessAware):
             ValueError: a radius is negative or not finite.
         """
         self._descend()
+        self._mark().passes.leave()
 
     def _descend(self, loss: Any = None) -> None:
         self._expect("descend")
@@ -137,25 +141,30 @@ class BSAM(SharpnessAware):
         for flat, sums in zip(self._flats, totals, strict=True):
             flat.descend(sums, radii, norm_eps)
         self._flats.poison(MAX, loss)
+        self._note_rates()
+        self._mark().passes.is_under_way = False
 
     def _plain_step(self, loss: Any = None) -> None:
         super()._plain_step(loss)
-        for group in self.param_groups:  # a late phase may come after the learning rate's peak
+        self._note_rates()  # a late phase may come after the learning rate's peak
+
+    def _note_rates(self) -> None:
+        for group in self.param_groups:
             if group["rho_min_decay"] == "lr" and group.get("lr") is not None:
-                largest_lr(group)
+                note_lr(group)
 
     def _all_radii(self) -> list[list[Radius]]:
+        self._note_rates()  # of a step that is replayed
         return [*super()._all_radii(), self._radii("rho_min", -1.0)]
 
     def _radius(self, group: dict[str, Any], option: str, index: int) -> float:
         radius = super()._radius(group, option, index)
         if option != "rho_min" or self._decay(group, index) == "none" or group.get("lr") is None:
             return radius
-        lr_max = largest_lr(group)
         return decayed_radius(
             radius,
             scheduled_lr(group),
-            lr_max,
+            largest_lr(group),
             rho_min_end=self._non_negative(group, "rho_min_end", index),
             lr_end=self._non_negative(group, "rho_min_lr_end", index),
         )

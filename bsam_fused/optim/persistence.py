@@ -12,6 +12,9 @@ from bsam_fused.ops.contract import MASTER_WEIGHT
 from bsam_fused.optim.around import Around
 from bsam_fused.optim.state import with_steps_on_host, without_masters
 
+_OWN = ("norm_eps", "max_grad_norm", "sync", "same_randomness", "model", "backend", "active", "sharpness")
+"""Attributes that copies have, too."""
+
 
 class Persistent(Around):
     """An optimizer around a base optimizer that can be saved, loaded and copied."""
@@ -82,10 +85,7 @@ class Persistent(Around):
         for key, entry in self.state.items():
             state[key] = _cloned(entry) if isinstance(key, Tensor) else entry
         base = {**self.base_optimizer.__getstate__(), "state": state, "param_groups": self.param_groups}
-        ours = {
-            name: self.__dict__[name]
-            for name in ("norm_eps", "max_grad_norm", "sync", "model", "backend", "active", "sharpness")
-        }
+        ours = {name: self.__dict__[name] for name in _OWN}
         return {
             "defaults": self.defaults,
             **ours,

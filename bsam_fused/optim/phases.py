@@ -5,16 +5,16 @@ from __future__ import annotations
 import enum
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bsam_fused import distributed
-from bsam_fused.batchnorm import RunningStats
+from bsam_fused import checks, distributed
 from bsam_fused.optim import trainers
+from bsam_fused.optim.passes import Passes
 from bsam_fused.optim.persistence import Persistent
 
 
@@ -27,30 +27,26 @@ class Phase(enum.Enum):
 
 
 class Marks:
-    """What a step leaves on others' objects until it is over, or its optimizer is gone: hooks and frozen layers."""
+    """What a step leaves on others' objects until it is over, or its optimizer is gone.
+
+    That is hooks, and what passes have moved.
+    """
 
     def __init__(self) -> None:
         self._hooks: list[RemovableHandle] = []
-        self._stats: list[RunningStats] = []
+        self.passes = Passes()
 
     def hook(self, param: Tensor, call: Callable[[Tensor], None]) -> None:
         """Have ``call`` called when the gradient of ``param`` has come."""
         # In one go: the handle is kept before anything can interrupt.
         self._hooks.extend(map(param.register_post_accumulate_grad_hook, [call]))  # type: ignore[attr-defined]
 
-    def freeze(self, model: nn.Module) -> None:
-        """Keep the running statistics of ``model`` where they are."""
-        self._stats.append(RunningStats(model))
-        self._stats[-1].freeze()
-
     def remove(self) -> None:
         """Take all of it away; interrupted, it can be called again."""
         for hook in self._hooks:
             hook.remove()
-        for stats in self._stats:
-            stats.thaw()
         self._hooks.clear()
-        self._stats.clear()
+        self.passes.end()
 
 
 class Phased(Persistent):
@@ -65,11 +61,21 @@ class Phased(Persistent):
     """The names by which SAM users know them."""
     _PHASES: ClassVar[tuple[Phase, ...]] = (Phase.REST, Phase.ASCENDED, Phase.DESCENDED)
 
+    _keeps_g: ClassVar[bool]
+    """Whether the direction needs g, the gradient at w."""
+
+    active: bool
     model: nn.Module | None
+    same_randomness: bool
+    sync: distributed.Sync
     _phase = Phase.REST
     _looking_at_w = False
     _by_number = False  # whether the user calls the phases of this step by those names
     _marks: Marks | None = None
+
+    @property
+    def _active(self) -> bool:
+        return checks.flag("active", self.active)
 
     # ---- the order of calls
 
@@ -84,6 +90,11 @@ class Phased(Persistent):
             raise RuntimeError(f"{self._named(call)}() within unperturbed(): leave that context first")
         if call != self._following:
             self._out_of_order(f"{self._named(call)}()")
+        if self.same_randomness and not self._mark().passes.is_under_way:
+            raise RuntimeError(
+                f"{self._named(call)}() with same_randomness=True: every pass by hand, forward and backward, goes into "
+                "`with optimizer.one_pass():`, or use step(closure)"
+            )
 
     def _out_of_order(self, call: str) -> NoReturn:
         name = type(self).__name__
@@ -139,11 +150,6 @@ class Phased(Persistent):
         self._looking_at_w = self._by_number = False
         self._phase = Phase.REST
 
-    def _freeze_running_stats(self) -> None:
-        """Keep the model's running statistics where they are until the step is over."""
-        if self.model is not None:
-            self._mark().freeze(self.model)
-
     def _mark(self) -> Marks:
         if self._marks is None:
             marks = Marks()
@@ -175,6 +181,52 @@ class Phased(Persistent):
     def _tell_scaler(self, params: Any) -> None:
         """Make a gradient of the last pass NaN where an earlier one was not finite."""
         raise NotImplementedError
+
+    # ---- passes
+
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Have a pass by hand in a context, forward and backward of all its micro-batches.
+
+        Passes after the first begin from the buffers of ``model`` that it began from, where shape and dtype still fit,
+        and with ``same_randomness`` from the same random generators: without it, from what the first one left. With
+        ``sync="last"`` DDP reduces no gradient in it that the optimizer wants as it is: in SAM's first pass, in all of
+        BSAM's. `step` with a closure enters it itself; while ``active`` is False it does nothing.
+        """
+        if not self._active:
+            yield
+            return
+        passes = self._mark().passes
+        if not self._at_rest:
+            passes.begin_extra()
+        elif not passes.is_open:
+            self._begin_first_pass()
+        try:
+            with self._unreduced():
+                yield
+        except BaseException:
+            if self._at_rest:
+                passes.end()
+            raise
+
+    no_sync = one_pass  # its old name
+
+    def _begin_first_pass(self) -> None:
+        params = (p for group in self.param_groups for p in group["params"])
+        drawing = (p.device for p in params if self.same_randomness)
+        self._mark().passes.begin_first(self.model, drawing)
+
+    def _open_first_pass(self) -> None:
+        """Begin the first pass where a trainer does, which accumulates its gradients and calls the phases later."""
+        if self._active and self._at_rest:
+            self._begin_first_pass()
+            self._mark().passes.is_open = True
+
+    def _unreduced(self) -> AbstractContextManager[None]:
+        mixes = self._keeps_g or self._following != "step"
+        if self.sync == "last" and mixes:
+            return self.model.no_sync()  # type: ignore[union-attr, operator, return-value]
+        return nullcontext()
 
     # ---- giving up, and looking at w
 
@@ -229,4 +281,5 @@ class Phased(Persistent):
     def _show_w(self, at_w: bool) -> None:
         for flat in self._flats:
             flat.show_w(at_w)
+        self._mark().passes.leave()
         self._forget_copies()

@@ -44,9 +44,13 @@ class SAM(SharpnessAware):
             weights are the rounding to nearest; a weight set from outside counts from there on. Fused bases only.
         sync: what DistributedDataParallel averages: "every" pass's gradients, or only what comes "last", the direction:
             each rank then perturbs by the gradient of its own batch (m-sharpness), and one all-reduce a step is left.
-            Needs ``model=`` to be the DDP module; passes by hand go into ``with optimizer.no_sync():``.
-        model: whose BatchNorm running statistics shall move in the first pass only, and which FSDP2 is to gather anew
-            for every pass.
+            Needs ``model=`` to be the DDP module; passes by hand go into ``with optimizer.one_pass():``.
+        same_randomness: whether dropout, drop-path and augmentation draw the same in all passes of a step, and go on
+            after it as after one: the generators of the CPU and of the parameters' devices, not those passed to
+            layers, NumPy's or Python's. Passes by hand go into ``with optimizer.one_pass():``.
+        model: whose buffers (running statistics, observers, codebooks, queues) the extra passes shall leave as the
+            first one left them, whatever writes them, the loop included; not those that share memory with a parameter,
+            nor what is no buffer. Also which FSDP2 is to gather anew for every pass.
         backend: "auto", "cuda", "triton", "cpp" or "torch".
         **base_kwargs: options of the base optimizer's class.
 
@@ -73,6 +77,7 @@ class SAM(SharpnessAware):
         seed: int = 0,
         master_weights: bool = False,
         sync: Sync = "every",
+        same_randomness: bool = False,
         model: nn.Module | None = None,
         backend: Backend = "auto",
         **base_kwargs: Any,
@@ -89,6 +94,7 @@ class SAM(SharpnessAware):
             seed=seed,
             master_weights=master_weights,
             sync=sync,
+            same_randomness=same_randomness,
             model=model,
             backend=backend,
         )
@@ -148,6 +154,7 @@ class ASAM(SAM):
         seed: as `SAM` has it.
         master_weights: as `SAM` has it.
         sync: as `SAM` has it.
+        same_randomness: as `SAM` has it.
         model: as `SAM` has it.
         backend: as `SAM` has it.
         **base_kwargs: options of the base optimizer's class.
@@ -169,6 +176,7 @@ class ASAM(SAM):
         seed: int = 0,
         master_weights: bool = False,
         sync: Sync = "every",
+        same_randomness: bool = False,
         model: nn.Module | None = None,
         backend: Backend = "auto",
         **base_kwargs: Any,
@@ -185,6 +193,7 @@ class ASAM(SAM):
             seed=seed,
             master_weights=master_weights,
             sync=sync,
+            same_randomness=same_randomness,
             model=model,
             backend=backend,
             **base_kwargs,

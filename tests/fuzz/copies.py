@@ -80,7 +80,7 @@ class Copies(Beside):
     def add_a_group_to_the_base(self, seed, options):
         """It counts, or raises."""
         if self.kind == "BSAM":  # whose largest lr and rho_min are otherwise those of when it is noticed
-            options = {"rho_min": 0.1, "given_lr": options.get("lr", 0.1), **options}
+            options = {"rho_min": 0.1, "given_lr": options.get("lr", 0.1), "largest_lr": 0.0, **options}
         self._add_group(self.optimizer.base_optimizer, seed, options)
         self.disturb()
 

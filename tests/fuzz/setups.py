@@ -103,5 +103,6 @@ def completed(kind, group):
     options = {"lr": 0.1, "maximize": False, **DEFAULTS[kind], **group}
     if kind == "BSAM":
         options.setdefault("given_lr", options["lr"])
+        options.setdefault("largest_lr", 0.0)
         options["rho_min"] = options["rho"] if options["rho_min"] is None else options["rho_min"]
     return options

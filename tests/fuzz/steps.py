@@ -80,7 +80,7 @@ class Steps(Beside):
             return None if here and fault == "no loss" else torch.tensor(loss)
 
         try:
-            self.expect(lambda: self.optimizer.step(closure), lambda: ending.pop()(), refused=not at_rest)
+            self.expect(lambda: self.optimizer.step(closure), lambda: [end() for end in ending], refused=not at_rest)
         except ZeroDivisionError:
             model.restore()
         except RuntimeError as error:

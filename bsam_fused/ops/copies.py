@@ -1,0 +1,27 @@
+"""Copies between lists of tensors: csrc/copies.cpp where they are on a CPU and it is there, else torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bsam_fused.ops import native_flat
+
+_native, _ = native_flat.load()
+_on_cpu: Callable[[list[Tensor], list[Tensor]], None] = (
+    torch._foreach_copy_ if _native is None else _native.copy_all  # type: ignore[assignment]
+)
+
+
+@torch.no_grad()
+def copy_all(to: list[Tensor], source: list[Tensor]) -> None:
+    """Copy every tensor of a list into the one of another at its place.
+
+    Args:
+        to: of one device and dtype.
+        source: of the same device, dtype and shapes.
+    """
+    if to:
+        (_on_cpu if to[0].is_cpu else torch._foreach_copy_)(to, source)

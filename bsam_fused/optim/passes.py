@@ -1,0 +1,88 @@
+"""What every pass of a step begins from, and what a step leaves behind: as if there had been the first pass alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from bsam_fused.buffers import Snapshot
+
+States = list[tuple[torch.device, Tensor]]
+"""Of random generators."""
+
+
+class Passes:
+    """The model's buffers and, on request, the random generators, from pass to pass of a step.
+
+    Extra passes begin from what the first one began from, where that is known, and leave what it left.
+    """
+
+    def __init__(self) -> None:
+        self._begun: Snapshot | None = None  # where the first pass began; and of an earlier step, for its memory
+        self._first: Snapshot | None = None  # what it left; likewise
+        self._draws: States = []  # of random generators, where the first pass began
+        self._drawn: States = []  # and after it
+        self._is_begun = self._is_kept = False  # whether that is of this step
+        self.is_open = False  # whoever accumulates has begun the first pass
+        self.is_under_way = False  # a pass was begun, and no phase has ended it
+
+    def begin_first(self, model: nn.Module | None, drawing: Iterable[torch.device]) -> None:
+        """Begin the first pass of a step.
+
+        Args:
+            model: whose buffers; None: none.
+            drawing: whose generators, and the CPU's, shall draw the same in all passes; none: they go on.
+        """
+        self._begun = None if model is None else Snapshot(model, self._begun)
+        self._draws = _generators(drawing)
+        self._is_begun = self.is_under_way = True
+
+    def begin_extra(self) -> None:
+        """Begin a later pass, where the first one began."""
+        if self._is_begun:
+            if self._begun is not None:
+                self._begun.rewind()
+            _set(self._draws)
+        self.is_under_way = True
+
+    def keep(self, model: nn.Module | None) -> None:
+        """End the first pass: note what it has left."""
+        self._first = None if model is None else Snapshot(model, self._first)
+        self._drawn = [(device, _state(device)) for device, _ in self._draws]
+        self._is_kept = True
+        self.is_open = self.is_under_way = False
+
+    def leave(self) -> None:
+        """End a later pass: everything is where the first one left it. Can be called again."""
+        self.is_under_way = False
+        if not self._is_kept:
+            return
+        if self._first is not None:
+            self._first.write_back()
+        _set(self._drawn)
+
+    def end(self) -> None:
+        """`leave`, and forget the step. Can be called again."""
+        self.leave()
+        self._is_begun = self._is_kept = self.is_open = False
+        self._draws, self._drawn = [], []
+
+
+def _state(device: torch.device) -> Tensor:
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
+def _generators(devices: Iterable[torch.device]) -> States:
+    """Return the states of the default generators of ``devices``, and of the CPU; none of no devices."""
+    wanted = set(devices)
+    return [(device, _state(device)) for device in wanted | {torch.device("cpu")}] if wanted else []
+
+
+def _set(states: States) -> None:
+    for device, state in states:
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(device).set_rng_state(state, device)
