@@ -261,7 +261,7 @@ class TorchListFlatParams(TorchFlatParams):
         sums = update.sums.tolist()
         count = partial(self.step_count.add_, 1)
         if not all(map(math.isfinite, sums[:CHECKED])):
-            self._commit(*self._put_back(), partial(self._skipped.add_, 1), count)
+            self._commit(*self._put_back(), partial(self.skipped.add_, 1), count)
             return
         ds, writes = self._directions(members, sums, update.max_norm)
         if update.from_saved and self._perturbed:
