@@ -73,7 +73,7 @@ $(VENV)/.installed: constraints.txt
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt ninja numpy pytest pytest-benchmark hypothesis \
 		matplotlib jinja2 rich scikit-learn ruff clang-format build triton pytorch_optimizer \
-		lightning transformers accelerate
+		lightning transformers accelerate peft skorch tensorboard
 	touch $@
 
 $(BUILT): $(VENV)/.installed $(SOURCES)

@@ -55,5 +55,6 @@ def test_every_recipe_that_was_asked_for_is_there():
     for topic in (
         *("GradScaler", "bfloat16", "Clipping", "accumulation", "Checkpoint", "DDP", "FSDP2", "CUDA graphs"),
         *("torch.compile", "Lightning", "Hugging Face", "Accelerate", "EMA", "schedulers"),
+        *("skorch", "PEFT", "TensorBoard"),
     ):
         assert topic in titles
