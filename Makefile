@@ -3,6 +3,7 @@
 # make test-triton   those of the Triton kernels, in Triton's interpreter
 # make interrupts    what an interrupt leaves, after every call and of 500 real signals (SEED=... repeats their order)
 # make test-recipes  the snippets of docs/recipes.md
+# make test-trainers the loops of timm and fastai, in an environment of their own (6 GB, in .venv-trainers)
 # make fuzz     random calls and faults beside an independent model, for FUZZ_SECONDS (an hour); prints how to repeat a failure
 # make bench    optimizer time of a step, side by side with other implementations (about 15 minutes)
 # make bench-check   the smallest part of it, which fails where the fused step is slow
@@ -22,10 +23,13 @@ BUILT := $(VENV)/.built
 CUDA_VENV := .venv-cuda
 # The registry's torch is built for CUDA 13.0, as nvcc here is; it asks for setuptools < 82.
 CUDA_TORCH := torch==2.12.1 setuptools==81.0.0
+TRAINERS_VENV := .venv-trainers
+# torchvision does not import beside the torch that is pinned; these go together.
+TRAINERS := torch==2.14.1 torchvision==0.29.1 timm==1.0.31 fastai==2.8.12
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py
 
-.PHONY: report test test-triton interrupts test-recipes fuzz bench bench-check performance lint types format cuda-build-check gpu clean
+.PHONY: report test test-triton interrupts test-recipes test-trainers fuzz bench bench-check performance lint types format cuda-build-check gpu clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
@@ -43,6 +47,9 @@ interrupts: $(BUILT)
 
 test-recipes: $(BUILT)
 	$(BIN)/python -m pytest -q -m recipe
+
+test-trainers: $(TRAINERS_VENV)/.built
+	$(TRAINERS_VENV)/bin/python -m pytest -q tests/with_torchvision
 
 FUZZ_SECONDS ?= 3600
 fuzz: $(BUILT)
@@ -80,11 +87,21 @@ $(VENV)/.installed: constraints.txt
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt ninja numpy pytest pytest-benchmark hypothesis \
 		matplotlib jinja2 rich scikit-learn ruff clang-format build triton pytorch_optimizer \
-		lightning transformers accelerate schedulefree mypy 'pyright[nodejs]'
+		lightning transformers accelerate schedulefree peft skorch tensorboard mypy 'pyright[nodejs]'
 	touch $@
 
 $(BUILT): $(VENV)/.installed $(SOURCES)
 	BSAM_FUSED_BUILD=cpu $(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+$(TRAINERS_VENV)/.installed: constraints.txt
+	$(PYTHON) -m venv $(TRAINERS_VENV)
+	grep -vE '^(torch|triton)==' constraints.txt >$(TRAINERS_VENV)/constraints.txt
+	$(TRAINERS_VENV)/bin/pip install -q -c $(TRAINERS_VENV)/constraints.txt pip setuptools wheel ninja numpy pytest scikit-learn $(TRAINERS)
+	touch $@
+
+$(TRAINERS_VENV)/.built: $(TRAINERS_VENV)/.installed $(SOURCES)
+	BSAM_FUSED_BUILD=cpu $(TRAINERS_VENV)/bin/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
 cuda-build-check: $(CUDA_VENV)/.installed
@@ -100,4 +117,4 @@ gpu:
 	$(PYTHON) -m bench.gpu $(if $(COMMIT),--commit $(COMMIT))
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) build dist report *.egg-info bsam_fused/*.so
+	rm -rf $(VENV) $(CUDA_VENV) $(TRAINERS_VENV) build dist report *.egg-info bsam_fused/*.so

@@ -343,8 +343,6 @@ void FlatParams::drop_state() {
   for (Entry& e : entries_) e.begun = false;
 }
 
-int64_t FlatParams::skipped() const { return skipped_.item<int64_t>(); }
-
 int64_t FlatParams::extra_bytes() const {
   int64_t bytes = 0;
   for (const auto& [key, flat] : buffers_) bytes += int64_t(flat.nbytes());

@@ -87,7 +87,7 @@ class FlatParams : public Built {
   const std::vector<std::pair<int64_t, int64_t>>& places() const { return places_; }
   at::Tensor sums() const { return sums_; }
   at::Tensor step_count() const { return step_count_; }
-  int64_t skipped() const;
+  at::Tensor skipped() const { return skipped_; }
   bool updated() const { return updated_; }
   at::Device device() const { return device_; }
   at::ScalarType dtype() const { return dtype_; }

@@ -59,6 +59,7 @@ void FlatParams::check_sums(const at::Tensor& sums) const {
 void FlatParams::check_own() const {
   require(holds(sums_, at::kDouble, device_, kSlots), "its sums were resized from outside");
   require(holds(step_count_, at::kLong, device_, 1), "its step_count was resized from outside");
+  require(holds(skipped_, at::kLong, device_, 1), "its skipped was resized from outside");
   require(holds(steps_, at::kFloat, device_, int64_t(entries_.size())), "its steps were resized from outside");
 }
 

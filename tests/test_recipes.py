@@ -1,29 +1,14 @@
 """Every snippet of docs/recipes.md runs as it stands, after the first, and trains its model."""
 
-import re
 import socket
-from pathlib import Path
 
 import pytest
-import torch
+import recipes
 from accelerate.state import AcceleratorState
 
 pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("one_thread")]
 
-PAGE = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
-RECIPES = re.findall(r"^##+ (.+?)$|^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-
-
-def snippets():
-    """Each block of code, under the heading that it follows."""
-    heading = "setup"
-    for title, code in RECIPES:
-        heading = title or heading
-        if code:
-            yield heading, code
-
-
-(_, SETUP), *SNIPPETS = snippets()
+HERE = [snippet for snippet in recipes.SNIPPETS if snippet[0] not in recipes.WITH_TORCHVISION]
 
 
 def free_port():
@@ -32,7 +17,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("code", [pytest.param(code, id=heading) for heading, code in SNIPPETS])
+@pytest.mark.parametrize("code", [pytest.param(code, id=heading) for heading, code in HERE])
 def test_snippet(code, monkeypatch):
     """Those for several processes in a group of one."""
     if "init_process_group" in code:
@@ -40,29 +25,14 @@ def test_snippet(code, monkeypatch):
         for name, value in alone.items():
             monkeypatch.setenv(name, value)
     AcceleratorState._reset_state(reset_partial_state=True)
-    names = {"__name__": "__recipe__"}
-    exec(compile(SETUP, "docs/recipes.md, setup", "exec"), names)
-    exec(compile(code, "docs/recipes.md", "exec"), names)
-    model = names["model"].eval().to("cpu", torch.float32)
-    with torch.no_grad():
-        output = model(names["x_test"])
-        logits = getattr(output, "logits", output)
-        assert (logits.argmax(1) == names["y_test"]).double().mean() > 0.85
+    recipes.run(code)
 
 
 def test_every_recipe_that_was_asked_for_is_there():
-    titles = " ".join(title for title, _ in RECIPES)
+    titles = " ".join(title for title, _ in recipes.RECIPES)
     for topic in (
         *("GradScaler", "bfloat16", "Clipping", "accumulation", "Checkpoint", "DDP", "FSDP2", "CUDA graphs"),
-        *(
-            "torch.compile",
-            "Lightning",
-            "Hugging Face",
-            "Accelerate",
-            "EMA",
-            "schedulers",
-            "Schedule-Free",
-            "Two optimizers",
-        ),
+        *("torch.compile", "Lightning", "Hugging Face", "Accelerate", "EMA", "schedulers"),
+        *("Schedule-Free", "Two optimizers", "skorch", "PEFT", "TensorBoard", "timm", "fastai"),
     ):
         assert topic in titles

@@ -124,8 +124,8 @@ class FlatParams(Protocol):
         """int64 (): updates, made or skipped, so far; a base optimizer's own step is counted by whoever made it."""
 
     @property
-    def skipped(self) -> int:
-        """Updates that were skipped; reading it may synchronise."""
+    def skipped(self) -> Tensor:
+        """int64 (): of these, those that were skipped."""
 
     @property
     def extra_bytes(self) -> int:

@@ -72,7 +72,7 @@ class PythonFlatParams(ABC):
         self.device, self.dtype = self.params[0].device, self.params[0].dtype
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         self.sums = torch.zeros(SLOTS, dtype=wide, device=self.device)
-        self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.step_count = torch.zeros((), dtype=torch.int64, device=self.device)
         # Of parameters that are rounded stochastically.
         self._keys = [rounding.tensor_key(seed, *place) for place in places] if self._rounds(seed) else []
@@ -145,11 +145,6 @@ class PythonFlatParams(ABC):
         """Return d of every member, but where it is its gradient as it is: strided like the flat buffers, nobody's."""
 
     # ---- parameters and gradients
-
-    @property
-    def skipped(self) -> int:
-        """Updates that were skipped."""
-        return int(self._skipped)
 
     @property
     def extra_bytes(self) -> int:
@@ -357,7 +352,7 @@ class PythonFlatParams(ABC):
         """Put d into .grad, w into the weights."""
         directions = self._run_direction(sums, max_norm) if self._can_update(sums, max_norm) else None
         if directions is None or not self._holds(directions.values()):
-            self._commit(*self._put_back(), partial(self._skipped.add_, 1), partial(self.step_count.add_, 1))
+            self._commit(*self._put_back(), partial(self.skipped.add_, 1), partial(self.step_count.add_, 1))
             return False
         self._save([i for i in range(len(self.params)) if i not in set(self._perturbed)])
         in_one_go(*(self._put_back() if from_saved else []))

@@ -214,7 +214,7 @@ class TorchFlatParams(PythonFlatParams):
         self._commit(
             *writes,
             *self._written(members),
-            partial(self._skipped.add_, ~finite),
+            partial(self.skipped.add_, ~finite),
             partial(self.step_count.add_, 1),
         )
 

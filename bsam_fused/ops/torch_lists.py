@@ -246,7 +246,7 @@ class TorchListFlatParams(TorchFlatParams):
     ) -> None:
         count = partial(self.step_count.add_, 1)
         if not self._can_update(update.sums, update.max_norm):
-            self._commit(*self._put_back(), partial(self._skipped.add_, 1), count)
+            self._commit(*self._put_back(), partial(self.skipped.add_, 1), count)
             return
         ds, writes = self._directions(members, update.sums.tolist(), update.max_norm)
         if update.from_saved and self._perturbed:

@@ -301,7 +301,7 @@ class TritonFlatParams(PythonFlatParams):
             master=self._at(MASTER_WEIGHT) if MASTER_WEIGHT in self._buffers else 0,
             MASTER=MASTER_WEIGHT in self._buffers,
             steps=self._steps,
-            skipped=self._skipped,
+            skipped=self.skipped,
             ticket=self._reduction["ticket"],
             count=len(self.params),
             BILATERAL=self._bilateral,

@@ -17,8 +17,8 @@ from torch.optim.optimizer import ParamsT
 
 from bsam_fused import checks, distributed
 from bsam_fused.ops import contract, dispatch
-from bsam_fused.ops.contract import ASCENT, MAX, NORMS, Radius
-from bsam_fused.optim import fused, groups, hooks, scaling, trainers
+from bsam_fused.ops.contract import ASCENT, MAX, MIN, Radius
+from bsam_fused.optim import fused, groups, hooks, metrics, scaling, shown, trainers
 from bsam_fused.optim.flats import Flats
 from bsam_fused.optim.phases import Phase, Phased
 from bsam_fused.optim.sharpness import Sharpness
@@ -110,20 +110,37 @@ class SharpnessAware(Phased):
         choices = {device: dispatch.choose(self.backend, device) for device in sorted(devices, key=str)}
         return {str(device): f"{choice.backend} ({choice.why})" for device, choice in choices.items()}
 
+    def __repr__(self) -> str:
+        """As torch's, with the base optimizer's class and the backends."""
+        return shown.shown(self, super().__repr__())
+
+    # ---- what happened
+
     @property
     def norms(self) -> Tensor:
         """‖T g‖, ‖g_max‖, ‖g_min‖ of the latest passes: float64 (3,), on the first parameter's device.
 
         Of the gradients as they came: times the scale of a GradScaler; with ``sync="last"`` this rank's own.
         """
-        if not len(self._flats):
-            return torch.zeros(NORMS, dtype=torch.float64, device="cpu")
         return self._flats.squared_norms.sqrt()
 
     @property
     def skipped_steps(self) -> int:
         """Steps that were skipped for an inf or NaN in some pass; reading it waits for a GPU."""
-        return self._flats.skipped
+        return self._flats.hear_of_all()
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers of the latest step, for any logger; waits for a GPU once, and for no other rank.
+
+        At any time: what there is not (yet) is left out.
+
+        Returns:
+            ``norm_g``, ‖T g‖, ``norm_g_max`` and BSAM's ``norm_g_min`` of the step's passes, as `norms` has them
+            (of a plain step ‖g‖ alone, where the base is fused); ``rho``, and BSAM's ``rho_min`` as it is in effect;
+            ``lr``; of several param groups ``rho/0``, ``rho/1``, and so on; ``skipped_steps``; and after a step with a
+            closure ``loss``, ``loss_max``, ``max_sharpness`` and what else `Sharpness` has.
+        """
+        return metrics.read(self)
 
     # ---- phases
 
@@ -219,6 +236,7 @@ class SharpnessAware(Phased):
         self._mark().passes.keep(self.model)
         try:
             self._enter(Phase.ASCENDED)
+            self._flats.slots = (ASCENT,)
             for flat, sums in zip(self._flats, totals, strict=True):
                 flat.ascend(sums, radii, norm_eps, self._keeps_g)
         except BaseException:
@@ -295,6 +313,7 @@ class SharpnessAware(Phased):
             self._flats.hand_over()
             self.base_optimizer.step()
             self._forget_copies()
+            self._flats.end_step((), made=True)
             return
         try:
             scaled = scaling.told(self)
@@ -313,6 +332,7 @@ class SharpnessAware(Phased):
             self.restore()
             raise
         self._come_to_rest()
+        self._flats.end_step((MAX,))
 
     def _run(self, closures: Sequence[Closure]) -> Any:
         """Run a whole step, one closure a pass."""
@@ -374,13 +394,15 @@ class SharpnessAware(Phased):
             self._require_gradients("step")
             if rule:
                 self._flats.update(rule, self.state, scalars, totals, self._from_saved, max_norm)
+                made = None
             else:
-                self._general_update(totals, max_norm)
+                made = self._general_update(totals, max_norm)
         except BaseException:
             scaling.forget(self)
             raise
         self._scaler_seen = scaled.found_inf is not None
         self._come_to_rest()
+        self._flats.end_step((ASCENT, MAX, MIN)[: self._last_slot + 1], made)
 
     def _fused_rule(self) -> fused.FusedRule | None:
         return fused.rule_for(self.base_optimizer, wanted="master_weights=True" if self._flats.masters else "")
@@ -392,9 +414,9 @@ class SharpnessAware(Phased):
             else:
                 flat.square_norm(self._last_slot, self._plain_radii())
 
-    def _general_update(self, totals: Sequence[Tensor], max_norm: float) -> None:
+    def _general_update(self, totals: Sequence[Tensor], max_norm: float) -> bool:
         try:
-            self._flats.general_update(totals, self._from_saved, max_norm, self.base_optimizer.step)
+            return self._flats.general_update(totals, self._from_saved, max_norm, self.base_optimizer.step)
         except BaseException:
             self.restore()
             raise

@@ -31,6 +31,7 @@ from bsam_fused.ops.sharded_flat import ShardedFlatParams
 from bsam_fused.optim.fused import FusedRule
 from bsam_fused.optim.groups import check_parameters, takes_part
 from bsam_fused.optim.scaling import Scaled
+from bsam_fused.optim.skips import Skips
 from bsam_fused.optim.state import Kept, State, StateViews
 
 Groups = Sequence[dict[str, Any]]
@@ -69,6 +70,8 @@ class Flats:
         self._lists: list[list[Tensor]] = []  # the param groups' parameters, when built
         self._left_out: list[Tensor] = []  # frozen, and in no FlatParams
         self._exchanges: dict[Any, Exchange] = {}
+        self.slots: tuple[int, ...] = ()  # of the sums: where the norms of the step's passes are
+        self._skips = Skips(rounded_steps or 0, skipped)
         self._fingerprint = 0  # of which parameters had gradients in the passes of this step
         self._latest: list[Tensor] = []  # totals
         self._state = StateViews()
@@ -82,11 +85,6 @@ class Flats:
 
     def __len__(self) -> int:
         return len(self._built or [])
-
-    @property
-    def skipped(self) -> int:
-        """Updates skipped, also by FlatParams that are gone; reading it waits for a GPU."""
-        return self._skipped_before + (self._built[0].skipped if self._built else 0)
 
     @property
     def rounded_steps(self) -> int | None:
@@ -104,7 +102,42 @@ class Flats:
         """
         self._state.retract()
         rounded_steps = self.rounded_steps if rounded_steps is None else rounded_steps
-        return Flats(self._seed, self.masters, self.local_passes, self.skipped, rounded_steps)
+        skipped = int(self.counts[1])
+        return Flats(self._seed, self.masters, self.local_passes, skipped, rounded_steps)
+
+    # ---- steps so far
+
+    @property
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Steps so far, and the skipped ones, those of FlatParams that are gone included: int64 (), on a device."""
+        if not self._built:
+            before = self._rounded_before or 0, self._skipped_before
+            return torch.tensor(before, device="cpu").unbind()  # type: ignore[return-value]
+        first = self._built[0]
+        return first.step_count, first.skipped + self._skipped_before
+
+    def hear(self, steps: int, skipped: int) -> None:
+        """Hear of the `counts`, as they were read: warn of many skipped steps in a row."""
+        self._skips.hear(steps, skipped)
+
+    def hear_of_all(self) -> int:
+        """Read and hear of the `counts`, which waits for a GPU; return the skipped steps."""
+        steps, skipped = torch.stack(self.counts).tolist()
+        self.hear(steps, skipped)
+        return skipped
+
+    def end_step(self, slots: tuple[int, ...], made: bool | None = None) -> None:
+        """Hear of the step that is over, where that waits for nobody.
+
+        Args:
+            slots: where the sums have the norms of its passes.
+            made: whether it was, or skipped; None: only its FlatParams know.
+        """
+        self.slots = slots
+        if made is None and self._built and (skipped := self._built[0].skipped).is_cpu:
+            made = self._skipped_before + int(skipped) == self._skips.skipped
+        if made is not None:
+            self._skips.hear(self._skips.steps + 1, self._skips.skipped + (not made))
 
     # ---- parameters
 
@@ -258,9 +291,9 @@ class Flats:
 
     @property
     def squared_norms(self) -> Tensor:
-        """Of the latest passes; where ranks have to talk for them, of the latest phase."""
+        """Of the latest passes, 0 at first; where ranks have to talk for them, of the latest phase."""
         told = self._latest if self.local_passes or self.sharded else self.totals()
-        return told[0][:NORMS]
+        return told[0][:NORMS] if told else torch.zeros(NORMS, dtype=torch.float64, device="cpu")
 
     def _heard(self) -> bool:
         """Whether all ranks hear of what joins the first FlatParams' sums."""
@@ -348,13 +381,18 @@ class Flats:
         for _, update in self._updates:
             update()
 
-    def general_update(self, totals: Sequence[Tensor], from_saved: bool, max_norm: float, base_step: Any) -> None:
-        """Leave the update to the base optimizer: d in .grad, the weights at w, then its own step."""
+    def general_update(self, totals: Sequence[Tensor], from_saved: bool, max_norm: float, base_step: Any) -> bool:
+        """Leave the update to the base optimizer: d in .grad, the weights at w, then its own step.
+
+        Returns:
+            Whether it was made, or else skipped.
+        """
         combined = [flat.combine(sums, from_saved, max_norm) for flat, sums in zip(self, totals, strict=True)]
         if all(combined):
             self.hand_over()
             counts = [partial(flat.step_count.add_, 1) for flat in self]
             in_one_go(base_step, *counts, partial(self._stepped.append, True))
+        return all(combined)
 
     def finish(self) -> bool:
         """Make what is left of an update that was interrupted between two FlatParams.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bsam_fused.ops.contract import MASTER_WEIGHT
+from bsam_fused.optim import others
 from bsam_fused.optim.around import Around
 from bsam_fused.optim.state import with_steps_on_host, without_masters
 
@@ -39,6 +40,7 @@ class Persistent(Around):
         self._require_w("state_dict()")
         self._notice()
         self._flats.retract()
+        self._flats.hear_of_all()
         packed = self._packed()
         count = self._flats.rounded_steps
         counted = [{**group, "rounded_steps": count} for group in packed["param_groups"]]
@@ -56,7 +58,7 @@ class Persistent(Around):
         return torch.optim.Optimizer.state_dict(shown)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this optimizer or of the plain base optimizer.
+        """Load a state dict of this optimizer, of the plain base optimizer, or of another SAM over that base.
 
         Options that a saved group lacks stay as they are here.
 
@@ -67,6 +69,7 @@ class Persistent(Around):
         """
         self._require_rest("load_state_dict()")
         self._notice()
+        state_dict = others.as_ours(state_dict)
         for i, (here, group) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
             self._check_options({**here, **group}, i)
         state, masters = without_masters(state_dict["state"])
