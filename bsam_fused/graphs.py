@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bsam_fused import distributed
+from bsam_fused.buffers import Snapshot
 from bsam_fused.optim.base import SharpnessAware
 
 _WARM_UP = 3
@@ -50,6 +51,7 @@ class GraphedStep:
         self._captured = self._structure()
         try:
             self._replay = _capture(self._step)
+            self._copies = optimizer._mark().passes.snapshots  # of buffers: replays write them
         finally:  # nothing of a step was done, however far it was captured
             for flat in optimizer._flats:
                 flat.release()
@@ -88,14 +90,13 @@ class GraphedStep:
 
     def _warm_up(self) -> None:
         """Allocate, compile and write all that a capture cannot: in steps that are skipped, as their loss is NaN."""
-        buffers = [buffer.clone() for buffer in self._model.buffers()]
+        buffers = Snapshot(self._model)
         skipped = self._optimizer.skipped_steps
         try:
             with torch.random.fork_rng(_devices(self._inputs)):
                 _on_side_stream(lambda: [self._step(math.nan) for _ in range(_WARM_UP)])  # type: ignore[func-returns-value]
         finally:
-            for buffer, before in zip(self._model.buffers(), buffers, strict=True):
-                buffer.detach().copy_(before)
+            buffers.write_back()
             self._optimizer._flats.disregard(self._optimizer.skipped_steps - skipped)
 
     def _structure(self) -> dict[str, Any]:
@@ -141,6 +142,10 @@ def _check(model: nn.Module, optimizer: SharpnessAware, samples: Sequence[Tensor
     if not optimizer.active:
         raise RuntimeError(
             "optimizer.active is False: capture while it is True, and use optimizer.step(closure) meanwhile"
+        )
+    if optimizer.same_randomness:
+        raise RuntimeError(
+            "optimizer.same_randomness is True: a captured step draws anew in every pass; use optimizer.step(closure)"
         )
     if distributed.world_size() > 1:
         raise RuntimeError(f"there are {distributed.world_size()} ranks: steps that communicate are not captured")

@@ -53,6 +53,8 @@ class SharpnessAwareMixin:
         """
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._micro_batches = ()
+            for optimizer in self.trainer.optimizers:
+                getattr(optimizer, "_open_first_pass", nullcontext)()
         takes = len(inspect.signature(self.training_step).parameters)  # type: ignore[attr-defined]
         self._micro_batches += ((batch, batch_idx)[:takes],)
         return super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]
@@ -107,13 +109,14 @@ class SharpnessAwareMixin:
         """Do forward and backward of all micro-batches again; of data-parallel ones, the last alone communicates."""
         strategy, loss = self.trainer.strategy, None
         quiet = getattr(strategy, "block_backward_sync", nullcontext)
-        for i, args in enumerate(self._micro_batches, 1):
-            with quiet() if i < len(self._micro_batches) else nullcontext():
-                output = strategy.training_step(*args)
-                loss = output["loss"] if isinstance(output, Mapping) else output
-                if loss is not None:
-                    loss = loss / self.trainer.accumulate_grad_batches
-                    strategy.backward(loss, optimizer)
+        with optimizer.one_pass():
+            for i, args in enumerate(self._micro_batches, 1):
+                with quiet() if i < len(self._micro_batches) else nullcontext():
+                    output = strategy.training_step(*args)
+                    loss = output["loss"] if isinstance(output, Mapping) else output
+                    if loss is not None:
+                        loss = loss / self.trainer.accumulate_grad_batches
+                        strategy.backward(loss, optimizer)
         return None if loss is None else loss.detach()
 
     def log(self, *args: Any, **kwargs: Any) -> None:

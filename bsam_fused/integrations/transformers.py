@@ -42,6 +42,7 @@ class SharpnessAwareMixin:
         """Fetch the micro-batches of a step, as the Trainer does, and keep them."""
         fetched = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         self._micro_batches = fetched[0]
+        self._sharpness_aware._open_first_pass()
         return fetched
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -63,9 +64,10 @@ class SharpnessAwareMixin:
             try:
                 for call in optimizer._calls[:-1] if optimizer.active else ():
                     getattr(optimizer, call)()
-                    for i, batch in enumerate(self._micro_batches, 1):
-                        with self.accelerator.no_sync(model) if i < len(self._micro_batches) else nullcontext():
-                            super().training_step(model, batch, *args, **kwargs)  # type: ignore[misc]
+                    with optimizer.one_pass():
+                        for i, batch in enumerate(self._micro_batches, 1):
+                            with self.accelerator.no_sync(model) if i < len(self._micro_batches) else nullcontext():
+                                super().training_step(model, batch, *args, **kwargs)  # type: ignore[misc]
             except BaseException:
                 optimizer.restore()
                 raise

@@ -28,6 +28,11 @@ class Passes:
         self.is_open = False  # whoever accumulates has begun the first pass
         self.is_under_way = False  # a pass was begun, and no phase has ended it
 
+    @property
+    def snapshots(self) -> tuple[Snapshot | None, ...]:
+        """What is copied to and from."""
+        return self._begun, self._first
+
     def begin_first(self, model: nn.Module | None, drawing: Iterable[torch.device]) -> None:
         """Begin the first pass of a step.
 
