@@ -9,8 +9,13 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import on_two_ranks
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils import parametrizations
 
 from bsam_fused import BSAM, SAM
@@ -360,75 +365,6 @@ def test_memory_is_used_again(kind):
     assert held[0] == held[1] == held[2]
 
 
-# ---- randomness
-
-
-class Noisy(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear, self.drop = nn.Linear(4, 64), nn.Dropout(0.5)
-        self.masks = []
-
-    def forward(self, x):
-        y = self.drop(self.linear(x))
-        self.masks.append(y != 0)
-        return y
-
-    def run(self, x):
-        loss = self(x).square().mean()
-        loss.backward()
-        return loss
-
-
-@pytest.mark.parametrize("how", ["closure", "one_pass"])
-def test_masks_are_equal_across_passes_and_differ_across_steps(kind, how):
-    """And the generator goes on as after one pass."""
-    torch.manual_seed(0)
-    net, x = Noisy(), torch.randn(3, 4)
-    opt = kind(net.parameters(), lr=0.01, rho=0.1, model=net, same_randomness=True)
-    for step in range(2):
-        if how == "closure":
-            opt.step(lambda: net.run(x))
-        else:
-            for call in opt._calls:
-                with opt.one_pass():
-                    net.run(x)
-                getattr(opt, call)()
-        masks = net.masks[step * PASSES[kind] :]
-        assert len(masks) == PASSES[kind]
-        assert all(torch.equal(mask, masks[0]) for mask in masks)
-    assert not torch.equal(net.masks[0], net.masks[-1])
-    ours = torch.rand(3)
-    torch.manual_seed(0)
-    plain, x = Noisy(), torch.randn(3, 4)
-    for _ in range(2):
-        plain(x)
-    assert torch.equal(ours, torch.rand(3))
-    assert torch.equal(plain.masks[1], net.masks[-1])
-
-
-def test_without_it_masks_differ(kind):
-    net, x = Noisy(), torch.randn(3, 4)
-    kind(net.parameters(), lr=0.01, rho=0.1, model=net).step(lambda: net.run(x))
-    assert not torch.equal(net.masks[0], net.masks[1])
-
-
-def test_same_randomness_by_hand_needs_one_pass(kind):
-    net, x = Noisy(), torch.randn(3, 4)
-    opt = kind(net.parameters(), lr=0.01, rho=0.1, same_randomness=True)
-    for inside in range(len(opt._calls)):
-        for i, call in enumerate(opt._calls[: inside + 1]):
-            if i < inside:
-                with opt.one_pass():
-                    net.run(x)
-                getattr(opt, call)()
-            else:
-                net.run(x)
-                with pytest.raises(RuntimeError, match=rf"{call}\(\) with same_randomness=True.*one_pass"):
-                    getattr(opt, call)()
-        opt.restore()
-
-
 def test_a_pass_that_raises_begins_anew(kind):
     net, x = network(Queue), torch.randn(6, 4)
     opt = kind(net.parameters(), lr=0.01, rho=0.0, model=net)
@@ -458,3 +394,63 @@ def test_copies_and_pickles_go_on(kind):
     other.step(closure_of(other_net, x)[0])
     plain(x)
     assert same(buffers(other_net), buffers(plain))
+
+
+# ---- several ranks, and compiled models
+
+
+@pytest.fixture(params=["every", "last"])
+def sync(request):
+    return request.param
+
+
+@on_two_ranks
+def test_ddp_that_broadcasts_buffers(kind, sync):
+    """Of other batches on each rank: each keeps what its own first pass left, as it would without extra passes."""
+    torch.manual_seed(0)
+    net = network(lambda: nn.BatchNorm1d(4))
+    plain, replica = DDP(copied(net)), DDP(net)
+    if kind is BSAM and sync == "last":  # all passes are local, where DDP broadcasts nothing
+        plain = plain.module
+    opt = kind(replica.parameters(), lr=0.0, rho=1.0, model=replica, sync=sync)
+    for _ in range(2):
+        x = torch.randn(6, 4) + 3 * dist.get_rank()
+        opt.step(lambda x=x: run(replica, x))
+        run(plain, x)
+        plain.zero_grad()
+        assert same(buffers(replica.module), buffers(getattr(plain, "module", plain)))
+
+
+def run(net, x):
+    loss = net(x).square().mean()
+    loss.backward()
+    return loss
+
+
+@on_two_ranks
+def test_fsdp2(kind):
+    torch.manual_seed(0)
+    net = network(lambda: nn.BatchNorm1d(4))
+    plain, x = copied(net), torch.randn(6, 4)
+    fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    opt = kind(net.parameters(), lr=0.01, rho=1.0, model=net)
+    opt.step(lambda: run(net, x))
+    plain(x)
+    assert same(buffers(net), buffers(plain))
+
+
+def test_torch_compile_compiles_nothing_more(kind):
+    """One graph, as plain training has it."""
+    torch._dynamo.reset()
+    net = network(lambda: nn.BatchNorm1d(4))
+    compiled, plain = torch.compile(net, backend="eager"), copied(net)
+    opt = kind(net.parameters(), lr=0.01, rho=1.0, model=net)
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for _ in range(3):
+        x = torch.randn(6, 4)
+        plain.load_state_dict(net.state_dict())
+        opt.step(lambda x=x: run(compiled, x))
+        plain(x)
+        assert same(buffers(net), buffers(plain))
+    assert graphs["unique_graphs"] == before + 1
