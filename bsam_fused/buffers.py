@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from operator import eq
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bsam_fused import distributed
-from bsam_fused.ops.copies import copy_all
+from bsam_fused.ops.copies import copy_all, places
 from bsam_fused.ops.identity import same_items
 
 Buffers = dict[str, Tensor | None]
@@ -52,7 +51,7 @@ class Snapshot:
 
     def _is_laid_out_for(self, owners: list[Buffers], objects: list[Tensor | None]) -> bool:
         same = same_items(owners, self._owners) and same_items(objects, self._objects)
-        return same and not self._unready and self._places_now() == self._places
+        return same and not self._unready and places(self._tensors) == self._places
 
     def _lay_out(self, model: nn.Module) -> None:
         """Find the memory of the buffers, and make room for copies of it."""
@@ -71,15 +70,12 @@ class Snapshot:
             of_memory.append(memory)
             of_values.append(value)
         self._lists = list(kinds.values())
-        self._places = self._places_now()
-
-    def _places_now(self) -> tuple[list[int], list[torch.Size]]:
-        return list(map(Tensor.data_ptr, self._tensors)), [tensor.shape for tensor in self._tensors]
+        self._places = places(self._tensors)
 
     def write_back(self) -> None:
         """Make every buffer the object that it was, with its memory, shape and value; can be called again."""
         self._put_back_objects()
-        moved = self._places_now() != self._places
+        moved = places(self._tensors) != self._places
         for memory, values in self._lists:
             copy_all(memory, values)
         if moved:  # resized, or given other memory
@@ -89,18 +85,16 @@ class Snapshot:
     def rewind(self) -> None:
         """Give every buffer its value, where its shape and dtype still are what they were."""
         self._put_back_objects()
-        addresses, shapes = self._places_now()
-        in_place = list(map(eq, zip(addresses, shapes, strict=True), zip(*self._places, strict=True)))
-        if all(in_place):
+        if places(self._tensors) == self._places:
             for memory, values in self._lists:
                 copy_all(memory, values)
             return
         for (memory, members), value in zip(self._units, self._values, strict=True):
-            now = self._tensors[members[0]].data
-            if all(in_place[i] for i in members):
+            now, then = [self._tensors[i] for i in members], [self._data[i] for i in members]
+            if places(now) == places(then):
                 copy_all([memory], [value])
-            elif (now.shape, now.dtype) == (value.shape, value.dtype):  # other memory of the same kind
-                copy_all([now], [value])
+            elif (now[0].shape, now[0].dtype) == (value.shape, value.dtype):  # other memory of the same kind
+                copy_all([now[0].data], [value])
 
     def _put_back_objects(self) -> None:
         if same_items(self._objects_now(), self._objects):

@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <stdexcept>
+#include <string>
 
 #include "memory.h"
 
@@ -15,7 +16,7 @@ namespace {
 constexpr size_t kSmallBytes = size_t(1) << 20;  // from there on torch's own copy takes several threads
 
 const at::Tensor& tensor_of(PyObject* item) {
-  if (!THPVariable_Check(item)) throw pybind11::type_error("copy_all: every item must be a torch.Tensor");
+  if (!THPVariable_Check(item)) throw pybind11::type_error("every item of the list must be a torch.Tensor");
   return THPVariable_Unpack(item);
 }
 
@@ -28,7 +29,22 @@ bool alike(const at::Tensor& a, const at::Tensor& b) {
   return a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() && a.strides() == b.strides();
 }
 
+void append(std::string& bytes, const void* what, size_t count) { bytes.append(static_cast<const char*>(what), count); }
+
 }  // namespace
+
+pybind11::bytes places(const pybind11::list& tensors) {
+  std::string bytes;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
+    const at::Tensor& t = tensor_of(PyList_GET_ITEM(tensors.ptr(), i));
+    const void* address = t.const_data_ptr();
+    const int64_t dim = t.dim();
+    append(bytes, &address, sizeof address);
+    append(bytes, &dim, sizeof dim);
+    append(bytes, t.sizes().data(), size_t(dim) * sizeof(int64_t));
+  }
+  return bytes;
+}
 
 void copy_all(const pybind11::list& to, const pybind11::list& from) {
   const Py_ssize_t count = PyList_GET_SIZE(to.ptr());

@@ -1,4 +1,4 @@
-"""Copies between lists of tensors: csrc/copies.cpp where they are on a CPU and it is there, else torch's."""
+"""Lists of tensors copied, and looked at: by csrc/copies.cpp where it is there (and they are on a CPU), else torch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ _native, _ = native_flat.load()
 _on_cpu: Callable[[list[Tensor], list[Tensor]], None] = (
     torch._foreach_copy_ if _native is None else _native.copy_all  # type: ignore[assignment]
 )
+
+
+def _places(tensors: list[Tensor]) -> tuple[list[int], list[torch.Size]]:
+    return list(map(Tensor.data_ptr, tensors)), [tensor.shape for tensor in tensors]
+
+
+places: Callable[[list[Tensor]], object] = _places if _native is None else _native.places
+"""Returns where each tensor's elements are, and its shape: to be compared with what this returned before."""
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ Kind = tuple[Any, ...]
 """Device, dtype, whether they are DTensors, and the process groups of the shards."""
 
 _GRADIENTS = "on which parameters have gradients; every rank must use the same ones in a pass, with zeros if need be"
-_NOT_REDUCED = "on the last pass's gradient; it must be outside DDP's no_sync(): use `with optimizer.no_sync()` for all"
+_NOT_REDUCED = "on the last pass's gradient; it must be outside DDP's no_sync(): `with optimizer.one_pass():` for all"
 
 
 class Flats:

@@ -12,6 +12,9 @@ class Sharpness:
 
     MaxS = L(w_max) − L(w), MinS = L(w) − L(w_min), BilS = MaxS + MinS (BSAM, arXiv 2409.13173). The ones that
     need w_min are None for optimizers that do not go there.
+
+    Each pass's loss is of that pass: where dropout or augmentation draw anew, MaxS and MinS are differences of losses
+    under other masks, mostly noise at a small ρ; ``same_randomness=True`` has all passes draw the same.
     """
 
     loss: Any
