@@ -34,75 +34,86 @@ class Snapshot:
         before: an earlier one, not needed any more, whose memory is used where the same buffers are there.
     """
 
+    _layout: _Layout
+
     def __init__(self, model: nn.Module, before: Snapshot | None = None) -> None:
-        self._owners = list(_all_buffers(model))
-        self._objects = self._objects_now()
-        if before is None or not before._is_laid_out_for(self._owners, self._objects):
-            self._lay_out(model)
-        else:
-            self._named, self._unready, self._tensors = before._named, before._unready, before._tensors
-            self._units, self._values, self._lists = before._units, before._values, before._lists
-            self._data, self._places = before._data, before._places
-        for memory, values in self._lists:
+        owners = list(_all_buffers(model))
+        fits = before is not None and before._layout.fits(owners)
+        self._layout = before._layout if before is not None and fits else _Layout(owners, model)
+        for memory, values in self._layout.lists:
             copy_all(values, memory)
-
-    def _objects_now(self) -> list[Tensor | None]:
-        return [tensor for buffers in self._owners for tensor in buffers.values()]
-
-    def _is_laid_out_for(self, owners: list[Buffers], objects: list[Tensor | None]) -> bool:
-        same = same_items(owners, self._owners) and same_items(objects, self._objects)
-        return same and not self._unready and places(self._tensors) == self._places
-
-    def _lay_out(self, model: nn.Module) -> None:
-        """Find the memory of the buffers, and make room for copies of it."""
-        self._named = list(map(dict, self._owners))
-        tensors = list({id(tensor): tensor for tensor in self._objects if tensor is not None}.values())
-        self._unready = any(map(nn.parameter.is_lazy, tensors))  # whose memory is still to come
-        parameters = {_storage(p) for p in map(distributed.local, model.parameters()) if _has_memory(p)}
-        local = map(distributed.local, tensors)
-        self._tensors = [t for t in local if _has_memory(t) and _storage(t) not in parameters]
-        self._data = [tensor.data for tensor in self._tensors]
-        self._units = _units(self._data)
-        kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-        self._values = [torch.empty_like(memory) for memory, _ in self._units]
-        for (memory, _), value in zip(self._units, self._values, strict=True):
-            of_memory, of_values = kinds[memory.device, memory.dtype]
-            of_memory.append(memory)
-            of_values.append(value)
-        self._lists = list(kinds.values())
-        self._places = places(self._tensors)
 
     def write_back(self) -> None:
         """Make every buffer the object that it was, with its memory, shape and value; can be called again."""
         self._put_back_objects()
-        moved = places(self._tensors) != self._places
-        for memory, values in self._lists:
+        here = self._layout
+        moved = places(here.tensors) != here.places
+        for memory, values in here.lists:
             copy_all(memory, values)
         if moved:  # resized, or given other memory
-            for tensor, data in zip(self._tensors, self._data, strict=True):
+            for tensor, data in zip(here.tensors, here.data, strict=True):
                 tensor.data = data
 
     def rewind(self) -> None:
         """Give every buffer its value, where its shape and dtype still are what they were."""
         self._put_back_objects()
-        if places(self._tensors) == self._places:
-            for memory, values in self._lists:
+        here = self._layout
+        if places(here.tensors) == here.places:
+            for memory, values in here.lists:
                 copy_all(memory, values)
             return
-        for (memory, members), value in zip(self._units, self._values, strict=True):
-            now, then = [self._tensors[i] for i in members], [self._data[i] for i in members]
+        for (memory, members), value in zip(here.units, here.values, strict=True):
+            now, then = [here.tensors[i] for i in members], [here.data[i] for i in members]
             if places(now) == places(then):
                 copy_all([memory], [value])
             elif (now[0].shape, now[0].dtype) == (value.shape, value.dtype):  # other memory of the same kind
                 copy_all([now[0].data], [value])
 
     def _put_back_objects(self) -> None:
-        if same_items(self._objects_now(), self._objects):
+        here = self._layout
+        if same_items(_objects(here.owners), here.objects):
             return
-        for buffers, then in zip(self._owners, self._named, strict=True):
+        for buffers, then in zip(here.owners, here.named, strict=True):
             for name, tensor in then.items():
                 if buffers.get(name) is not tensor:
                     buffers[name] = tensor
+
+
+class _Layout:
+    """Where the buffers of a model lie, and memory for a copy of each.
+
+    Args:
+        owners: the buffers of each module that has some.
+        model: whose they are.
+    """
+
+    def __init__(self, owners: list[Buffers], model: nn.Module) -> None:
+        self.owners, self.objects = owners, _objects(owners)
+        self.named: list[Buffers] = list(map(dict, owners))
+        tensors = list({id(tensor): tensor for tensor in self.objects if tensor is not None}.values())
+        self._unready = any(map(nn.parameter.is_lazy, tensors))  # whose memory is still to come
+        parameters = {_storage(p) for p in map(distributed.local, model.parameters()) if _has_memory(p)}
+        local = map(distributed.local, tensors)
+        self.tensors: list[Tensor] = [t for t in local if _has_memory(t) and _storage(t) not in parameters]
+        self.data = [tensor.data for tensor in self.tensors]
+        self.units = _units(self.data)
+        self.values = [torch.empty_like(memory) for memory, _ in self.units]
+        kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+        for (memory, _), value in zip(self.units, self.values, strict=True):
+            of_memory, of_values = kinds[memory.device, memory.dtype]
+            of_memory.append(memory)
+            of_values.append(value)
+        self.lists = list(kinds.values())
+        self.places = places(self.tensors)
+
+    def fits(self, owners: list[Buffers]) -> bool:
+        """Return whether these are the same buffers, in the same memory."""
+        same = same_items(owners, self.owners) and same_items(_objects(owners), self.objects)
+        return same and not self._unready and places(self.tensors) == self.places
+
+
+def _objects(owners: Iterable[Buffers]) -> list[Tensor | None]:
+    return [tensor for buffers in owners for tensor in buffers.values()]
 
 
 def _all_buffers(model: nn.Module) -> Iterable[Buffers]:

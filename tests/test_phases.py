@@ -374,6 +374,7 @@ def test_no_phase_reads_a_device_value_on_the_host(base, monkeypatch):
             return func(*args, **(kwargs or {}))
 
     monkeypatch.setitem(dispatch._FACTORIES, "torch", torch_flat.TorchFlatParams)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False))
     params = parameters("odd")
     opt = bsam_fused.BSAM(params, base, lr=0.1, backend="torch")
     for t, call in enumerate([*opt._calls, *opt._calls]):

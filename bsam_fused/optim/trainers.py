@@ -12,8 +12,9 @@ from bsam_fused import distributed
 
 RECIPES = "docs/recipes.md"
 ALONE = (
-    "A trainer that calls step() alone, as Lightning under 16-bit precision, Hugging Face's Trainer and Accelerate do, "
-    f"needs a mixin of bsam_fused.integrations, or all passes by hand (Lightning: manual optimization): {RECIPES}"
+    "A trainer that calls step() alone, as Lightning under 16-bit precision, Hugging Face's Trainer, Accelerate, "
+    "timm's scaler and fastai's Learner do, needs a mixin of bsam_fused.integrations, or all passes by hand "
+    f"(Lightning: manual optimization): {RECIPES}"
 )
 """What to add where step() comes first."""
 
