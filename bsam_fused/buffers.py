@@ -40,16 +40,14 @@ class Snapshot:
         owners = list(_all_buffers(model))
         fits = before is not None and before._layout.fits(owners)
         self._layout = before._layout if before is not None and fits else _Layout(owners, model)
-        for memory, values in self._layout.lists:
-            copy_all(values, memory)
+        self._layout.read()
 
     def write_back(self) -> None:
         """Make every buffer the object that it was, with its memory, shape and value; can be called again."""
         self._put_back_objects()
         here = self._layout
-        moved = places(here.tensors) != here.places
-        for memory, values in here.lists:
-            copy_all(memory, values)
+        moved = here.moved()
+        here.write()
         if moved:  # resized, or given other memory
             for tensor, data in zip(here.tensors, here.data, strict=True):
                 tensor.data = data
@@ -58,9 +56,8 @@ class Snapshot:
         """Give every buffer its value, where its shape and dtype still are what they were."""
         self._put_back_objects()
         here = self._layout
-        if places(here.tensors) == here.places:
-            for memory, values in here.lists:
-                copy_all(memory, values)
+        if not here.moved():
+            here.write()
             return
         for (memory, members), value in zip(here.units, here.values, strict=True):
             now, then = [here.tensors[i] for i in members], [here.data[i] for i in members]
@@ -103,13 +100,27 @@ class _Layout:
             of_memory, of_values = kinds[memory.device, memory.dtype]
             of_memory.append(memory)
             of_values.append(value)
-        self.lists = list(kinds.values())
-        self.places = places(self.tensors)
+        self._lists = list(kinds.values())
+        self._places = places(self.tensors)
 
     def fits(self, owners: list[Buffers]) -> bool:
         """Return whether these are the same buffers, in the same memory."""
         same = same_items(owners, self.owners) and same_items(_objects(owners), self.objects)
-        return same and not self._unready and places(self.tensors) == self.places
+        return same and not self._unready and not self.moved()
+
+    def moved(self) -> bool:
+        """Return whether a buffer was resized, or given other memory."""
+        return places(self.tensors) != self._places
+
+    def read(self) -> None:
+        """Copy the values of the buffers."""
+        for memory, values in self._lists:
+            copy_all(values, memory)
+
+    def write(self) -> None:
+        """Copy the values back, into the memory that the buffers had."""
+        for memory, values in self._lists:
+            copy_all(memory, values)
 
 
 def _objects(owners: Iterable[Buffers]) -> list[Tensor | None]:
