@@ -194,6 +194,9 @@ class TritonFlatParams(PythonFlatParams):
     def _at(self, key: str) -> int:
         return self._buffer(key).data_ptr()
 
+    def _at_if_any(self, key: str) -> int:
+        return self._at(key) if key in self._buffers else 0
+
     def _reach(self, name: str, radii: Sequence[Radius], norm_eps: float) -> Tensor:
         return self._table(name, [(*radius, norm_eps, self.limit) for radius in radii])
 
@@ -297,8 +300,8 @@ class TritonFlatParams(PythonFlatParams):
             pointers,
             options=options,
             sums=update.sums,
-            saved=self._at("saved"),
-            master=self._at(MASTER_WEIGHT) if MASTER_WEIGHT in self._buffers else 0,
+            saved=self._at_if_any("saved"),
+            master=self._at_if_any(MASTER_WEIGHT),
             MASTER=MASTER_WEIGHT in self._buffers,
             steps=self._steps,
             skipped=self.skipped,
