@@ -51,7 +51,7 @@ class GraphedStep:
         self._captured = self._structure()
         try:
             self._replay = _capture(self._step)
-            self._copies = optimizer._mark().passes.snapshots  # of buffers: replays write them
+            self._copies = optimizer._passes.snapshots  # of buffers: replays write them
         finally:  # nothing of a step was done, however far it was captured
             for flat in optimizer._flats:
                 flat.release()

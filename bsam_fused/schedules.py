@@ -365,7 +365,8 @@ def decayed_radius(rho_min: float, lr: float, lr_max: float, *, rho_min_end: flo
 
 def scheduled_lr(group: dict[str, Any]) -> float:
     """Return a group's lr without its ``lr_scale`` (layer decay, as timm has it): the schedule's own."""
-    return float(group["lr"]) / (float(group.get("lr_scale", 1.0)) or 1.0)
+    scale = group.get("lr_scale")
+    return float(group["lr"]) / (1.0 if scale is None else checks.non_negative("lr_scale", scale) or 1.0)
 
 
 def largest_lr(group: dict[str, Any]) -> float:
@@ -374,10 +375,11 @@ def largest_lr(group: dict[str, Any]) -> float:
     The group's ``max_lr`` (OneCycle), else ``initial_lr``, else its lr to begin with; and at least the largest that was
     noted so far, and the one now.
     """
-    planned = next(float(group[name]) for name in ("max_lr", "initial_lr", GIVEN_LR) if name in group)
-    return max(planned, group[LARGEST_LR], scheduled_lr(group))
+    named = (group.get(name) for name in ("max_lr", "initial_lr", GIVEN_LR))
+    planned = next((checks.non_negative("max_lr", lr) for lr in named if lr is not None), 0.0)
+    return max(planned, group.get(LARGEST_LR, 0.0), scheduled_lr(group))
 
 
 def note_lr(group: dict[str, Any]) -> None:
     """Keep the largest learning rate that a group has had in a step."""
-    group[LARGEST_LR] = max(group[LARGEST_LR], scheduled_lr(group))
+    group[LARGEST_LR] = max(group.get(LARGEST_LR, 0.0), scheduled_lr(group))

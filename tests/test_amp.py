@@ -310,19 +310,6 @@ def test_an_inactive_optimizer_with_a_scaler(backend, kind):
     assert scaler.get_scale() == 512.0
 
 
-@every_kind
-def test_no_hook_stays_where_there_is_no_scaler(backend, kind):
-    net, opt, _ = prepared(kind, "SGD", backend)
-    for t in range(2):
-        net(torch.ones(2, 6)).sum().backward()
-        opt.ascend()
-        hooks = [p for p in net.parameters() if p._post_accumulate_grad_hooks]
-        assert len(hooks) == (1 if t == 0 and kind is not bsam_fused.BSAM else 0)
-        opt.restore()
-        walk(net, opt)
-        assert not any(p._post_accumulate_grad_hooks for p in net.parameters())
-
-
 @pytest.mark.parametrize("first", [0, 1, 2], ids=["frozen", "empty", "sparse"])
 def test_gradients_that_no_hook_and_no_mark_fits(backend, first):
     """A frozen parameter with a gradient, one without elements, and a sparse one: the error is the phase's own."""
@@ -448,3 +435,45 @@ def test_autocast_around_all_passes(backend, kind):
     for a, b in zip(runs[0], runs[1]):
         torch.testing.assert_close(a, b, rtol=0.02, atol=2e-3)
         assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reader", ["nobody", "the loop", "metrics", "repr"])
+@pytest.mark.parametrize("before", ["nothing", "a step without a scaler"])
+def test_unscale_of_the_first_pass_is_refused_whoever_reads(backend, before, reader):
+    """Nor does it matter which parameters have a gradient in the last pass: the call of unscale_ itself is seen."""
+    p, q = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(3))
+    opt = bsam_fused.SAM([p, q], lr=1e-3, rho=0.0, backend=backend)
+    scaler = torch.amp.GradScaler(p.device.type, init_scale=1024.0)
+    if before != "nothing":
+        opt.step(lambda: (p.sum() + q.sum()).backward())
+        opt.zero_grad()
+    start = p.item(), q.tolist()
+    scaler.scale(p.sum() + q.sum()).backward()
+    scaler.unscale_(opt)
+    opt.ascend()
+    scaler.scale(q.sum()).backward()
+    {
+        "nobody": lambda: 0,
+        "the loop": lambda: opt.param_groups[0]["lr"],
+        "metrics": opt.metrics,
+        "repr": lambda: repr(opt),
+    }[reader]()
+    with pytest.raises(RuntimeError, match="unscale_"):
+        scaler.step(opt)
+    opt.restore()
+    assert (p.item(), q.tolist()) == start
+
+
+def test_the_scaler_backs_off_in_its_first_step_after_one_without_it(backend):
+    """An overflow of the first pass, and unscale_ where it belongs: nothing had to be armed before."""
+    p = nn.Parameter(torch.ones(2))
+    opt = bsam_fused.SAM([p], lr=0.1, backend=backend)
+    opt.step(lambda: p.sum().backward())
+    scaler = torch.amp.GradScaler(p.device.type, init_scale=1024.0)
+    (scaler.scale(p.sum()) * torch.inf).backward()
+    opt.ascend()
+    scaler.scale(p.sum()).backward()
+    scaler.unscale_(opt)
+    scaler.step(opt)
+    scaler.update()
+    assert (scaler.get_scale(), opt.skipped_steps) == (512.0, 1)

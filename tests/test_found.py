@@ -236,3 +236,102 @@ def test_a_base_that_is_no_longer_fused_has_its_state_alone(backend):
     gc.collect()
     assert view() is None
     assert flat.extra_bytes < held
+
+
+# ---- found by a hostile reader of issue 14's delivery
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_clipped_plain_step_of_a_base_that_is_not_fused(backend, dtype):
+    """By a norm in float64: torch's, in the gradients' dtype, overflowed and made them 0. An inf skips the step."""
+    big = 0.5 * float(torch.finfo(dtype).max)
+    p = nn.Parameter(torch.zeros(100, dtype=dtype))
+    opt = bsam_fused.SAM([p], torch.optim.RMSprop, lr=0.1, eps=1e-3, max_grad_norm=5.0, backend=backend)
+    opt.active = False
+    p.grad = torch.full_like(p, big)
+    opt.step()
+    assert p.grad.float().tolist() == pytest.approx([0.5] * 100, rel=1e-2)
+    p.grad = torch.full_like(p, torch.inf)
+    before = p.tolist()
+    opt.step()
+    assert (p.tolist(), opt.skipped_steps) == (before, 1)
+
+
+def test_another_sams_checkpoint_over_a_base_that_looks_into_its_state():
+    p = nn.Parameter(torch.ones(3))
+    opt = bsam_fused.SAM([p], torch.optim.Adagrad, lr=0.1)
+    theirs = {"state": {0: {"old_p": torch.zeros(3)}}, "param_groups": opt.state_dict()["param_groups"]}
+    with pytest.warns(UserWarning, match="begin anew"):
+        opt.load_state_dict(theirs)
+    opt.step(lambda: p.sum().backward())
+
+
+def test_metrics_are_of_the_latest_step():
+    p = nn.Parameter(torch.ones(2))
+    opt = bsam_fused.SAM([p], lr=0.1)
+
+    def closure():
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    for call in (opt.ascend, opt.step):
+        closure()
+        call()
+    assert not {"loss", "max_sharpness"} & opt.metrics().keys()
+    opt.step(closure)
+    opt.step(lambda: None)  # given up
+    assert not {"loss", "norm_g", "norm_g_max"} & opt.metrics().keys()
+
+
+def test_a_key_lr_max_of_the_users_own_stays():
+    opt = bsam_fused.BSAM([{"params": [nn.Parameter(torch.ones(1))], "lr_max": 5.0}], lr=0.1)
+    assert opt.metrics()["rho_min"] == 0.05
+    opt.load_state_dict(opt.state_dict())
+    assert opt.param_groups[0]["lr_max"] == 5.0
+    assert opt.metrics()["rho_min"] == 0.05
+
+
+def test_groups_beside_a_base_instance():
+    """Keys of one's own are carried; a slip of an option, and an option that the base has otherwise, are told."""
+    p = nn.Parameter(torch.ones(1))
+    base = torch.optim.SGD([p], lr=0.1)
+    assert bsam_fused.SAM([{"params": [p], "lr_scale": 0.5}], base).param_groups[0]["lr_scale"] == 0.5
+    assert bsam_fused.SAM(base.param_groups, base).param_groups[0]["lr"] == 0.1
+    with pytest.raises(TypeError, match=r"rhoo.*did you mean rho"):
+        bsam_fused.SAM([{"params": [p], "rhoo": 0.2}], torch.optim.SGD([p], lr=0.1))
+    with pytest.raises(TypeError, match=r"group 0 of params has lr=0.5, but base_optimizer.* has 0.1"):
+        bsam_fused.SAM([{"params": [p], "lr": 0.5}], torch.optim.SGD([p], lr=0.1))
+
+
+def test_a_step_on_meta_is_saved_as_it_is():
+    p = nn.Parameter(torch.ones(2))
+    opt = bsam_fused.SAM([p], torch.optim.RMSprop, lr=0.1)
+    with torch.device("meta"):  # where RMSprop then makes its step count
+        opt.step(lambda: p.square().sum().backward())
+        assert opt.state_dict()["state"][0]["square_avg"].device.type == "cpu"
+
+
+def test_parameters_on_meta_are_named_in_a_plain_closure_step():
+    net = nn.Linear(2, 2, device="meta")
+    opt = bsam_fused.SAM(net.parameters(), lr=0.1)
+    net.to_empty(device="cpu")
+    opt.active = False
+
+    def closure():
+        loss = net(torch.ones(1, 2)).sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="is on meta"):
+        opt.step(closure)
+
+
+@pytest.mark.parametrize("group", [{"max_lr": None}, {"lr_scale": None}, {"lr_scale": 0.0}])
+def test_what_a_group_has_of_a_learning_rate(group):
+    opt = bsam_fused.BSAM([{"params": [nn.Parameter(torch.ones(1))], **group}], lr=0.1)
+    assert opt.metrics()["rho_min"] == 0.05
+    opt.param_groups[0]["lr_scale"] = "x"
+    with pytest.raises(ValueError, match="lr_scale='x'"):
+        opt.metrics()

@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "optim.state": {"ops.contract", "ops.identity", "optim.fused"},
     "optim.names": set(),
     "optim.groups": {"checks", "ops.contract", "optim.names", "optim.trainers", "schedules"},
-    "optim.around": {"checks", "ops.identity", "optim.flats", "optim.groups", "optim.names"},
+    "optim.around": {"checks", "ops.identity", "optim.flats", "optim.groups", "optim.names", "optim.scaling"},
     "optim.hooks": set(),
     "optim.sharpness": set(),
     "optim.metrics": {"optim.sharpness"},

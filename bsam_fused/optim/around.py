@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 
 from bsam_fused import checks
 from bsam_fused.ops.identity import same_items
-from bsam_fused.optim import groups, names
+from bsam_fused.optim import groups, names, scaling
 from bsam_fused.optim.flats import Flats
 
 
@@ -19,8 +20,10 @@ class Around(torch.optim.Optimizer):
     _flats: Flats
     _known: list[dict[str, Any]]
     """The param groups that were checked, and have all options."""
-    _unseen = False
-    """Whether a gradient has come since somebody read ``param_groups``, as far as hooks tell."""
+
+    def _hear_of_unscaling(self) -> None:
+        """Hear that a GradScaler's ``unscale_`` is about to look at the gradients there are."""
+        raise NotImplementedError
 
     @property
     def _at_rest(self) -> bool:
@@ -40,7 +43,8 @@ class Around(torch.optim.Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The base optimizer's own param groups, with the sharpness-aware options in them."""
-        self._unseen = False
+        if scaling.is_unscaling(sys._getframe(1)):
+            self._hear_of_unscaling()
         return self.base_optimizer.param_groups
 
     @param_groups.setter
@@ -93,6 +97,7 @@ class Around(torch.optim.Optimizer):
             return
         for i, group in enumerate(self.param_groups):
             before = self._known[i] if i < len(self._known) else {}
+            self._rename(group)
             kept = {**self.defaults, **{option: before[option] for option in self._kept_options & before.keys()}}
             for option, value in kept.items():
                 group.setdefault(option, value)
@@ -105,6 +110,9 @@ class Around(torch.optim.Optimizer):
             for group in self.param_groups:
                 group["rounded_steps"] = None
         self._known = list(self.param_groups)
+
+    def _rename(self, group: dict[str, Any]) -> None:
+        """Give what an older version saved in a group its name of today."""
 
     @property
     def _kept_options(self) -> set[str]:

@@ -41,9 +41,7 @@ class SharpnessAware(Phased):
     _last_slot: ClassVar[int]
     """Where the sums keep the last pass's gradient: MAX, or MIN."""
     _from_saved = True
-    _scaler_seen: bool | None = None  # in the last step; None: there was none
     _lacking = False  # a pass of this step that was read had no gradient at all
-    _still_scaled = False  # the last gradients, for all that GradScaler.unscale_ can have done
 
     def __init__(
         self,
@@ -212,13 +210,7 @@ class SharpnessAware(Phased):
             RuntimeError: out of order, ``active`` is False, or a gradient that cannot be used, by name.
             ValueError: a radius is negative or not finite.
         """
-        watched = None
-        if not self._keeps_g and self._scaler_seen is not False:
-            given = (p for p in self._parameters() if p.is_leaf and p.requires_grad and p.grad is not None)
-            watched = min(given, key=Tensor.numel, default=None)
         self._ascend()
-        if watched is not None:
-            self._watch_gradient(watched)
 
     def _ascend(self, loss: Any = None) -> None:
         self._expect("ascend")
@@ -227,13 +219,14 @@ class SharpnessAware(Phased):
             raise RuntimeError(f"{ascend}() while active is False: {step}() is then the base optimizer's step")
         self._notice()
         radii, norm_eps = self._radii("rho", +1.0), self._norm_eps
+        self.sharpness, self._flats.slots = None, ()
         self._read_gradients()
         for flat in self._flats:
             flat.square_norm(ASCENT, radii)
         self._flats.poison(ASCENT, loss)
         totals = self._flats.totals()
         self._require_gradients("ascend")
-        self._mark().passes.keep(self.model)
+        self._passes.keep(self.model)
         try:
             self._enter(Phase.ASCENDED)
             self._flats.slots = (ASCENT,)
@@ -249,7 +242,6 @@ class SharpnessAware(Phased):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler leaves unscaling and skipping to `step`; it asks before it looks at the gradients."""
-        self._still_scaled = self._unseen
         if self._phase is Phase.REST:
             return not self._is_plain() or self._fused_rule() is not None
         if self._following == "step" and self._group is not None:
@@ -257,6 +249,11 @@ class SharpnessAware(Phased):
         elif self._following == "step":
             self._tell_scaler(self._parameters())
         return True
+
+    def _hear_of_unscaling(self) -> None:
+        self._unscaled_at = self._phase
+        if not self._at_rest and self._following == "step" and self._group is None:
+            self._tell_scaler(self._parameters())
 
     def _tell_scaler(self, params: Iterable[Tensor]) -> None:
         """Make a gradient of the last pass NaN where an earlier one was not finite."""
@@ -306,10 +303,10 @@ class SharpnessAware(Phased):
     def _plain_step(self, loss: Any = None) -> None:
         """Make the base optimizer's step from w with d = g, or skip it where ‖g‖ is not finite."""
         self._notice()
+        self.sharpness = None
         max_norm = groups.check_max_norm(self.max_grad_norm)
         rule = self._fused_rule()
-        if rule is None:
-            _clip(self._parameters(), max_norm)
+        if rule is None and max_norm == math.inf:
             self._flats.hand_over()
             self.base_optimizer.step()
             self._forget_copies()
@@ -317,14 +314,18 @@ class SharpnessAware(Phased):
             return
         try:
             scaled = scaling.told(self)
-            scalars = [rule.scalars(group) for group in self.param_groups]
+            scalars = [rule.scalars(group) for group in self.param_groups] if rule else []
             self._read_gradients()
             for flat in self._flats:
                 flat.begin_plain()
                 flat.square_norm(MAX, self._plain_radii())
             self._flats.poison(MAX, loss)
             self._flats.note(MAX, scaled)
-            self._flats.update(rule, self.state, scalars, self._flats.totals(), True, max_norm)
+            made, totals = None, self._flats.totals()
+            if rule:
+                self._flats.update(rule, self.state, scalars, totals, True, max_norm)
+            else:
+                made = self._flats.general_update(totals, True, max_norm, self.base_optimizer.step)
             if self._moves_nothing():  # so does torch.distributed.checkpoint, whenever it finds no state
                 self._flats.draw_again()
         except BaseException:
@@ -332,7 +333,7 @@ class SharpnessAware(Phased):
             self.restore()
             raise
         self._come_to_rest()
-        self._flats.end_step((MAX,))
+        self._flats.end_step((MAX,), made)
 
     def _run(self, closures: Sequence[Closure]) -> Any:
         """Run a whole step, one closure a pass."""
@@ -352,7 +353,8 @@ class SharpnessAware(Phased):
         if not active:
             loss = _evaluate(closures[-1])
             self._lacking = all(p.grad is None for p in self._parameters())
-            if loss is not None:
+            if loss is not None and self._lacking:
+                self._read_gradients()  # may say why
                 self._require_gradients("step")
             self._plain_step(loss)
             return loss
@@ -378,7 +380,9 @@ class SharpnessAware(Phased):
         try:
             scaled = scaling.told(self)
             self._expect("step")
-            scaling.refuse_unscaled(scaled, type(self).__name__, mixes=self._keeps_g, unseen=self._still_scaled)
+            scaling.refuse_unscaled(
+                scaled, type(self).__name__, mixes=self._keeps_g, too_early=self._unscaled_at is Phase.REST
+            )
             self._notice()
             rule = self._fused_rule()
             scalars = [rule.scalars(group) for group in self.param_groups] if rule else []
@@ -400,8 +404,8 @@ class SharpnessAware(Phased):
         except BaseException:
             scaling.forget(self)
             raise
-        self._scaler_seen = scaled.found_inf is not None
         self._come_to_rest()
+        self._unscaled_at = None
         self._flats.end_step((ASCENT, MAX, MIN)[: self._last_slot + 1], made)
 
     def _fused_rule(self) -> fused.FusedRule | None:
@@ -453,15 +457,6 @@ class SharpnessAware(Phased):
             self._flats.clear_gradients()
         else:
             self.zero_grad()
-
-
-def _clip(params: Iterable[Tensor], max_norm: float) -> None:
-    """Scale gradients down to a norm of ``max_norm`` over all, in tensors of their own: others may see theirs."""
-    if max_norm < math.inf:
-        given = [p for p in params if p.grad is not None]
-        for param in given:
-            param.grad = param.grad.clone()  # type: ignore[union-attr]
-        nn.utils.clip_grad_norm_(given, max_norm)
 
 
 def _require_functions(closures: Sequence[Any]) -> None:

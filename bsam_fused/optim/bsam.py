@@ -128,7 +128,7 @@ class BSAM(SharpnessAware):
             ValueError: a radius is negative or not finite.
         """
         self._descend()
-        self._mark().passes.leave()
+        self._passes.leave()
 
     def _descend(self, loss: Any = None) -> None:
         self._expect("descend")
@@ -142,7 +142,7 @@ class BSAM(SharpnessAware):
             flat.descend(sums, radii, norm_eps)
         self._flats.poison(MAX, loss)
         self._note_rates()
-        self._mark().passes.is_under_way = False
+        self._passes.is_under_way = False
 
     def _plain_step(self, loss: Any = None) -> None:
         super()._plain_step(loss)
@@ -197,10 +197,13 @@ class BSAM(SharpnessAware):
         self._decay(group, index)
         if group.get("lr") is None:
             return
-        if "lr_max" in group and "lr_max" not in self.base_optimizer.defaults:
-            group[GIVEN_LR] = group.pop("lr_max")  # its name in 0.1
         group.setdefault(GIVEN_LR, float(group["lr"]))
         group.setdefault(LARGEST_LR, 0.0)
+
+    def _rename(self, group: dict[str, Any]) -> None:
+        of_0_1 = "rho_min_decay" in group and "bsam_fused_format" not in group
+        if of_0_1 and "lr_max" in group and "lr_max" not in self.base_optimizer.defaults:
+            group[GIVEN_LR] = group.pop("lr_max")
 
     @property
     def _kept_options(self) -> set[str]:

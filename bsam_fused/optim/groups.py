@@ -175,15 +175,18 @@ def _merge(params: list[Any], base: torch.optim.Optimizer, options: set[str]) ->
     for group in given:
         group["params"] = _tensors(group["params"])
     carried = [group.keys() & options for group in given]
+    alike = len(given) == len(theirs) and all(
+        [id(p) for p in mine["params"]] == [id(p) for p in other["params"]]
+        for mine, other in zip(given, theirs, strict=True)
+    )
+    for i, (mine, other) in enumerate(zip(given, theirs, strict=False) if alike else ()):
+        _check_beside(mine, other, options, i)
     for group in theirs:  # what an earlier wrapper left there is not asked for now
         for name in options - base.defaults.keys() | {GIVEN_LR, LARGEST_LR, *SAVED}:
             group.pop(name, None)
-    if len(given) == len(theirs) and all(
-        [id(p) for p in mine["params"]] == [id(p) for p in other["params"]]
-        for mine, other in zip(given, theirs, strict=True)
-    ):
-        for mine, other, names in zip(given, theirs, carried, strict=True):
-            other.update({name: mine[name] for name in names})
+    if alike:
+        for mine, other, ours in zip(given, theirs, carried, strict=True):
+            other.update({name: value for name, value in mine.items() if name in ours or name not in other})
         return
     ids = {id(p) for group in given for p in group["params"]}
     if ids != {id(p) for group in theirs for p in group["params"]}:
@@ -196,6 +199,17 @@ def _merge(params: list[Any], base: torch.optim.Optimizer, options: set[str]) ->
             "params has groups with sharpness-aware options, but base_optimizer's groups are cut otherwise: "
             "pass base_optimizer.param_groups, with the options in them"
         )
+
+
+def _check_beside(given: Group, theirs: Group, options: set[str], index: int) -> None:
+    """Raise TypeError for what a group of params says of options that the base optimizer's own group has otherwise."""
+    names.refuse_slips(given.keys() - theirs.keys() - options, options, index)
+    for name in given.keys() & theirs.keys() - options - {"params"}:
+        if given[name] is not theirs[name] and given[name] != theirs[name]:
+            raise TypeError(
+                f"group {index} of params has {name}={given[name]!r}, but base_optimizer is an instance, whose group "
+                f"has {theirs[name]!r}: set it there"
+            )
 
 
 def check_model(model: Any, params: Iterable[Tensor]) -> None:

@@ -25,4 +25,5 @@ def as_ours(state_dict: dict[str, Any]) -> dict[str, Any]:
             "load_state_dict() of another SAM's state dict, which has no state of its base optimizer: momentum and the "
             "like begin anew. They are in sam.base_optimizer.state_dict(), which loads as well"
         )
-    return {**state_dict, "state": {**state, **rest}}
+    kept = {i: entry for i, entry in {**state, **rest}.items() if entry or i not in theirs}
+    return {**state_dict, "state": kept}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import enum
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar, NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from bsam_fused import checks, distributed
 from bsam_fused.optim import trainers
@@ -24,29 +23,6 @@ class Phase(enum.Enum):
     REST = "at rest"
     ASCENDED = "ascended"
     DESCENDED = "descended"
-
-
-class Marks:
-    """What a step leaves on others' objects until it is over, or its optimizer is gone.
-
-    That is hooks, and what passes have moved.
-    """
-
-    def __init__(self) -> None:
-        self._hooks: list[RemovableHandle] = []
-        self.passes = Passes()
-
-    def hook(self, param: Tensor, call: Callable[[Tensor], None]) -> None:
-        """Have ``call`` called when the gradient of ``param`` has come."""
-        # In one go: the handle is kept before anything can interrupt.
-        self._hooks.extend(map(param.register_post_accumulate_grad_hook, [call]))  # type: ignore[attr-defined]
-
-    def remove(self) -> None:
-        """Take all of it away; interrupted, it can be called again."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self.passes.end()
 
 
 class Phased(Persistent):
@@ -71,7 +47,8 @@ class Phased(Persistent):
     _phase = Phase.REST
     _looking_at_w = False
     _by_number = False  # whether the user calls the phases of this step by those names
-    _marks: Marks | None = None
+    _unscaled_at: Phase | None = None  # where the weights were when a GradScaler unscaled gradients of this step
+    _own_passes: Passes | None = None
 
     @property
     def _active(self) -> bool:
@@ -90,7 +67,7 @@ class Phased(Persistent):
             raise RuntimeError(f"{self._named(call)}() within unperturbed(): leave that context first")
         if call != self._following:
             self._out_of_order(f"{self._named(call)}()")
-        if self.same_randomness and not self._mark().passes.is_under_way:
+        if self.same_randomness and not self._passes.is_under_way:
             raise RuntimeError(
                 f"{self._named(call)}() with same_randomness=True: every pass by hand, forward and backward, goes into "
                 "`with optimizer.one_pass():`, or use step(closure)"
@@ -144,43 +121,26 @@ class Phased(Persistent):
     def _come_to_rest(self) -> None:
         """End the step, whose weights are as they shall be; interrupted, it can be called again."""
         self._flats.end()
-        if self._marks is not None:
-            self._marks.remove()
+        if self._own_passes is not None:
+            self._own_passes.end()
         self._forget_copies()
         self._looking_at_w = self._by_number = False
+        self._unscaled_at = self._unscaled_at and Phase.REST  # what comes now is of another pass
         self._phase = Phase.REST
 
-    def _mark(self) -> Marks:
-        if self._marks is None:
-            marks = Marks()
-            weakref.finalize(self, marks.remove)
-            self._marks = marks
-        return self._marks
+    @property
+    def _passes(self) -> Passes:
+        if self._own_passes is None:
+            passes = Passes()
+            weakref.finalize(self, passes.end)
+            self._own_passes = passes
+        return self._own_passes
 
     def _forget_copies(self) -> None:
         """Make the next forward read the weights, not what autocast cast or FSDP gathered of them before."""
         if self._flats.sharded and self.model is not None:
             distributed.reshard(self.model)
         torch.clear_autocast_cache()
-
-    def _watch_gradient(self, param: Tensor) -> None:
-        """Have a GradScaler told of earlier passes when the gradient of ``param`` comes.
-
-        Whoever calls GradScaler.unscale_ lets it look at the last gradients before step() is heard of.
-        """
-        optimizer = weakref.ref(self)
-
-        def tell(param: Tensor) -> None:
-            alive = optimizer()
-            if alive is not None and alive._phase is not Phase.REST:
-                alive._tell_scaler([param])
-                alive._unseen = True
-
-        self._mark().hook(param, tell)
-
-    def _tell_scaler(self, params: Any) -> None:
-        """Make a gradient of the last pass NaN where an earlier one was not finite."""
-        raise NotImplementedError
 
     # ---- passes
 
@@ -196,7 +156,7 @@ class Phased(Persistent):
         if not self._active:
             yield
             return
-        passes = self._mark().passes
+        passes = self._passes
         if not self._at_rest:
             passes.begin_extra()
         elif not passes.is_open:
@@ -214,17 +174,17 @@ class Phased(Persistent):
     def _begin_first_pass(self) -> None:
         params = (p for group in self.param_groups for p in group["params"])
         drawing = (p.device for p in params if self.same_randomness)
-        self._mark().passes.begin_first(self.model, drawing)
+        self._passes.begin_first(self.model, drawing)
 
     def _open_first_pass(self) -> None:
         """Begin the first pass where a trainer does, which accumulates its gradients and calls the phases later."""
         if self._active and self._at_rest:
             self._begin_first_pass()
-            self._mark().passes.is_open = True
+            self._passes.is_open = True
 
     def _unreduced(self) -> AbstractContextManager[None]:
         mixes = self._keeps_g or self._following != "step"
-        if self.sync == "last" and mixes:
+        if self.sync == "last" and mixes and distributed.averaging_group(self.sync, self.model) is not None:
             return self.model.no_sync()  # type: ignore[union-attr, operator, return-value]
         return nullcontext()
 
@@ -281,5 +241,5 @@ class Phased(Persistent):
     def _show_w(self, at_w: bool) -> None:
         for flat in self._flats:
             flat.show_w(at_w)
-        self._mark().passes.leave()
+        self._passes.leave()
         self._forget_copies()

@@ -4,14 +4,15 @@
 that there are, sets ``grad_scale`` and ``found_inf`` and calls ``optimizer.step()``. Those gradients are the last
 pass's: that an earlier pass overflowed is told by making one of their elements NaN.
 
-``GradScaler.unscale_(optimizer)`` walks ``optimizer.param_groups``, and leaves no other trace there: where nobody has
-read these since the last gradient came, what it unscaled were the gradients of an earlier pass.
+``GradScaler.unscale_(optimizer)`` tells the optimizer nothing, but reads its ``param_groups``: the reader is known by
+its call. An overflow of an earlier pass is told then, and which pass's gradients were unscaled is kept.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +59,14 @@ def forget(optimizer: Any) -> None:
         vars(optimizer).pop(name, None)
 
 
+def is_unscaling(reader: FrameType) -> bool:
+    """Return whether the call that reads ``param_groups`` is GradScaler's, within ``unscale_``."""
+    if reader.f_code.co_name != "_unscale_grads_":
+        return False
+    caller = reader.f_back
+    return caller is not None and caller.f_code.co_name == "unscale_"
+
+
 def refuse_closure(scaled: Scaled) -> None:
     """Raise RuntimeError for a closure where there is a scaler."""
     if scaled.found_inf is not None:
@@ -67,14 +76,14 @@ def refuse_closure(scaled: Scaled) -> None:
         )
 
 
-def refuse_unscaled(scaled: Scaled, name: str, *, mixes: bool, unseen: bool) -> None:
+def refuse_unscaled(scaled: Scaled, name: str, *, mixes: bool, too_early: bool) -> None:
     """Raise RuntimeError where the gradients of some passes are unscaled, and the direction needs the others.
 
     Args:
         scaled: what GradScaler says.
         name: the optimizer's class.
         mixes: whether the direction mixes the gradients of all passes; else it is the last one.
-        unseen: whether nobody can have unscaled the last gradients.
+        too_early: whether those of an earlier pass than the last were unscaled.
     """
     if scaled.found_inf is None or scaled.scale is not None:
         return
@@ -84,7 +93,7 @@ def refuse_unscaled(scaled: Scaled, name: str, *, mixes: bool, unseen: bool) -> 
             "direction mixes those of all passes. Leave out unscale_(), and clip with max_grad_norm=; restore() gives "
             "up this step"
         )
-    if unseen:
+    if too_early:
         raise RuntimeError(
             f"GradScaler.unscale_() before the last backward of {name}'s step: the gradients that make the update came "
             "later, and are still scaled. Call it right before scaler.step(), or leave it out, and clip with "

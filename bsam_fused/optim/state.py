@@ -211,4 +211,4 @@ def _entries(state: dict[Any, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 def _on_device(step: Any) -> bool:
-    return isinstance(step, Tensor) and not step.is_cpu
+    return isinstance(step, Tensor) and not step.is_cpu and not step.is_meta
