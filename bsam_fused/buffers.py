@@ -76,6 +76,11 @@ class Snapshot:
     def _places_now(self) -> tuple[list[int], list[torch.Size]]:
         return list(map(Tensor.data_ptr, self._tensors)), [tensor.shape for tensor in self._tensors]
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether every buffer is the object that it was, in the same memory."""
+        return same_items(self._objects_now(), self._objects) and self._places_now() == self._places
+
     def write_back(self) -> None:
         """Make every buffer the object that it was, with its memory, shape and value; can be called again."""
         self._put_back_objects()

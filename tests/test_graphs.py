@@ -1,17 +1,16 @@
-"""GraphedStep: on a GPU against eager steps; elsewhere what it refuses, and all that it does but the capture itself.
+"""GraphedStep against eager steps: on a GPU, and on the host, where host_graphs.py stands in for CUDA's graphs."""
 
-The stand-in for a graph runs the step with the CUDA backend on the host, whose stream says that it is capturing: so it
-allocates nothing, and raises where options are not on the device yet.
-"""
+import contextlib
+import copy
+import gc
 
-import os
-
+import host_graphs
 import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from bsam_fused import ASAM, BSAM, SAM, graphs, schedules
+from bsam_fused import ASAM, BSAM, SAM, schedules
 from bsam_fused.graphs import GraphedStep
 
 KINDS = {"SAM": SAM, "ASAM": ASAM, "BSAM": BSAM}
@@ -26,19 +25,8 @@ loss_fn = nn.functional.cross_entropy
 
 @pytest.fixture
 def captures(backend, monkeypatch):
-    """With the graph's stand-in, where there is no GPU."""
-    if torch.get_default_device().type == "cuda":
-        return
-
-    def replay(work):
-        with monkeypatch.context() as patch:
-            patch.setitem(os.environ, "SHIM_CAPTURING", "1")
-            work()
-
-    monkeypatch.setattr(graphs, "_check_devices", lambda *_: None)
-    monkeypatch.setattr(graphs, "_devices", lambda _: [])
-    monkeypatch.setattr(graphs, "_on_side_stream", lambda work: work())
-    monkeypatch.setattr(graphs, "_capture", lambda work: lambda: replay(work))
+    """Have the stand-in where there is no GPU; returns it."""
+    return None if torch.get_default_device().type == "cuda" else host_graphs.stand_in(monkeypatch)
 
 
 def network():
@@ -65,6 +53,27 @@ def eager_step(model, opt, batch):
     return opt.step(closure)
 
 
+def twins(kind, base="SGD", **options):
+    """Two models and their optimizers, alike; without dropout, as a graph draws other numbers than eager steps do."""
+    models = [network() for _ in range(2)]
+    for model in models:
+        model[2].p = 0.0
+    return models, [optimizer(kind, model, base, **options) for model in models]
+
+
+def assert_same_state(opt, other):
+    """What checkpoints would hold, and what is shown."""
+    for (one, two), shown in (((opt, other), False), ((opt.state_dict(), other.state_dict()), True)):
+        states = [
+            x["state"] if shown else {i: x.state.get(p, {}) for i, p in enumerate(x._parameters())} for x in (one, two)
+        ]
+        assert states[0].keys() == states[1].keys()
+        for i, entry in states[0].items():
+            assert entry.keys() == states[1][i].keys()
+            for key, value in entry.items():
+                torch.testing.assert_close(value, states[1][i][key], rtol=1e-6, atol=1e-7, msg=lambda m: f"{key}: {m}")  # noqa: B023
+
+
 def assert_equal(model, other):
     for (name, value), expected in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
@@ -76,10 +85,7 @@ def assert_equal(model, other):
 @pytest.mark.usefixtures("captures")
 def test_replays_train_as_eager_steps_do(kind, base):
     """With new data, and learning rate, ρ and so ρ_min scheduled."""
-    models = [network() for _ in range(2)]
-    for model in models:
-        model[2].p = 0.0  # a graph draws other numbers than eager steps do
-    opts = [optimizer(kind, model, base, weight_decay=0.01) for model in models]
+    models, opts = twins(kind, base, weight_decay=0.01)
     rates = [LambdaLR(opt, lambda t: 0.7**t) for opt in opts]
     radii = [schedules.LinearRadius(opt, 6, end=0.01) for opt in opts]
     graphed = GraphedStep(models[0], loss_fn, opts[0], data(0))
@@ -194,16 +200,19 @@ def test_what_cannot_be_captured():
 
 @where
 @pytest.mark.usefixtures("captures")
-def test_options_are_written_before_a_capture_and_not_in_it(monkeypatch):
+def test_options_are_written_before_a_capture_and_not_in_it():
     """Else all replays would write those of the capture."""
     model = network()
     opt = optimizer(BSAM, model)
-    graphed = GraphedStep(model, loss_fn, opt, data(0))
-    opt.param_groups[0]["rho_min"] = 0.2
-    monkeypatch.setattr(BSAM, "write_options", lambda self: None)
-    if torch.get_default_device().type == "cpu":  # as the stand-in shows it; a GPU's replay would use the old one
-        with pytest.raises(RuntimeError, match=r"optimizer.write_options\(\) before"):
-            graphed(*data(1))
+    passes = iter(range(100))
+
+    def late(output, target):
+        if next(passes) == 9:  # the capture's first pass
+            opt.param_groups[0]["rho"] = 0.2
+        return loss_fn(output, target)
+
+    with pytest.raises(RuntimeError, match=r"optimizer.write_options\(\) before"):
+        GraphedStep(model, late, opt, data(0))
 
 
 def test_only_tensors_on_one_gpu():
@@ -222,27 +231,57 @@ def test_only_tensors_on_one_gpu():
         GraphedStep(network, loss_fn, opt, data(0))
 
 
-@pytest.mark.cuda
-def test_a_capture_that_fails_does_nothing():
-    """Here in the second pass: what the first one was to do was never done."""
-    with torch.device("cuda"):
-        model = network()
-        opt = optimizer(SAM, model)
-        eager_step(model, opt, data(0))
-        weights = [p.detach().clone() for p in model.parameters()]
-        passes = iter(range(100))
+@where
+@pytest.mark.parametrize("passes_before", [0, 1])
+def test_a_capture_that_fails_does_nothing(captures, passes_before):
+    """Here in the first pass or the second: what was captured was never done; the current stream is what it was."""
+    model = network()
+    opt = optimizer(SAM, model)
+    eager_step(model, opt, data(0))
+    weights = [p.detach().clone() for p in model.parameters()]
+    streams = [*captures.streams] if captures else torch.cuda.current_stream()
+    passes = iter(range(100))
 
-        def waits(output, target):
-            loss = loss_fn(output, target)
-            if next(passes) >= 7:
-                loss.item()
-            return loss
+    def waits(output, target):
+        loss = loss_fn(output, target)
+        if next(passes) == 6 + passes_before:
+            loss.item()
+        return loss
 
-        with pytest.raises(RuntimeError):
-            GraphedStep(model, waits, opt, data(0))
-        assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
-        eager_step(model, opt, data(0))
-        assert opt.skipped_steps == 0
+    with pytest.raises(RuntimeError):
+        GraphedStep(model, waits, opt, data(0))
+    assert (captures.streams if captures else torch.cuda.current_stream()) == streams
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+    eager_step(model, opt, data(0))
+    assert opt.skipped_steps == 0
+    GraphedStep(model, loss_fn, opt, data(0))(*data(1))
+
+
+@where
+def test_other_threads_go_on_while_a_step_is_captured(captures):
+    """A data loader's pins memory meanwhile, which torch's default forbids to all threads."""
+    if captures is None:
+        pytest.skip("what torch is told is seen in the stand-in alone")
+    model = network()
+    GraphedStep(model, loss_fn, optimizer(SAM, model), data(0))
+    assert captures.error_modes == ["thread_local"]
+
+
+@where
+@every_kind
+def test_a_gpu_that_is_not_the_current_one(captures, kind, monkeypatch):
+    """Not the stand-in's first device: nothing may be captured from its stream, nor done on it."""
+    if captures is None and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    with torch.device("cuda", 1) if captures is None else contextlib.nullcontext():
+        monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", torch.cuda.Stream())  # of a capture there
+        models, opts = twins(kind)
+        graphed = GraphedStep(models[0], loss_fn, opts[0], data(0))
+        assert_equal(*models)
+        for t in range(2):
+            graphed(*data(t))
+            eager_step(models[1], opts[1], data(t))
+            assert_equal(*models)
 
 
 @where
@@ -263,3 +302,165 @@ def test_a_warm_up_that_fails_trains_nothing():
         GraphedStep(model, fails, opt, data(0))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert opt.skipped_steps == 0
+
+
+# ---- the state of the optimizer, and its memory
+
+
+@where
+@every_kind
+@every_base
+@pytest.mark.usefixtures("captures")
+def test_a_late_phase_goes_on_with_the_same_state(kind, base):
+    """Plain steps and replays in turns: momentum, moments and counts are those of eager steps alone."""
+    models, opts = twins(kind, base)
+    graphed = GraphedStep(models[0], loss_fn, opts[0], data(0))
+    for t, active in enumerate([False, False, True, True, False, True]):
+        for opt in opts:
+            opt.active = active
+        if active:
+            graphed(*data(t))
+        else:
+            eager_step(models[0], opts[0], data(t))
+        eager_step(models[1], opts[1], data(t))
+        assert_equal(*models)
+        assert_same_state(*opts)
+
+
+LOOKS = {"state_dict": lambda opt: opt.state_dict(), "deepcopy": copy.deepcopy, "restore": lambda opt: opt.restore()}
+
+
+@where
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+@every_base
+@pytest.mark.usefixtures("captures")
+def test_state_of_replays_is_in_checkpoints(base, look):
+    """Though what was looked at before the first one had no state yet, which was taken back."""
+    models, opts = twins(SAM, base, seed=3)
+    graphed = GraphedStep(models[0], loss_fn, opts[0], data(0))
+    look(opts[0])
+    assert opts[0].state_dict()["state"] == {}
+    for t in range(3):
+        graphed(*data(t))
+        look(opts[0])
+        eager_step(models[1], opts[1], data(t))
+        assert_same_state(*opts)
+
+
+@where
+@pytest.mark.usefixtures("captures")
+def test_state_of_a_skipped_replay_is_taken_back():
+    models, opts = twins(SAM, dampening=0.5)
+    graphed = GraphedStep(models[0], loss_fn, opts[0], data(0))
+    x, y = data(0)
+    for t, factor in enumerate([float("nan"), 1.0, 1.0]):
+        graphed(factor * x, y)
+        eager_step(models[1], opts[1], (factor * x, y))
+        assert (
+            opts[0].state_dict()["state"].keys()
+            == opts[1].state_dict()["state"].keys()
+            == ({*range(6)} if t else set())
+        )
+        for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def _edit(opt, key="momentum_buffer"):
+    entry = next(iter(opt.state.values()))
+    entry[key] = entry[key].clone()
+
+
+def _through_another_update(model, opt):
+    """Of the base's own step(), as somebody watches it."""
+    hook = opt.base_optimizer.register_step_post_hook(lambda *_: None)
+    opt.active = False
+    eager_step(model, opt, data(0))
+    opt.active = True
+    hook.remove()
+
+
+def _move(model, opt):
+    model[0].weight.data = model[0].weight.data.clone()
+
+
+def _move_and_step(model, opt):
+    with torch.no_grad():
+        model[0].weight.data = model[0].weight.data.t().contiguous().t()
+    eager_step(model, opt, data(0))
+
+
+def _edit_and_step(model, opt):
+    _edit(opt)
+    eager_step(model, opt, data(0))
+
+
+ENDS = {
+    "load_state_dict": ("optimizer.state", lambda model, opt: opt.load_state_dict(opt.state_dict())),
+    "the base's load_state_dict": (
+        "optimizer.state",
+        lambda model, opt: opt.base_optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict()),
+    ),
+    "a tensor exchanged": ("optimizer.state", lambda model, opt: _edit(opt)),
+    "a tensor exchanged, then an eager step": ("optimizer.state", _edit_and_step),
+    "an entry deleted": ("optimizer.state", lambda model, opt: opt.state.pop(model[0].weight)),
+    "state assigned": ("optimizer.state", lambda model, opt: setattr(opt, "state", dict(opt.state))),
+    "another update": ("optimizer.state", _through_another_update),
+    "a parameter moved": ("parameters", _move),
+    "a parameter laid out anew, then an eager step": ("parameters", _move_and_step),
+    "a parameter exchanged": (
+        "parameters",
+        lambda model, opt: opt.param_groups[0]["params"].__setitem__(0, nn.Parameter(model[0].weight.detach().clone())),
+    ),
+    "a param group": ("parameters", lambda model, opt: opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})),
+    "a buffer exchanged": (
+        "buffers",
+        lambda model, opt: setattr(model[1], "running_mean", model[1].running_mean.clone()),
+    ),
+}
+
+
+@where
+@pytest.mark.parametrize(("what", "change"), ENDS.values(), ids=ENDS)
+@pytest.mark.usefixtures("captures")
+def test_other_memory_ends_a_graph(what, change):
+    """Its replays would read and write what the optimizer and the model do not have any more, or what is freed."""
+    model = network()
+    model[2].p = 0.0
+    opt = optimizer(BSAM, model)
+    graphed = GraphedStep(model, loss_fn, opt, data(0))
+    graphed(*data(1))
+    change(model, opt)
+    weights = [p.detach().clone() for p in model.parameters()]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"{what} .*build another GraphedStep"):
+            graphed(*data(2))
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+    twin = copy.deepcopy((model, opt))  # on the state that there is now
+    GraphedStep(model, loss_fn, opt, data(0))(*data(3))
+    eager_step(*twin, data(3))
+    assert_equal(model, twin[0])
+    assert_same_state(opt, twin[1])
+
+
+@where
+@every_base
+@pytest.mark.usefixtures("captures")
+def test_a_graph_keeps_its_memory_alive(base):
+    """For whoever replays it all the same; not longer than itself."""
+    model = network().bfloat16()
+    opt = optimizer(BSAM, model, base)
+    x, y = data(0)
+    graphed = GraphedStep(model, loss_fn, opt, (x.bfloat16(), y))
+    graphed(x.bfloat16(), y)
+    entry = opt.state[model[0].weight]
+    tensors = [*entry.values(), *(flat.state("step")[0] for flat in opt._flats), *(flat.sums for flat in opt._flats)]
+    memory = [tensor.untyped_storage()._weak_ref() for tensor in tensors]
+    del entry, tensors
+    opt.load_state_dict(opt.state_dict())
+    eager_step(model, opt, (x.bfloat16(), y))
+    gc.collect()
+    assert not any(map(torch.UntypedStorage._expired, memory))
+    del graphed
+    gc.collect()
+    assert all(map(torch.UntypedStorage._expired, memory))
+    list(map(torch.UntypedStorage._free_weak_ref, memory))
