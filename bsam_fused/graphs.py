@@ -77,8 +77,10 @@ class GraphedStep:
 
         Raises:
             ValueError: an input of another shape or dtype than the sample, or another number of them.
-            RuntimeError: what the graph has fixed was changed since: what, and what to do.
+            RuntimeError: within a step; or what the graph has fixed was changed since, or has other memory: what, and
+                what to do.
         """
+        self._optimizer._require_rest("a captured step")
         self._check_inputs(inputs)
         self._check_memory()
         self._check_structure()

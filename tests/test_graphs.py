@@ -34,6 +34,11 @@ def network():
     return nn.Sequential(nn.Linear(6, 40), nn.BatchNorm1d(40), nn.Dropout(0.2), nn.Tanh(), nn.Linear(40, 3))
 
 
+class Cast(nn.Module):
+    def forward(self, x):
+        return x.bfloat16()
+
+
 def data(seed, n=8):
     torch.manual_seed(seed)
     return torch.randn(n, 6), torch.randint(3, (n,))
@@ -167,6 +172,11 @@ def test_what_a_graph_has_fixed():
             lambda: opt.param_groups[0].update(momentum=0.9),
         ),
     ]
+    loss_fn(model(data(0)[0]), data(0)[1]).backward()
+    opt.ascend()
+    with pytest.raises(RuntimeError, match="a captured step while the weights are perturbed"):
+        graphed(*data(1))
+    opt.restore()
     for name, change, back in changes:
         change()
         with pytest.raises(RuntimeError, match=f"{name} was .* when this step was captured"):
@@ -348,6 +358,27 @@ def test_state_of_replays_is_in_checkpoints(base, look):
 
 
 @where
+@every_base
+@pytest.mark.usefixtures("captures")
+def test_parameters_of_two_dtypes(base):
+    """Sums are made over both FlatParams, and 16-bit weights have master weights as their state."""
+    models, opts = twins(BSAM, base, master_weights=True, max_grad_norm=0.5)
+    for model in models:
+        model[4].bfloat16()
+        model[3] = nn.Sequential(nn.Tanh(), Cast())
+    graphed = GraphedStep(models[0], loss_fn, opts[0], data(0))
+    for t in range(4):
+        if t % 2:
+            eager_step(models[0], opts[0], data(t))
+        else:
+            graphed(*data(t))
+        eager_step(models[1], opts[1], data(t))
+        assert_equal(*models)
+        assert_same_state(*opts)
+    assert "master_weight" in opts[0].state[models[0][4].weight]
+
+
+@where
 @pytest.mark.usefixtures("captures")
 def test_state_of_a_skipped_replay_is_taken_back():
     models, opts = twins(SAM, dampening=0.5)
@@ -454,9 +485,11 @@ def test_a_graph_keeps_its_memory_alive(base):
     graphed(x.bfloat16(), y)
     entry = opt.state[model[0].weight]
     tensors = [*entry.values(), *(flat.state("step")[0] for flat in opt._flats), *(flat.sums for flat in opt._flats)]
+    tensors += [value for snapshot in opt._mark().passes.snapshots for value in snapshot._values]
     memory = [tensor.untyped_storage()._weak_ref() for tensor in tensors]
     del entry, tensors
     opt.load_state_dict(opt.state_dict())
+    model[1].running_mean = model[1].running_mean.clone()
     eager_step(model, opt, (x.bfloat16(), y))
     gc.collect()
     assert not any(map(torch.UntypedStorage._expired, memory))
