@@ -59,6 +59,7 @@ class GraphedStep:
         try:
             self._graph = _capture(self._step, self._device)
             self._captured = optimizer._flats.captured()
+            # Replays use this memory, too, whoever else lets go of it.
             self._alive = [*map(_storage, self._parameters)], optimizer._mark().passes.snapshots
         finally:  # nothing of a step was done, however far it was captured
             for flat in optimizer._flats:
