@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,98 +20,150 @@ from bsam_fused.ops.identity import same_items
 
 Buffers = dict[str, Tensor | None]
 """A module's."""
-Unit = tuple[Tensor, list[int]]
-"""Memory that is copied as one, and which buffers lie in it."""
 
 
 class Snapshot:
     """The buffers of a model as they are now, persistent or not: objects, values and shapes.
 
-    Left out are those that share storage with a parameter (to write them would write it), and uninitialised, meta and
-    sparse ones. Of those that overlap each other or themselves, the storage is copied, once; of DTensors, the shard.
+    Left out are those that share storage with a parameter (to write them would write it), and such as have no memory of
+    their own: uninitialised, meta and sparse ones, nested tensors, and tensor subclasses but DTensors, of which the
+    shard counts. Of those that overlap each other or themselves, the storage is copied, once.
 
     Args:
         model: whose buffers to copy.
         before: an earlier one, not needed any more, whose memory is used where the same buffers are there.
+        params: further tensors that are trained, whose storage is left alone, too.
     """
 
     _layout: _Layout
 
-    def __init__(self, model: nn.Module, before: Snapshot | None = None) -> None:
-        owners = list(_all_buffers(model))
-        fits = before is not None and before._layout.fits(owners)
-        self._layout = before._layout if before is not None and fits else _Layout(owners, model)
+    def __init__(self, model: nn.Module, before: Snapshot | None = None, params: Iterable[Tensor] = ()) -> None:
+        found = _find(model, params)
+        fits = before is not None and before._layout.fits(found)
+        self._layout = before._layout if before is not None and fits else _Layout(found)
         self._layout.read()
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether every buffer is the object that it was, in the same memory."""
+        here = self._layout
+        return same_items(_objects(here.found.owners), here.objects) and not here.moved()
 
     def write_back(self) -> None:
         """Make every buffer the object that it was, with its memory, shape and value; can be called again."""
-        self._put_back_objects()
+        self._put_back_objects(missing=True)
         here = self._layout
         moved = here.moved()
+        if moved:
+            here.make_room()
         here.write()
-        if moved:  # resized, or given other memory
+        if moved:  # resized, laid out anew, or given other memory
             for tensor, data in zip(here.tensors, here.data, strict=True):
                 tensor.data = data
 
     def rewind(self) -> None:
-        """Give every buffer its value, where its shape and dtype still are what they were."""
-        self._put_back_objects()
+        """Give every buffer that there still is its value, where its shape and dtype are what they were."""
+        self._put_back_objects(missing=False)
         here = self._layout
         if not here.moved():
             here.write()
             return
-        for (memory, members), value in zip(here.units, here.values, strict=True):
-            now, then = [here.tensors[i] for i in members], [here.data[i] for i in members]
+        for unit, value in zip(here.units, here.values, strict=True):
+            now, then = [here.tensors[i] for i in unit.members], [here.data[i] for i in unit.members]
+            alone = unit.memory is then[0]
             if places(now) == places(then):
-                copy_all([memory], [value])
-            elif (now[0].shape, now[0].dtype) == (value.shape, value.dtype):  # other memory of the same kind
+                if _has_memory(unit.memory):  # else freed meanwhile
+                    copy_all([unit.memory], [value])
+            elif alone and (now[0].shape, now[0].dtype) == (value.shape, value.dtype) and _has_memory(now[0]):
                 copy_all([now[0].data], [value])
 
-    def _put_back_objects(self) -> None:
+    def _put_back_objects(self, *, missing: bool) -> None:
+        """Have modules hold the tensors that they held; under names that are gone only where ``missing``."""
         here = self._layout
-        if same_items(_objects(here.owners), here.objects):
+        if same_items(_objects(here.found.owners), here.objects):
             return
-        for buffers, then in zip(here.owners, here.named, strict=True):
+        each = zip(here.found.modules, here.found.owners, here.named, here.passing, strict=True)
+        for module, buffers, then, passing in each:
+            if missing and isinstance(buffers, dict) and not then.keys() <= buffers.keys():
+                late = {name: tensor for name, tensor in buffers.items() if name not in then}
+                buffers.clear()
+                buffers.update({**then, **late})
+                module._non_persistent_buffers_set.update(passing)
             for name, tensor in then.items():
-                if buffers.get(name) is not tensor:
+                if name in buffers and buffers[name] is not tensor:
                     buffers[name] = tensor
 
 
+class _Found(NamedTuple):
+    """What a walk through a model finds."""
+
+    modules: list[nn.Module]
+    """Those with buffers."""
+    owners: list[Buffers]
+    """Their buffers."""
+    params: list[Tensor]
+    """All parameters of the model, and what else is trained."""
+
+
+class _Unit(NamedTuple):
+    """Memory that is copied as one."""
+
+    memory: Tensor
+    members: list[int]
+    """Which buffers lie in it."""
+
+
 class _Layout:
-    """Where the buffers of a model lie, and memory for a copy of each.
+    """Where the buffers of a model lie, and memory for a copy of each."""
 
-    Args:
-        owners: the buffers of each module that has some.
-        model: whose they are.
-    """
-
-    def __init__(self, owners: list[Buffers], model: nn.Module) -> None:
-        self.owners, self.objects = owners, _objects(owners)
-        self.named: list[Buffers] = list(map(dict, owners))
+    def __init__(self, found: _Found) -> None:
+        self.found, self.objects = found, _objects(found.owners)
+        self.named: list[Buffers] = [dict(buffers.items()) for buffers in found.owners]
+        self.passing = [module._non_persistent_buffers_set & named.keys() for module, named in self._pairs()]
         tensors = list({id(tensor): tensor for tensor in self.objects if tensor is not None}.values())
         self._unready = any(map(nn.parameter.is_lazy, tensors))  # whose memory is still to come
-        parameters = {_storage(p) for p in map(distributed.local, model.parameters()) if _has_memory(p)}
+        self._params = [p for p in map(distributed.local, found.params) if _has_memory(p)]
+        trained = set(map(_storage, self._params))
         local = map(distributed.local, tensors)
-        self.tensors: list[Tensor] = [t for t in local if _has_memory(t) and _storage(t) not in parameters]
+        self.tensors: list[Tensor] = [t for t in local if _has_memory(t) and _storage(t) not in trained]
         self.data = [tensor.data for tensor in self.tensors]
         self.units = _units(self.data)
-        self.values = [torch.empty_like(memory) for memory, _ in self.units]
+        self.values = [torch.empty_like(unit.memory) for unit in self.units]
+        self._bytes = [unit.memory.untyped_storage().nbytes() for unit in self.units]
         kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-        for (memory, _), value in zip(self.units, self.values, strict=True):
-            of_memory, of_values = kinds[memory.device, memory.dtype]
-            of_memory.append(memory)
+        for unit, value in zip(self.units, self.values, strict=True):
+            of_memory, of_values = kinds[unit.memory.device, unit.memory.dtype]
+            of_memory.append(unit.memory)
             of_values.append(value)
         self._lists = list(kinds.values())
-        self._places = places(self.tensors)
+        self._names = list(chain.from_iterable(self.named))
+        self._places, self._params_at = places(self.tensors), places(self._params)
 
-    def fits(self, owners: list[Buffers]) -> bool:
-        """Return whether these are the same buffers, in the same memory."""
-        same = same_items(owners, self.owners) and same_items(_objects(owners), self.objects)
-        return same and not self._unready and not self.moved()
+    def _pairs(self) -> Iterable[tuple[nn.Module, Buffers]]:
+        return zip(self.found.modules, self.named, strict=True)
+
+    def fits(self, found: _Found) -> bool:
+        """Return whether there are the same buffers and parameters now, under the same names, in the same memory."""
+        return (
+            not self._unready
+            and same_items(found.owners, self.found.owners)
+            and same_items(_objects(found.owners), self.objects)
+            and same_items(found.params, self.found.params)
+            and list(chain.from_iterable(found.owners)) == self._names
+            and not self.moved()
+            and places(self._params) == self._params_at
+        )
 
     def moved(self) -> bool:
-        """Return whether a buffer was resized, or given other memory."""
+        """Return whether a buffer was resized, laid out anew, or given other memory."""
         return places(self.tensors) != self._places
+
+    def make_room(self) -> None:
+        """Have as much memory as there was, where some was freed."""
+        for unit, size in zip(self.units, self._bytes, strict=True):
+            storage = unit.memory.untyped_storage()
+            if storage.nbytes() < size:
+                storage.resize_(size)
 
     def read(self) -> None:
         """Copy the values of the buffers."""
@@ -123,42 +176,62 @@ class _Layout:
             copy_all(memory, values)
 
 
-def _objects(owners: Iterable[Buffers]) -> list[Tensor | None]:
-    return [tensor for buffers in owners for tensor in buffers.values()]
-
-
-def _all_buffers(model: nn.Module) -> Iterable[Buffers]:
-    """Yield the buffers of each module that has some: `Module.modules` takes several times as long."""
+def _find(model: nn.Module, params: Iterable[Tensor]) -> _Found:
+    """Walk through all modules: `Module.modules` takes several times as long."""
     modules: list[nn.Module] = [model]
     seen = {id(model)}
+    found = _Found([], [], [])
     for module in modules:
         if module._buffers:
-            yield module._buffers
+            found.modules.append(module)
+            found.owners.append(module._buffers)
+        if module._parameters:
+            found.params.extend(p for p in module._parameters.values() if p is not None)
         for child in module._modules.values():
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 modules.append(child)
+    found.params.extend(params)
+    return found
+
+
+def _objects(owners: Iterable[Buffers]) -> list[Tensor | None]:
+    return [tensor for buffers in owners for tensor in buffers.values()]
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    lazy = nn.parameter.is_lazy(tensor)
-    return not lazy and tensor.layout == torch.strided and tensor.device.type != "meta"
+    """Return whether a tensor's elements are in a storage of its own."""
+    if type(tensor) not in {Tensor, nn.Parameter, nn.Buffer} or tensor.is_nested or tensor.layout != torch.strided:
+        return False
+    if tensor.is_meta or tensor._is_zerotensor():
+        return False
+    if not tensor.numel() or not _is_plain(tensor):
+        return True
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = int(tensor.storage_offset() + last + 1) * tensor.element_size()
+    return end <= tensor.untyped_storage().nbytes()  # else it was freed or shrunk
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Return whether the elements are what is stored, each in bytes of its own."""
+    return not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
 
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _units(data: Sequence[Tensor]) -> list[Unit]:
-    """Return what is to be copied: each tensor, or the storage in which several, or an expanded one, lie."""
+def _units(data: Sequence[Tensor]) -> list[_Unit]:
+    """Return what is to be copied: each tensor, or the storage in which several, or one of another kind, lie."""
     storages: dict[int, list[int]] = defaultdict(list)
     for i, tensor in enumerate(data):
         storages[_storage(tensor)].append(i)
-    units: list[Unit] = []
+    units: list[_Unit] = []
     for members in storages.values():
         first = data[members[0]]
         overlaps = any(stride == 0 and size > 1 for size, stride in zip(first.shape, first.stride(), strict=True))
-        units.append((_whole_storage(first) if overlaps or len(members) > 1 else first, members))
+        whole = overlaps or len(members) > 1 or not _is_plain(first)
+        units.append(_Unit(_whole_storage(first) if whole else first, members))
     return units
 
 

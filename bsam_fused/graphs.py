@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ class GraphedStep:
     A step of hundreds of launches is replayed by one call. Learning rates, radii and the other numbers in the param
     groups are read from the device, so schedules go on; everything else stays as it was when this was built. Building
     trains nothing: the warm-up's steps are skipped ones, and running statistics and random generators are put back.
+    Replays and ``optimizer.step(closure)`` may follow each other, on the same state; what gives the optimizer or the
+    model other memory (a state dict loaded, state edited, a model moved) ends it, and the next call says so.
 
     Args:
         model: in the mode, training or evaluation, in which it is to stay; on one GPU, as the optimizer's parameters.
@@ -46,12 +49,18 @@ class GraphedStep:
         _check(model, optimizer, sample_inputs)
         self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
         self._inputs = [sample.detach().clone() for sample in sample_inputs]
+        self._device = self._inputs[0].device
+        self._buffers = Snapshot(model)
         self._warm_up()
         optimizer.write_options()
-        self._captured = self._structure()
+        self._fixed = self._structure()
+        self._parameters = list(dict.fromkeys([*model.parameters(), *optimizer._parameters()]))
+        self._addresses = _addresses(self._parameters)
         try:
-            self._replay = _capture(self._step)
-            self._copies = optimizer._passes.snapshots  # of buffers: replays write them
+            self._graph = _capture(self._step, self._device)
+            self._captured = optimizer._flats.captured()
+            # Replays use this memory, too, whoever else lets go of it.
+            self._alive = [*map(_storage, self._parameters)], optimizer._passes.snapshots
         finally:  # nothing of a step was done, however far it was captured
             for flat in optimizer._flats:
                 flat.release()
@@ -69,15 +78,20 @@ class GraphedStep:
 
         Raises:
             ValueError: an input of another shape or dtype than the sample, or another number of them.
-            RuntimeError: what the graph has fixed was changed since: what, and what to do.
+            RuntimeError: within a step; or what the graph has fixed was changed since, or has other memory: what, and
+                what to do.
         """
+        self._optimizer._require_rest("a captured step")
         self._check_inputs(inputs)
+        self._check_memory()
         self._check_structure()
-        for here, given in zip(self._inputs, inputs, strict=True):
-            here.copy_(given, non_blocking=True)
-        self._optimizer.write_options()
-        self._replay()
-        return self._loss.clone()
+        with torch.cuda.device(self._device):
+            for here, given in zip(self._inputs, inputs, strict=True):
+                here.copy_(given, non_blocking=True)
+            self._optimizer.write_options()
+            self._captured.begin()
+            self._graph.replay()
+            return self._loss.clone()
 
     def _step(self, factor: float = 1.0) -> None:
         def closure() -> Tensor:
@@ -90,14 +104,15 @@ class GraphedStep:
 
     def _warm_up(self) -> None:
         """Allocate, compile and write all that a capture cannot: in steps that are skipped, as their loss is NaN."""
-        buffers = Snapshot(self._model)
         skipped = self._optimizer.skipped_steps
         try:
-            with torch.random.fork_rng(_devices(self._inputs)):
-                _on_side_stream(lambda: [self._step(math.nan) for _ in range(_WARM_UP)])  # type: ignore[func-returns-value]
+            with torch.random.fork_rng(_devices(self._inputs)), _side_stream(self._device):
+                for _ in range(_WARM_UP):
+                    self._step(math.nan)
         finally:
-            buffers.write_back()
+            self._buffers.write_back()
             self._optimizer._flats.disregard(self._optimizer.skipped_steps - skipped)
+            self._optimizer._flats.retract()  # a capture that fails could not look whether there is state
 
     def _structure(self) -> dict[str, Any]:
         """Return what replays have fixed, by the name under which the user knows it."""
@@ -107,14 +122,28 @@ class GraphedStep:
             "norm_eps": self._optimizer.norm_eps,
             "max_grad_norm": self._optimizer.max_grad_norm,
             "model.training": self._model.training,
-            "parameters": [len(group["params"]) for group in groups],
             "adaptive": [bool(group[key("adaptive")]) for group in groups],
             "whether there is momentum": [group.get("momentum", 0) != 0 for group in groups],
         }
 
+    def _check_memory(self) -> None:
+        optimizer = self._optimizer
+        optimizer._notice()
+        if not self._buffers.is_in_place:
+            self._refuse("the model's buffers were exchanged or moved")
+        if not optimizer._flats.fit(optimizer.param_groups) or _addresses(self._parameters) != self._addresses:
+            self._refuse("parameters were moved, thawed, or exchanged in param_groups")
+        if not self._captured.is_of(list(optimizer._flats), optimizer.state):
+            self._refuse("optimizer.state was loaded, edited or left to another update")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise RuntimeError(
+            f"{what} since this step was captured, which reads and writes the memory of then: build another GraphedStep"
+        )
+
     def _check_structure(self) -> None:
         now = self._structure()
-        for name, value in self._captured.items():
+        for name, value in self._fixed.items():
             if now[name] != value:
                 raise RuntimeError(
                     f"{name} was {value} when this step was captured and is {now[name]}: use optimizer.step(closure) "
@@ -169,18 +198,34 @@ def _devices(inputs: Sequence[Tensor]) -> list[torch.device]:
     return [inputs[0].device]
 
 
-def _on_side_stream(work: Callable[[], Any]) -> None:
-    """Warm up where a capture will run: not on the default stream."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, map(distributed.local, tensors)))
 
 
-def _capture(work: Callable[[], Any]) -> Callable[[], None]:
-    """Return what replays ``work``."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return distributed.local(tensor).untyped_storage()
+
+
+@contextmanager
+def _side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
+    """Be on another stream of ``device`` than the default one, where nothing is captured; and back, come what may."""
+    with torch.cuda.device(device):
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        try:
+            with torch.cuda.stream(aside):
+                yield aside
+        finally:
+            here.wait_stream(aside)
+
+
+def _capture(work: Callable[[], Any], device: torch.device) -> torch.cuda.CUDAGraph:
+    """Return the graph of ``work``; other threads may go on meanwhile, such as a data loader's, which pin memory.
+
+    torch's own stream for captures is on the device of the first one, and stays the current one where one fails.
+    """
+    with _side_stream(device) as stream:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            work()
+    return graph

@@ -105,7 +105,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
 
   m.def("copy_all", bsam::copy_all, "Every tensor of a list into the one of another at its place.");
-  m.def("places", bsam::places, "Where each tensor's elements are, and its shape.");
+  m.def("places", bsam::places, "Where each tensor's elements are, and how they lie.");
   m.def("same_items", bsam::same_items, "Whether both lists hold the same objects.");
   py::class_<bsam::Seen>(m, "Seen", "A base optimizer's state as it was seen.", py::module_local())
       .def(py::init<const py::dict&>())

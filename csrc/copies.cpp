@@ -22,7 +22,7 @@ const at::Tensor& tensor_of(PyObject* item) {
 
 bool is_bytes(const at::Tensor& t) {
   return t.is_cpu() && t.layout() == at::kStrided && t.is_non_overlapping_and_dense() && !t.is_conj() && !t.is_neg() &&
-         t.nbytes() <= kSmallBytes && in_storage(t, false);
+         t.nbytes() <= kSmallBytes;
 }
 
 bool alike(const at::Tensor& a, const at::Tensor& b) {
@@ -37,11 +37,12 @@ pybind11::bytes places(const pybind11::list& tensors) {
   std::string bytes;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
     const at::Tensor& t = tensor_of(PyList_GET_ITEM(tensors.ptr(), i));
-    const void* address = t.const_data_ptr();
-    const int64_t dim = t.dim();
-    append(bytes, &address, sizeof address);
-    append(bytes, &dim, sizeof dim);
-    append(bytes, t.sizes().data(), size_t(dim) * sizeof(int64_t));
+    const char* memory = memory_of(storage_of(t));
+    const int64_t numbers[] = {int64_t(t.scalar_type()), t.dim(), t.storage_offset(), int64_t(storage_of(t)->nbytes())};
+    append(bytes, &memory, sizeof memory);
+    append(bytes, numbers, sizeof numbers);
+    append(bytes, t.sizes().data(), t.sizes().size() * sizeof(int64_t));
+    append(bytes, t.strides().data(), t.strides().size() * sizeof(int64_t));
   }
   return bytes;
 }
@@ -51,6 +52,8 @@ void copy_all(const pybind11::list& to, const pybind11::list& from) {
   if (count != PyList_GET_SIZE(from.ptr())) throw std::invalid_argument("copy_all: lists of different lengths");
   for (Py_ssize_t i = 0; i < count; ++i) {
     const at::Tensor &a = tensor_of(PyList_GET_ITEM(to.ptr(), i)), &b = tensor_of(PyList_GET_ITEM(from.ptr(), i));
+    if (!in_storage(a, false) || !in_storage(b, false))
+      throw std::runtime_error("copy_all: a tensor's memory was freed or shrunk");
     if (alike(a, b) && is_bytes(a) && is_bytes(b))
       std::memcpy(a.mutable_data_ptr(), b.const_data_ptr(), a.nbytes());
     else

@@ -3,6 +3,7 @@
 import zlib
 
 import host_cuda
+import host_graphs
 import pytest
 import ranks
 import torch
@@ -100,6 +101,12 @@ def backend(request, monkeypatch):
         return
     with torch.device(device), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         yield request.param
+
+
+@pytest.fixture
+def captures(backend, monkeypatch):
+    """Have the stand-in where there is no GPU; returns it."""
+    return None if torch.get_default_device().type == "cuda" else host_graphs.stand_in(monkeypatch)
 
 
 @pytest.fixture

@@ -1,73 +1,25 @@
-"""GraphedStep: on a GPU against eager steps; elsewhere what it refuses, and all that it does but the capture itself.
+"""GraphedStep against eager steps: on a GPU, and on the host, where host_graphs.py stands in for CUDA's graphs."""
 
-The stand-in for a graph runs the step with the CUDA backend on the host, whose stream says that it is capturing: so it
-allocates nothing, and raises where options are not on the device yet.
-"""
-
-import os
+import contextlib
 
 import pytest
 import torch
-from torch import nn
+from graphed import (
+    assert_equal,
+    data,
+    eager_step,
+    every_base,
+    every_kind,
+    loss_fn,
+    network,
+    optimizer,
+    twins,
+    where,
+)
 from torch.optim.lr_scheduler import LambdaLR
 
-from bsam_fused import ASAM, BSAM, SAM, graphs, schedules
+from bsam_fused import BSAM, SAM, schedules
 from bsam_fused.graphs import GraphedStep
-
-KINDS = {"SAM": SAM, "ASAM": ASAM, "BSAM": BSAM}
-BASES = {"SGD": (torch.optim.SGD, {"momentum": 0.9}), "AdamW": (torch.optim.AdamW, {"eps": 1e-3})}
-every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-every_base = pytest.mark.parametrize("base", BASES)
-where = pytest.mark.parametrize(
-    "backend", ["cuda-on-host", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
-)
-loss_fn = nn.functional.cross_entropy
-
-
-@pytest.fixture
-def captures(backend, monkeypatch):
-    """With the graph's stand-in, where there is no GPU."""
-    if torch.get_default_device().type == "cuda":
-        return
-
-    def replay(work):
-        with monkeypatch.context() as patch:
-            patch.setitem(os.environ, "SHIM_CAPTURING", "1")
-            work()
-
-    monkeypatch.setattr(graphs, "_check_devices", lambda *_: None)
-    monkeypatch.setattr(graphs, "_devices", lambda _: [])
-    monkeypatch.setattr(graphs, "_on_side_stream", lambda work: work())
-    monkeypatch.setattr(graphs, "_capture", lambda work: lambda: replay(work))
-
-
-def network():
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 40), nn.BatchNorm1d(40), nn.Dropout(0.2), nn.Tanh(), nn.Linear(40, 3))
-
-
-def data(seed, n=8):
-    torch.manual_seed(seed)
-    return torch.randn(n, 6), torch.randint(3, (n,))
-
-
-def optimizer(kind, model, base="SGD", **options):
-    kind_of_base, base_options = BASES[base]
-    return kind(model.parameters(), kind_of_base, lr=0.05, backend="cuda", model=model, **base_options, **options)
-
-
-def eager_step(model, opt, batch):
-    def closure():
-        loss = loss_fn(model(batch[0]), batch[1])
-        loss.backward()
-        return loss
-
-    return opt.step(closure)
-
-
-def assert_equal(model, other):
-    for (name, value), expected in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @where
@@ -75,16 +27,21 @@ def assert_equal(model, other):
 @every_base
 @pytest.mark.usefixtures("captures")
 def test_replays_train_as_eager_steps_do(kind, base):
-    """With new data, and learning rate, ρ and so ρ_min scheduled."""
-    models = [network() for _ in range(2)]
-    for model in models:
-        model[2].p = 0.0  # a graph draws other numbers than eager steps do
-    opts = [optimizer(kind, model, base, weight_decay=0.01) for model in models]
+    """With new data, and learning rate, ρ and so ρ_min scheduled; a replay calls neither model nor loss."""
+    called = []
+
+    def counted(output, target):
+        called.append(target)
+        return loss_fn(output, target)
+
+    models, opts = twins(kind, base, weight_decay=0.01)
     rates = [LambdaLR(opt, lambda t: 0.7**t) for opt in opts]
     radii = [schedules.LinearRadius(opt, 6, end=0.01) for opt in opts]
-    graphed = GraphedStep(models[0], loss_fn, opts[0], data(0))
+    graphed = GraphedStep(models[0], counted, opts[0], data(0))
+    called.clear()
     for t in range(5):
         loss = graphed(*data(t))
+        assert not called
         expected = eager_step(models[1], opts[1], data(t))
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=1e-6)
         assert_equal(*models)
@@ -161,6 +118,11 @@ def test_what_a_graph_has_fixed():
             lambda: opt.param_groups[0].update(momentum=0.9),
         ),
     ]
+    loss_fn(model(data(0)[0]), data(0)[1]).backward()
+    opt.ascend()
+    with pytest.raises(RuntimeError, match="a captured step while the weights are perturbed"):
+        graphed(*data(1))
+    opt.restore()
     for name, change, back in changes:
         change()
         with pytest.raises(RuntimeError, match=f"{name} was .* when this step was captured"):
@@ -194,16 +156,19 @@ def test_what_cannot_be_captured():
 
 @where
 @pytest.mark.usefixtures("captures")
-def test_options_are_written_before_a_capture_and_not_in_it(monkeypatch):
+def test_options_are_written_before_a_capture_and_not_in_it():
     """Else all replays would write those of the capture."""
     model = network()
     opt = optimizer(BSAM, model)
-    graphed = GraphedStep(model, loss_fn, opt, data(0))
-    opt.param_groups[0]["rho_min"] = 0.2
-    monkeypatch.setattr(BSAM, "write_options", lambda self: None)
-    if torch.get_default_device().type == "cpu":  # as the stand-in shows it; a GPU's replay would use the old one
-        with pytest.raises(RuntimeError, match=r"optimizer.write_options\(\) before"):
-            graphed(*data(1))
+    passes = iter(range(100))
+
+    def late(output, target):
+        if next(passes) == 9:  # the capture's first pass
+            opt.param_groups[0]["rho"] = 0.2
+        return loss_fn(output, target)
+
+    with pytest.raises(RuntimeError, match=r"optimizer.write_options\(\) before"):
+        GraphedStep(model, late, opt, data(0))
 
 
 def test_only_tensors_on_one_gpu():
@@ -222,27 +187,57 @@ def test_only_tensors_on_one_gpu():
         GraphedStep(network, loss_fn, opt, data(0))
 
 
-@pytest.mark.cuda
-def test_a_capture_that_fails_does_nothing():
-    """Here in the second pass: what the first one was to do was never done."""
-    with torch.device("cuda"):
-        model = network()
-        opt = optimizer(SAM, model)
-        eager_step(model, opt, data(0))
-        weights = [p.detach().clone() for p in model.parameters()]
-        passes = iter(range(100))
+@where
+@pytest.mark.parametrize("passes_before", [0, 1])
+def test_a_capture_that_fails_does_nothing(captures, passes_before):
+    """Here in the first pass or the second: what was captured was never done; the current stream is what it was."""
+    model = network()
+    opt = optimizer(SAM, model)
+    eager_step(model, opt, data(0))
+    weights = [p.detach().clone() for p in model.parameters()]
+    streams = [*captures.streams] if captures else torch.cuda.current_stream()
+    passes = iter(range(100))
 
-        def waits(output, target):
-            loss = loss_fn(output, target)
-            if next(passes) >= 7:
-                loss.item()
-            return loss
+    def waits(output, target):
+        loss = loss_fn(output, target)
+        if next(passes) == 6 + passes_before:
+            loss.item()
+        return loss
 
-        with pytest.raises(RuntimeError):
-            GraphedStep(model, waits, opt, data(0))
-        assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
-        eager_step(model, opt, data(0))
-        assert opt.skipped_steps == 0
+    with pytest.raises(RuntimeError):
+        GraphedStep(model, waits, opt, data(0))
+    assert (captures.streams if captures else torch.cuda.current_stream()) == streams
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+    eager_step(model, opt, data(0))
+    assert opt.skipped_steps == 0
+    GraphedStep(model, loss_fn, opt, data(0))(*data(1))
+
+
+@where
+def test_other_threads_go_on_while_a_step_is_captured(captures):
+    """A data loader's pins memory meanwhile, which torch's default forbids to all threads."""
+    if captures is None:
+        pytest.skip("what torch is told is seen in the stand-in alone")
+    model = network()
+    GraphedStep(model, loss_fn, optimizer(SAM, model), data(0))
+    assert captures.error_modes == ["thread_local"]
+
+
+@where
+@every_kind
+def test_a_gpu_that_is_not_the_current_one(captures, kind, monkeypatch):
+    """Not the stand-in's first device: nothing may be captured from its stream, nor done on it."""
+    if captures is None and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    with torch.device("cuda", 1) if captures is None else contextlib.nullcontext():
+        monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", torch.cuda.Stream())  # of a capture there
+        models, opts = twins(kind)
+        graphed = GraphedStep(models[0], loss_fn, opts[0], data(0))
+        assert_equal(*models)
+        for t in range(2):
+            graphed(*data(t))
+            eager_step(models[1], opts[1], data(t))
+            assert_equal(*models)
 
 
 @where

@@ -54,7 +54,7 @@ class SharpnessAwareMixin:
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._micro_batches = ()
             for optimizer in self.trainer.optimizers:
-                getattr(optimizer, "_open_first_pass", nullcontext)()
+                getattr(optimizer, "_begin_first_pass", nullcontext)()
         takes = len(inspect.signature(self.training_step).parameters)  # type: ignore[attr-defined]
         self._micro_batches += ((batch, batch_idx)[:takes],)
         return super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]
@@ -93,6 +93,7 @@ class SharpnessAwareMixin:
             return loss
 
         try:
+            inner._passes.is_open = inner.active  # its first pass was begun with its first micro-batch
             if inner.active and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
                 for call in inner._calls[:-1]:
                     run_pass()

@@ -42,7 +42,7 @@ class SharpnessAwareMixin:
         """Fetch the micro-batches of a step, as the Trainer does, and keep them."""
         fetched = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         self._micro_batches = fetched[0]
-        self._sharpness_aware._open_first_pass()
+        self._sharpness_aware._begin_first_pass()
         return fetched
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:

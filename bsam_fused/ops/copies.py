@@ -15,12 +15,12 @@ _on_cpu: Callable[[list[Tensor], list[Tensor]], None] = (
 )
 
 
-def _places(tensors: list[Tensor]) -> tuple[list[int], list[torch.Size]]:
-    return list(map(Tensor.data_ptr, tensors)), [tensor.shape for tensor in tensors]
+def _places(tensors: list[Tensor]) -> list[object]:
+    return [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.untyped_storage().nbytes()) for t in tensors]
 
 
 places: Callable[[list[Tensor]], object] = _places if _native is None else _native.places
-"""Returns where each tensor's elements are, and its shape: to be compared with what this returned before."""
+"""Returns where each tensor's elements are, and how they lie: to be compared with what this returned before."""
 
 
 @torch.no_grad()

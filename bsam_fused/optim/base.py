@@ -7,7 +7,7 @@ them to the next w. A phase reads all gradients before it writes anything, so an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any, ClassVar, TypeVar, overload
 
@@ -226,7 +226,7 @@ class SharpnessAware(Phased):
         self._flats.poison(ASCENT, loss)
         totals = self._flats.totals()
         self._require_gradients("ascend")
-        self._passes.keep(self.model)
+        self._passes.keep(self.model, self._parameters())
         try:
             self._enter(Phase.ASCENDED)
             self._flats.slots = (ASCENT,)
@@ -235,9 +235,6 @@ class SharpnessAware(Phased):
         except BaseException:
             self.restore()
             raise
-
-    def _parameters(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -309,7 +306,7 @@ class SharpnessAware(Phased):
         if rule is None and max_norm == math.inf:
             self._flats.hand_over()
             self.base_optimizer.step()
-            self._forget_copies()
+            self._come_to_rest()
             self._flats.end_step((), made=True)
             return
         try:

@@ -142,7 +142,7 @@ class BSAM(SharpnessAware):
             flat.descend(sums, radii, norm_eps)
         self._flats.poison(MAX, loss)
         self._note_rates()
-        self._passes.is_under_way = False
+        self._passes.finish()
 
     def _plain_step(self, loss: Any = None) -> None:
         super()._plain_step(loss)

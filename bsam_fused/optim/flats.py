@@ -28,6 +28,7 @@ from bsam_fused.ops.contract import (
 from bsam_fused.ops.identity import same_items
 from bsam_fused.ops.one_go import in_one_go
 from bsam_fused.ops.sharded_flat import ShardedFlatParams
+from bsam_fused.optim.captured import Captured
 from bsam_fused.optim.fused import FusedRule
 from bsam_fused.optim.groups import check_parameters, takes_part
 from bsam_fused.optim.scaling import Scaled
@@ -349,6 +350,10 @@ class Flats:
         """Write the groups' options to where captured phases read them."""
         for flat in self:
             flat.write_options(tables)
+
+    def captured(self) -> Captured:
+        """Return what the step that was just captured reads and writes here."""
+        return Captured(list(self), self._state)
 
     def disregard(self, steps: int) -> None:
         """Do not count the last ``steps`` steps, all skipped."""

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import ClassVar, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bsam_fused import checks, distributed
 from bsam_fused.optim import trainers
@@ -42,7 +42,7 @@ class Phased(Persistent):
 
     active: bool
     model: nn.Module | None
-    same_randomness: bool
+    same_randomness: bool = False
     sync: distributed.Sync
     _phase = Phase.REST
     _looking_at_w = False
@@ -153,12 +153,12 @@ class Phased(Persistent):
         ``sync="last"`` DDP reduces no gradient in it that the optimizer wants as it is: in SAM's first pass, in all of
         BSAM's. `step` with a closure enters it itself; while ``active`` is False it does nothing.
         """
-        if not self._active:
-            yield
-            return
         passes = self._passes
         if not self._at_rest:
             passes.begin_extra()
+        elif not self._active:
+            yield
+            return
         elif not passes.is_open:
             self._begin_first_pass()
         try:
@@ -172,15 +172,12 @@ class Phased(Persistent):
     no_sync = one_pass  # its old name
 
     def _begin_first_pass(self) -> None:
-        params = (p for group in self.param_groups for p in group["params"])
-        drawing = (p.device for p in params if self.same_randomness)
-        self._passes.begin_first(self.model, drawing)
-
-    def _open_first_pass(self) -> None:
-        """Begin the first pass where a trainer does, which accumulates its gradients and calls the phases later."""
+        """Begin the first pass; a trainer that accumulates does it, and calls the phases later."""
         if self._active and self._at_rest:
-            self._begin_first_pass()
-            self._passes.is_open = True
+            self._passes.begin_first(self.model, self._parameters(), self.same_randomness)
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
 
     def _unreduced(self) -> AbstractContextManager[None]:
         mixes = self._keeps_g or self._following != "step"
@@ -241,5 +238,8 @@ class Phased(Persistent):
     def _show_w(self, at_w: bool) -> None:
         for flat in self._flats:
             flat.show_w(at_w)
-        self._passes.leave()
+        if at_w:
+            self._passes.step_aside(self.model)
+        else:
+            self._passes.come_back()
         self._forget_copies()

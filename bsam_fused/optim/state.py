@@ -67,7 +67,7 @@ class StateViews:
         Raises:
             ValueError: a state has another shape than its parameter, by name; then nothing was changed.
         """
-        if self._seen is None or self._state is not state or self._kept != kept or not self._seen.same(state):
+        if self._kept != kept or not self.shows(state):
             self._bring_in(flats, state, kept)
         for flat in flats:
             members = kept.begins(flat)
@@ -128,6 +128,41 @@ class StateViews:
         self._state.update(with_steps_on_host(dict(self._state)))
         self._kept, self._seen, self._state = None, None, {}
         return True
+
+    # ---- for steps that are replayed
+
+    @property
+    def kept(self) -> Kept | None:
+        """What is in the flat buffers, if anything; another object whenever these are other ones."""
+        return self._kept
+
+    @property
+    def seen(self) -> identity.Seen | None:
+        """What ``state`` was made of; another object whenever it was changed from here."""
+        return self._seen
+
+    def shows(self, state: State) -> bool:
+        """Return whether ``state`` is what it was made from here, and nobody has changed it."""
+        return self._seen is not None and self._state is state and self._seen.same(state)
+
+    def keys(self, flat: FlatParams) -> list[str]:
+        """Return the keys of all the state that ``flat`` has now; "step" is in every update."""
+        assert self._kept  # after an update
+        return list({"step": None} | {key: None for i in self.begun(flat) for key in self._kept.keys(flat, i)})
+
+    def begun(self, flat: FlatParams) -> list[int]:
+        """Return the parameters whose state is shown."""
+        assert self._kept  # after an update
+        wanted = [self._kept.keys(flat, i) for i in range(len(flat.params))]
+        return [i for i, keys in enumerate(wanted) if keys and self._state.get(flat.params[i], {}).keys() >= {*keys}]
+
+    def begin_again(self, flat: FlatParams, members: Sequence[int]) -> None:
+        """Show the state of ``members`` where it was taken back."""
+        begun = {*self.begun(flat)}
+        missing = [i for i in members if i not in begun]
+        if missing:
+            assert self._kept  # after an update
+            self._begin(flat, missing, self._state, self._kept)
 
 
 def _held(flat: FlatParams, state: State, kept: Kept) -> dict[int, tuple[dict[str, Any], Views]]:

@@ -4,6 +4,7 @@
 // next barrier or shuffle, in another order each time, so that a missing barrier shows. A barrier waits for all
 // threads of the block, a shuffle for all of the warp; where some wait for others that never come, the launch fails,
 // as a GPU would hang. Blocks run one after another, on "multiprocessors" so few that each gets several chunks.
+// While a graph is captured, launches are kept with their parameters as they are then, and not run: see cuda.cpp.
 #pragma once
 
 #include <setjmp.h>
@@ -11,7 +12,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -207,17 +207,29 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
   return cudaSuccess;
 }
 
-// Says what a test asks it to say.
+namespace shim {
+
+inline bool capturing = false;
+inline std::vector<std::function<void()>> captured;  // launches
+
+}  // namespace shim
+
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = std::getenv("SHIM_CAPTURING") ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  *status = shim::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  gridDim = config->gridDim;
-  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
-    shim::Block::current().run(config->blockDim.x, [&] { kernel(arguments...); });
+  const auto launch = [=, grid = config->gridDim, block = config->blockDim] {
+    gridDim = grid;
+    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
+      shim::Block::current().run(block.x, [&] { kernel(arguments...); });
+  };
+  if (shim::capturing)
+    shim::captured.push_back(launch);
+  else
+    launch();
   return cudaSuccess;
 }
