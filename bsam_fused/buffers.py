@@ -101,7 +101,7 @@ class _Found(NamedTuple):
     """Those with buffers."""
     owners: list[Buffers]
     """Their buffers."""
-    params: list[Tensor]
+    params: list[Tensor | None]
     """All parameters of the model, and what else is trained."""
 
 
@@ -122,7 +122,7 @@ class _Layout:
         self.passing = [module._non_persistent_buffers_set & named.keys() for module, named in self._pairs()]
         tensors = list({id(tensor): tensor for tensor in self.objects if tensor is not None}.values())
         self._unready = any(map(nn.parameter.is_lazy, tensors))  # whose memory is still to come
-        self._params = [p for p in map(distributed.local, found.params) if _has_memory(p)]
+        self._params = [p for p in map(distributed.local, found.params) if p is not None and _has_memory(p)]
         trained = set(map(_storage, self._params))
         local = map(distributed.local, tensors)
         self.tensors: list[Tensor] = [t for t in local if _has_memory(t) and _storage(t) not in trained]
@@ -180,19 +180,20 @@ def _find(model: nn.Module, params: Iterable[Tensor]) -> _Found:
     """Walk through all modules: `Module.modules` takes several times as long."""
     modules: list[nn.Module] = [model]
     seen = {id(model)}
-    found = _Found([], [], [])
+    with_buffers: list[nn.Module] = []
+    owners: list[Buffers] = []
+    trained: list[Tensor | None] = []
     for module in modules:
-        if module._buffers:
-            found.modules.append(module)
-            found.owners.append(module._buffers)
-        if module._parameters:
-            found.params.extend(p for p in module._parameters.values() if p is not None)
-        for child in module._modules.values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                modules.append(child)
-    found.params.extend(params)
-    return found
+        if buffers := module._buffers:
+            with_buffers.append(module)
+            owners.append(buffers)
+        trained += module._parameters.values()
+        if children := module._modules:
+            for child in children.values():
+                if child is not None and id(child) not in seen:
+                    seen.add(id(child))
+                    modules.append(child)
+    return _Found(with_buffers, owners, [*trained, *params])
 
 
 def _objects(owners: Iterable[Buffers]) -> list[Tensor | None]:

@@ -50,12 +50,12 @@ class Passes:
 
     def begin_extra(self) -> None:
         """Begin a later pass, where the first one began."""
-        if not self._is_left:
-            self.leave()
-        if self._is_begun:
-            if self._begun is not None:
-                self._begun.rewind()
-            _set(self._draws)
+        begun = self._begun if self._is_begun else None
+        if not (self._is_left or (begun is not None and begun.is_in_place)):
+            self.leave()  # for what `rewind` does not write
+        if begun is not None:
+            begun.rewind()
+        _set(self._draws)
         self._is_left, self.is_under_way = False, True
 
     def keep(self, model: nn.Module | None, params: Iterable[Tensor]) -> None:
