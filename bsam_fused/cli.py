@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,9 +118,7 @@ def _choices() -> Iterator[tuple[str, str]]:
     """Yield what runs for tensors on each kind of device there is, and why; or why nothing does."""
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the reason for a slower backend is part of choice.why
-                choice = dispatch.choose("auto", torch.device(device))
+            choice = dispatch.choose("auto", torch.device(device))
             yield f"{device} tensors", f"{choice.backend} ({choice.why})"
         except (RuntimeError, ValueError) as error:
             yield f"{device} tensors", f"none: {error}"

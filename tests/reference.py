@@ -40,9 +40,12 @@ def w_min(w, g, n, o, norm_eps=1e-12):
 
 def rho_min(o):
     """ρ_end + (ρ_min − ρ_end)(lr_t − lr_end)/(lr_max − lr_end), BSAM eq. 12, the fraction kept in [0, 1]."""
-    if o["rho_min_decay"] == "none" or o["lr_max"] == o["rho_min_lr_end"]:
+    if o["rho_min_decay"] == "none":
         return o["rho_min"]
-    share = (o["lr"] - o["rho_min_lr_end"]) / (o["lr_max"] - o["rho_min_lr_end"])
+    lr_max = o.get("lr_max") or max(o["lr"], o["given_lr"], o["largest_lr"])
+    if lr_max == o["rho_min_lr_end"]:
+        return o["rho_min"]
+    share = (o["lr"] - o["rho_min_lr_end"]) / (lr_max - o["rho_min_lr_end"])
     return o["rho_min_end"] + (o["rho_min"] - o["rho_min_end"]) * min(max(share, 0), 1)
 
 

@@ -289,8 +289,9 @@ def test_dispatch_on_a_gpu(monkeypatch):
     assert dispatch.choose("auto", torch.device("cuda")).backend == "cuda"
     assert "not on cpu" in dispatch.unavailable("cuda", "cpu")
     monkeypatch.setattr(native_flat, "why_no_cuda", lambda: "there is no nvcc")
-    with pytest.warns(UserWarning, match="slower torch backend; cuda: there is no nvcc"):
-        assert dispatch.choose("auto", torch.device("cuda")).backend == "torch"
+    choice = dispatch.choose("auto", torch.device("cuda"))
+    assert choice.backend == "torch"
+    assert "slower torch backend; cuda: there is no nvcc" in choice.slower
     with pytest.raises(RuntimeError, match="backend='cuda' for tensors on cuda: there is no nvcc"):
         dispatch.choose("cuda", torch.device("cuda"))
 

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "ops.sharded_flat": {"ops.contract", "distributed"},
     "ops.identity": {"ops.native_flat"},
     "ops.one_go": set(),
-    "ops.dispatch": {"callers", "ops.contract", "ops.torch_lists", "ops.triton_flat", "ops.native_flat"},
+    "ops.dispatch": {"ops.contract", "ops.torch_lists", "ops.triton_flat", "ops.native_flat"},
     "ops": set(),
     "optim": set(),
     "optim.fused": {"ops.contract"},
@@ -75,6 +75,7 @@ MAY_IMPORT = {
     "optim.passes": {"buffers"},
     "optim.phases": {"checks", "optim.passes", "optim.persistence", "optim.trainers", "distributed"},
     "optim.base": {
+        "callers",
         "checks",
         "ops.contract",
         "ops.dispatch",

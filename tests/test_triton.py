@@ -111,7 +111,7 @@ def test_tables_are_written_only_where_they_changed(monkeypatch):
     assert written == []
     opt.param_groups[0]["lr"] = 0.05
     step()
-    assert [len(rows[0]) for rows in written] == [4, 7]
+    assert [len(rows[0]) for rows in written] == [6, 8]
     for g in slots[1]:
         g.data = g.clone()
     step()
@@ -144,7 +144,9 @@ def test_options_are_written_where_captured_phases_read_them():
     opt.write_options()
     (flat,) = opt._flats
     rows = {name: table.rows[0] for name, table in flat._tables.items()}
-    assert rows["square_norm 0"] == (0.0, True, 0.3, 0.0)
-    assert rows["ascend"] == (0.7, True, 0.3, opt.norm_eps)
-    assert rows["descend"] == (pytest.approx(-0.05 * 0.5), True, 0.3, opt.norm_eps)
+    assert rows["square_norm 0"] == (0.0, True, 0.3, 0.0, 0.0, flat.limit)
+    assert rows["ascend"] == (0.7, True, 0.3, 0.7, opt.norm_eps, flat.limit)
+    radius = rows["descend"][3]
+    assert radius == pytest.approx(0.05 * 0.5)
+    assert rows["descend"] == (-radius, True, 0.3, radius, opt.norm_eps, flat.limit)
     assert rows["update"][0] == 0.05

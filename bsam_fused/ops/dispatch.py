@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from bsam_fused import callers
 from bsam_fused.ops import contract, native_flat, torch_lists, triton_flat
 
 Factory = Callable[[Sequence[Tensor], Sequence[tuple[int, int]], int | None], contract.FlatParams]
@@ -33,6 +32,8 @@ class Choice(NamedTuple):
     backend: str
     why: str
     build: Factory
+    slower: str = ""
+    """What to warn of, where there is a faster one that could not be had."""
 
 
 def unavailable(backend: str, device_type: str) -> str | None:
@@ -84,10 +85,9 @@ def _best(device: torch.device) -> Choice:
         if reason is None:
             break
         missing.append(f"{backend}: {reason}")
-    if backend == "torch" and missing:
-        callers.warn(f"bsam_fused runs on its slower torch backend; {missing[0]}")
+    slower = f"bsam_fused runs on its slower torch backend; {missing[0]}" if backend == "torch" and missing else ""
     why = f"auto's choice for {device.type} tensors" + "".join(f"; without {reason}" for reason in missing)
-    return Choice(backend, why, _FACTORIES[backend])
+    return Choice(backend, why, _FACTORIES[backend], slower)
 
 
 def updates(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from bsam_fused import checks, distributed
+from bsam_fused import callers, checks, distributed
 from bsam_fused.ops import contract, dispatch
 from bsam_fused.ops.contract import ASCENT, MAX, MIN, Radius
 from bsam_fused.optim import fused, groups, hooks, metrics, scaling, shown, trainers
@@ -91,7 +91,9 @@ class SharpnessAware(Phased):
             base.param_groups, base.state = owned
         self._notice()
         self._fused_rule()  # raises where master weights need one
-        _ = self.backends  # raises now, and not in the first step, where one asked for is missing
+        for choice in self._choices().values():  # raises now, and not in the first step, where one asked for is missing
+            if choice.slower:
+                callers.warn(choice.slower)
 
     profile_hook_step = staticmethod(hooks.hooked_where_watched)  # type: ignore[assignment]
 
@@ -104,9 +106,11 @@ class SharpnessAware(Phased):
         Raises:
             RuntimeError: the one asked for cannot be had, with the reason.
         """
+        return {str(device): f"{choice.backend} ({choice.why})" for device, choice in self._choices().items()}
+
+    def _choices(self) -> dict[torch.device, dispatch.Choice]:
         devices = {p.device for p in self._parameters() if not p.is_meta}
-        choices = {device: dispatch.choose(self.backend, device) for device in sorted(devices, key=str)}
-        return {str(device): f"{choice.backend} ({choice.why})" for device, choice in choices.items()}
+        return {device: dispatch.choose(self.backend, device) for device in sorted(devices, key=str)}
 
     def __repr__(self) -> str:
         """As torch's, with the base optimizer's class and the backends."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 
@@ -16,9 +15,7 @@ def shown(optimizer: Any, groups: str) -> str:
 def _running(optimizer: Any) -> str:
     """Return which backend runs on each device; where the one asked for cannot be had, why."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a slower one: told where it begins to run
-            chosen = optimizer.backends
+        chosen = optimizer.backends
     except (RuntimeError, ValueError) as error:
         return str(error)
     return ", ".join(f"{why.split()[0]} on {device}" for device, why in chosen.items())
