@@ -1,7 +1,7 @@
 # make report   train on the digits and show what sharpness-aware steps cost
 # make test     the tests
 # make test-triton   those of the Triton kernels, in Triton's interpreter
-# make interrupts    what an interrupt leaves, after every call and of 500 real signals (SEED=... repeats their order)
+# make interrupts    what an interrupt leaves, at every line, after every call and of 500 real signals (SEED=... repeats their order)
 # make test-recipes  the snippets of docs/recipes.md
 # make test-trainers the loops of timm and fastai, in an environment of their own (6 GB, in .venv-trainers)
 # make fuzz     random calls and faults beside an independent model, for FUZZ_SECONDS (an hour); prints how to repeat a failure
@@ -44,6 +44,7 @@ test-triton: $(BUILT)
 
 interrupts: $(BUILT)
 	$(BIN)/python -m pytest -q -s -m interrupts
+	$(BIN)/python -m pytest -q --whole tests/test_interrupts.py::test_at_every_line
 
 test-recipes: $(BUILT)
 	$(BIN)/python -m pytest -q -m recipe

@@ -40,6 +40,7 @@ every_combination = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.part(2)
 @every_combination
 def test_at_every_line(optimizer, way, backend, dtypes, steps, error):
     assert_none(complaints(lambda: Run(optimizer, backend, dtypes, steps), WAYS[way], error))
