@@ -350,7 +350,7 @@ class PythonFlatParams(ABC):
     @torch.no_grad()
     def combine(self, sums: Tensor, from_saved: bool, max_norm: float) -> bool:
         """Put d into .grad, w into the weights."""
-        directions = self._run_direction(sums, max_norm) if self._can_update(sums, max_norm) else None
+        directions = self._run_direction(sums, max_norm) if self._scales(sums, max_norm) else None
         if directions is None or not self._holds(directions.values()):
             self._commit(*self._put_back(), partial(self.skipped.add_, 1), partial(self.step_count.add_, 1))
             return False
@@ -360,12 +360,13 @@ class PythonFlatParams(ABC):
             self.params[i].grad = d
         return True
 
-    def _can_update(self, sums: Tensor, max_norm: float) -> bool:
-        """Return whether the sums are finite, and d and what it is made of within the limit; waits for them."""
+    def _scales(self, sums: Tensor, max_norm: float) -> DirectionScales | None:
+        """Return those of an update; None where the sums are not finite, or d not within the limit. Waits for them."""
         numbers = sums.tolist()
         if not all(map(math.isfinite, numbers[:CHECKED])):
-            return False
-        return DirectionScales.of(numbers, self._bilateral, max_norm).are_within(numbers, self._bilateral, self.limit)
+            return None
+        scales = DirectionScales.of(numbers, self._bilateral, max_norm)
+        return scales if scales.are_within(numbers, self._bilateral, self.limit) else None
 
     def _holds(self, directions: Iterable[Tensor]) -> bool:
         """Return whether directions are finite in 16 bits, which hold less than what d was computed with."""

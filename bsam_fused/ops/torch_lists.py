@@ -212,11 +212,9 @@ class TorchListFlatParams(TorchFlatParams):
             gs = [gradients[i] for i in members]
             perturb(self._weights_of(members), gs, step, radii[group])()
 
-    def _directions(
-        self, members: Sequence[int], sums: Sequence[float], max_norm: float
-    ) -> tuple[dict[int, Tensor], list[Call]]:
+    def _directions(self, members: Sequence[int], scales: DirectionScales) -> tuple[dict[int, Tensor], list[Call]]:
         """Return d of every member, once the calls were made: g is written to, this pass's gradients are not."""
-        c, factor = DirectionScales.of(sums, self._bilateral, max_norm)
+        c, factor = scales
         if not self._bilateral and factor == 1 and len(members) == len(self._now):
             return self._now, []
         none = [i for i in members if i not in self._now and i not in self._g]
@@ -245,10 +243,11 @@ class TorchListFlatParams(TorchFlatParams):
         rule: Callable[[Options, list[int], Tensors, Tensors], list[Call]],
     ) -> None:
         count = partial(self.step_count.add_, 1)
-        if not self._can_update(update.sums, update.max_norm):
+        scales = self._scales(update.sums, update.max_norm)
+        if scales is None:
             self._commit(*self._put_back(), partial(self.skipped.add_, 1), count)
             return
-        ds, writes = self._directions(members, update.sums.tolist(), update.max_norm)
+        ds, writes = self._directions(members, scales)
         if update.from_saved and self._perturbed:
             writes.append(self._reset())
         grouped = self._grouped(members)
@@ -284,7 +283,7 @@ class TorchListFlatParams(TorchFlatParams):
         self._update(update, groups, members, rule)
 
     def _run_direction(self, sums: Tensor, max_norm: float) -> dict[int, Tensor]:
-        ds, calls = self._directions(self._members(), sums.tolist(), max_norm)
+        ds, calls = self._directions(self._members(), DirectionScales.of(sums.tolist(), self._bilateral, max_norm))
         for call in calls:
             call()
         for i in ds:
