@@ -41,11 +41,16 @@ class Around(torch.optim.Optimizer):
     # ---- what the base optimizer owns
 
     @property
+    def _groups(self) -> list[dict[str, Any]]:
+        """`param_groups`, for readers of our own, which are no GradScaler."""
+        return self.base_optimizer.param_groups
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The base optimizer's own param groups, with the sharpness-aware options in them."""
         if scaling.is_unscaling(sys._getframe(1)):
             self._hear_of_unscaling()
-        return self.base_optimizer.param_groups
+        return self._groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
@@ -73,18 +78,18 @@ class Around(torch.optim.Optimizer):
         """
         self._require_rest("add_param_group()")
         self._notice()
-        index = len(self.param_groups)
+        index = len(self._groups)
         if isinstance(param_group, dict):  # else torch says so
             groups.check_source(groups.params_of(param_group, index), index)
             ours = self.defaults.keys() - self.base_optimizer.defaults.keys()
             names.refuse_slips(param_group.keys() - self.defaults.keys(), ours, index)
         super().add_param_group(param_group)
         try:
-            others = [p for group in self.param_groups[:-1] for p in group["params"]]
-            groups.check_parameters(self.param_groups[-1], index, others)
-            self._check_options(self.param_groups[-1], index)
+            others = [p for group in self._groups[:-1] for p in group["params"]]
+            groups.check_parameters(self._groups[-1], index, others)
+            self._check_options(self._groups[-1], index)
         except Exception:
-            self.param_groups.pop()
+            self._groups.pop()
             raise
 
     def _notice(self) -> None:
@@ -93,23 +98,23 @@ class Around(torch.optim.Optimizer):
         Raises:
             ValueError: an option that cannot be used.
         """
-        if same_items(self.param_groups, self._known):
+        if same_items(self._groups, self._known):
             return
-        for i, group in enumerate(self.param_groups):
+        for i, group in enumerate(self._groups):
             before = self._known[i] if i < len(self._known) else {}
             self._rename(group)
             kept = {**self.defaults, **{option: before[option] for option in self._kept_options & before.keys()}}
             for option, value in kept.items():
                 group.setdefault(option, value)
             self._check_options(group, i)
-        count = self.param_groups[0]["rounded_steps"]
+        count = self._groups[0]["rounded_steps"]
         if count is not None:  # a state dict of ours
             if not self._at_rest:
                 return  # the FlatParams have this step's w
             self._flats = self._flats.anew(count)
-            for group in self.param_groups:
+            for group in self._groups:
                 group["rounded_steps"] = None
-        self._known = list(self.param_groups)
+        self._known = list(self._groups)
 
     def _rename(self, group: dict[str, Any]) -> None:
         """Give what an older version saved in a group its name of today."""

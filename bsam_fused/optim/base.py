@@ -148,7 +148,7 @@ class SharpnessAware(Phased):
 
     def _radii(self, option: str, sign: float) -> list[Radius]:
         """Return a radius a group: ``option``, with ``sign`` the other way under maximize."""
-        radii = [self._radius(group, option, i) for i, group in enumerate(self.param_groups)]
+        radii = [self._radius(group, option, i) for i, group in enumerate(self._groups)]
         largest = max(radii)
         return [
             Radius(
@@ -157,7 +157,7 @@ class SharpnessAware(Phased):
                 self._non_negative(group, "eta", i),
                 largest,
             )
-            for i, (group, radius) in enumerate(zip(self.param_groups, radii, strict=True))
+            for i, (group, radius) in enumerate(zip(self._groups, radii, strict=True))
         ]
 
     def _radius(self, group: dict[str, Any], option: str, index: int) -> float:
@@ -168,15 +168,15 @@ class SharpnessAware(Phased):
         return checks.non_negative("norm_eps", self.norm_eps)
 
     def _plain_radii(self) -> list[Radius]:
-        return [Radius(0.0)] * len(self.param_groups)
+        return [Radius(0.0)] * len(self._groups)
 
     def _read_gradients(self) -> None:
         """Read the gradients of this pass, of all that is in the param groups now."""
         at_rest = self._phase is Phase.REST
         if not at_rest:
-            for flat in self._flats.thaw(self.param_groups, self.backend):
+            for flat in self._flats.thaw(self._groups, self.backend):
                 flat.join(self._keeps_g, self._phase is Phase.DESCENDED)
-        elif not self._flats.fit(self.param_groups):
+        elif not self._flats.fit(self._groups):
             self._build()
         try:
             self._flats.read_gradients(first=at_rest)
@@ -201,7 +201,7 @@ class SharpnessAware(Phased):
     def _build(self) -> None:
         """Build FlatParams of the parameters as they are; only when all are built do they count."""
         flats = self._flats.anew()
-        flats.build(self.param_groups, self.backend)
+        flats.build(self._groups, self.backend)
         self._flats = flats
 
     def ascend(self) -> None:
@@ -298,7 +298,7 @@ class SharpnessAware(Phased):
         return not self._active or self._moves_nothing()
 
     def _moves_nothing(self) -> bool:
-        rates = [group.get("lr") for group in self.param_groups]  # some bases have none
+        rates = [group.get("lr") for group in self._groups]  # some bases have none
         return all(lr is not None and float(lr) == 0 for lr in rates)
 
     def _plain_step(self, loss: Any = None) -> None:
@@ -315,7 +315,7 @@ class SharpnessAware(Phased):
             return
         try:
             scaled = scaling.told(self)
-            scalars = [rule.scalars(group) for group in self.param_groups] if rule else []
+            scalars = [rule.scalars(group) for group in self._groups] if rule else []
             self._read_gradients()
             for flat in self._flats:
                 flat.begin_plain()
@@ -386,7 +386,7 @@ class SharpnessAware(Phased):
             )
             self._notice()
             rule = self._fused_rule()
-            scalars = [rule.scalars(group) for group in self.param_groups] if rule else []
+            scalars = [rule.scalars(group) for group in self._groups] if rule else []
             max_norm = groups.check_max_norm(self.max_grad_norm)
             self._read_gradients()
             self._sum_last_gradients(max_norm if self._group is None else math.inf)
@@ -444,7 +444,7 @@ class SharpnessAware(Phased):
         rule = fused.rule_for(self.base_optimizer, wanted="a captured step")
         assert rule  # a missing one raised
         radii = [*self._all_radii(), []][:2]
-        self._flats.write_options([*radii, [rule.scalars(group) for group in self.param_groups]])
+        self._flats.write_options([*radii, [rule.scalars(group) for group in self._groups]])
 
     # ---- several ranks
 
@@ -454,7 +454,7 @@ class SharpnessAware(Phased):
         return distributed.averaging_group(self.sync, self.model)
 
     def _clear_gradients(self) -> None:
-        if self._flats.fit(self.param_groups):
+        if self._flats.fit(self._groups):
             self._flats.clear_gradients()
         else:
             self.zero_grad()

@@ -149,7 +149,7 @@ class BSAM(SharpnessAware):
         self._note_rates()  # a late phase may come after the learning rate's peak
 
     def _note_rates(self) -> None:
-        for group in self.param_groups:
+        for group in self._groups:
             if group["rho_min_decay"] == "lr" and group.get("lr") is not None:
                 note_lr(group)
 

@@ -48,12 +48,12 @@ class Persistent(Around):
 
     def _packed(self) -> dict[str, Any]:
         """Return torch's state dict, which has no words for the state of what is in no param group any more."""
-        ids = {id(p) for group in self.param_groups for p in group["params"]}
+        ids = {id(p) for group in self._groups for p in group["params"]}
         state = self.state
         if all(id(key) in ids for key in state if isinstance(key, Tensor)):
             return super().state_dict()
         shown = torch.optim.Optimizer.__new__(torch.optim.Optimizer)
-        shown.__dict__.update(self.__dict__, param_groups=self.param_groups)
+        shown.__dict__.update(self.__dict__, param_groups=self._groups)
         shown.state = {key: entry for key, entry in state.items() if id(key) in ids or not isinstance(key, Tensor)}  # type: ignore[assignment]
         return torch.optim.Optimizer.state_dict(shown)
 
@@ -70,11 +70,11 @@ class Persistent(Around):
         self._require_rest("load_state_dict()")
         self._notice()
         state_dict = others.as_ours(state_dict)
-        for i, (here, group) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
+        for i, (here, group) in enumerate(zip(self._groups, state_dict["param_groups"], strict=False)):
             self._check_options({**here, **group}, i)
         state, masters = without_masters(state_dict["state"])
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = [p for group in self._groups for p in group["params"]]
         self._masters = {p: masters[i] for i, p in zip(ids, params, strict=False) if i in masters}  # type: ignore[misc]
         super().load_state_dict({**state_dict, "state": state})
         self._notice()
@@ -87,7 +87,7 @@ class Persistent(Around):
         state: Any = type(self.state)(dict) if isinstance(self.state, defaultdict) else {}
         for key, entry in self.state.items():
             state[key] = _cloned(entry) if isinstance(key, Tensor) else entry
-        base = {**self.base_optimizer.__getstate__(), "state": state, "param_groups": self.param_groups}
+        base = {**self.base_optimizer.__getstate__(), "state": state, "param_groups": self._groups}
         ours = {name: self.__dict__[name] for name in _OWN}
         return {
             "defaults": self.defaults,

@@ -177,7 +177,7 @@ class Phased(Persistent):
             self._passes.begin_first(self.model, self._parameters(), self.same_randomness)
 
     def _parameters(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
+        return (p for group in self._groups for p in group["params"])
 
     def _unreduced(self) -> AbstractContextManager[None]:
         mixes = self._keeps_g or self._following != "step"
