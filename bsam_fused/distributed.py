@@ -164,7 +164,7 @@ class Exchange:
 
         Raises:
             RuntimeError: ranks differ in ``alike``, on each of them; or a rank did not take part within the group's
-                timeout.
+                timeout (with NCCL, torch's watchdog ends the process instead).
         """
         self._raise_what_came()
         tail = [x if isinstance(x, Tensor) else row.new_full((), x) for x in alike]
@@ -177,17 +177,19 @@ class Exchange:
         arrived = torch.empty(len(alike), dtype=torch.bool, device="cpu", pin_memory=True)
         event = torch.cuda.Event()
         arrived.copy_(differ.any(0), non_blocking=True)
-        event.record()
+        event.record(torch.cuda.current_stream(rows.device))
         self._told.append((event, arrived, meaning))
         return rows[:, : len(row)].masked_fill(differ.any(), torch.nan)
 
     def _gather(self, row: Tensor) -> Tensor:
-        rows = row.new_empty(self.ranks, len(row))
+        # One buffer for all, and no copy out of it; so it was called before torch 2.13.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        rows = row.new_empty(self.ranks * len(row))
         try:
-            dist.all_gather(list(rows), row, group=self.group)
+            gather(rows, row, group=self.group)
         except RuntimeError as error:
             raise _absent(error) from error
-        return rows
+        return rows.view(self.ranks, len(row))
 
     def _raise_what_came(self) -> None:
         while self._told and self._told[0][0].query():

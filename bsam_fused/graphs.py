@@ -103,12 +103,17 @@ class GraphedStep:
         self._loss = self._optimizer.step(closure)
 
     def _warm_up(self) -> None:
-        """Allocate, compile and write all that a capture cannot: in steps that are skipped, as their loss is NaN."""
+        """Allocate, compile and write all that a capture cannot: in steps that are skipped, as their loss is NaN.
+
+        The first one allocates what stays, on the caller's stream: to which it is given back when it is let go of.
+        """
         skipped = self._optimizer.skipped_steps
         try:
-            with torch.random.fork_rng(_devices(self._inputs)), _side_stream(self._device):
-                for _ in range(_WARM_UP):
-                    self._step(math.nan)
+            with torch.random.fork_rng(_devices(self._inputs)), torch.cuda.device(self._device):
+                self._step(math.nan)
+                with _side_stream(self._device):
+                    for _ in range(_WARM_UP - 1):
+                        self._step(math.nan)
         finally:
             self._buffers.write_back()
             self._optimizer._flats.disregard(self._optimizer.skipped_steps - skipped)

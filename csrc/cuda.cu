@@ -454,14 +454,10 @@ void write(double* to, const double* values, size_t count, void* stream) {
   }
 }
 
-std::string obstacle(int device) {
-  int before = 0;
-  check(cudaGetDevice(&before), "reading the current device");
-  check(cudaSetDevice(device), "choosing a device");
+std::string obstacle() {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel<Restore, float, kMany>);
   cudaGetLastError();  // it is told here, and must not be found by the next launch
-  cudaSetDevice(before);
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 

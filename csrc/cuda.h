@@ -84,8 +84,8 @@ void adam(const Context&, const Items&, const Update&, void* exp_avg, void* exp_
 // Writes doubles that travel with the launch itself: nothing waits, and a graph may capture it.
 void write(double* to, const double* values, size_t count, void* stream);
 
-// What keeps the kernels from running on this device: none of the architectures they were built for; else "".
-std::string obstacle(int device);
+// What keeps the kernels from running on the current device: none of the architectures they were built for; else "".
+std::string obstacle();
 
 // Whether the stream's launches go into a graph instead of running.
 bool is_capturing(void* stream);

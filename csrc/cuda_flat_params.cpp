@@ -2,6 +2,7 @@
 
 #include <ATen/Functions.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAStream.h>
 #include <c10/util/irange.h>
 
@@ -33,6 +34,12 @@ void CudaFlatParams::refuse_capture() const {
 at::Tensor CudaFlatParams::new_buffer(int64_t numel, at::ScalarType dtype) const {
   refuse_capture();
   return FlatParams::new_buffer(numel, dtype);
+}
+
+// Where backward ran on this stream, too, as is usual, torch does nothing.
+void CudaFlatParams::keep_until_read(const at::Tensor& grad) const {
+  const auto stream = c10::cuda::getCurrentCUDAStream(device_.index());
+  c10::cuda::CUDACachingAllocator::recordStream(grad.storage().data_ptr(), stream);
 }
 
 cuda::Context CudaFlatParams::context() const {

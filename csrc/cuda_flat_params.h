@@ -31,6 +31,7 @@ class CudaFlatParams final : public FlatParams {
   void run_update(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved, double max_norm) override;
   void run_direction(const at::Tensor& sums) override;
   void run_restore() override;
+  void keep_until_read(const at::Tensor& grad) const override;
   void prepare_options(Use use, const double* values, size_t count) override;
   const double* on_host(const at::Tensor&) const override { return nullptr; }
 

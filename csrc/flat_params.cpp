@@ -206,6 +206,7 @@ void FlatParams::read_gradient(size_t i) {
     e.now = kNothing;
     return;
   }
+  keep_until_read(grad);
   // A lazily negated or zero gradient is not what its memory says; a copy is.
   const bool lazy = grad.is_neg() || grad._is_zerotensor();
   const bool alike = !lazy && grad.strides() == strides(i);

@@ -132,6 +132,9 @@ class FlatParams : public Built {
                           double max_norm) = 0;
   virtual void run_direction(const at::Tensor& sums) = 0;  // g = g + g_max − c g_min
   virtual void run_restore() = 0;                          // saved -> w, of the perturbed that have a w
+  // A gradient is let go of as soon as its launch is under way: the work before it must be done until its memory is
+  // given to the stream that it came from.
+  virtual void keep_until_read(const at::Tensor& /*grad*/) const {}
   // What can raise as a phase's options come to the device, before anything is written.
   virtual void prepare_options(Use, const double* /*values*/, size_t /*count*/) {}
   // The sums, where the host can read them without waiting, else null: the update itself then looks.

@@ -285,10 +285,10 @@ def test_dispatch_prefers_the_compiled_one():
 
 
 def test_dispatch_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(native_flat, "why_no_cuda", lambda: "")
+    monkeypatch.setattr(native_flat, "why_no_cuda", lambda _: "")
     assert dispatch.choose("auto", torch.device("cuda")).backend == "cuda"
     assert "not on cpu" in dispatch.unavailable("cuda", "cpu")
-    monkeypatch.setattr(native_flat, "why_no_cuda", lambda: "there is no nvcc")
+    monkeypatch.setattr(native_flat, "why_no_cuda", lambda _: "there is no nvcc")
     choice = dispatch.choose("auto", torch.device("cuda"))
     assert choice.backend == "torch"
     assert "slower torch backend; cuda: there is no nvcc" in choice.slower

@@ -1,5 +1,6 @@
 """The Triton backend's host side: what it imports, why it cannot be had, how often it launches and writes tables."""
 
+import contextlib
 import importlib.util
 import sys
 import textwrap
@@ -50,7 +51,7 @@ def test_why_it_cannot_be_had(monkeypatch, device, found, version, why):
     if not found:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(AssertionError, match=why):
-        raise AssertionError(triton_flat.why_not.__wrapped__(device))
+        raise AssertionError(triton_flat.why_not.__wrapped__(torch.device(device)))
 
 
 def test_a_missing_way_to_launch_is_told(monkeypatch):
@@ -61,8 +62,9 @@ def test_a_missing_way_to_launch_is_told(monkeypatch):
             raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(triton.runtime.driver, "_active", Active(), raising=False)
-    assert "Failed to find C compiler" in triton_flat.why_not.__wrapped__("cuda")
+    assert "Failed to find C compiler" in triton_flat.why_not.__wrapped__(torch.device("cuda", 1))
 
 
 @pytest.mark.parametrize(("kind", "launches"), [(bsam_fused.SAM, 4), (bsam_fused.BSAM, 5)])

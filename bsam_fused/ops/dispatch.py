@@ -36,17 +36,18 @@ class Choice(NamedTuple):
     """What to warn of, where there is a faster one that could not be had."""
 
 
-def unavailable(backend: str, device_type: str) -> str | None:
-    """Return why ``backend`` cannot work on tensors of ``device_type`` here, None if it can."""
+def unavailable(backend: str, device: torch.device | str) -> str | None:
+    """Return why ``backend`` cannot work on tensors on ``device``, None if it can."""
+    device = torch.device(device)
     if backend == "triton":
-        return triton_flat.why_not(device_type) or None
+        return triton_flat.why_not(device) or None
     if backend == "cuda":
-        if device_type != "cuda":
-            return f"cuda works on CUDA tensors, not on {device_type}"
-        return native_flat.why_no_cuda() or None
+        if device.type != "cuda":
+            return f"cuda works on CUDA tensors, not on {device.type}"
+        return native_flat.why_no_cuda(device) or None
     if backend == "cpp":
-        if device_type != "cpu":
-            return f"cpp works on CPU tensors, not on {device_type}"
+        if device.type != "cpu":
+            return f"cpp works on CPU tensors, not on {device.type}"
         return native_flat.load()[1] or None
     return None
 
@@ -71,7 +72,7 @@ def choose(requested: str, device: torch.device) -> Choice:
     if requested not in get_args(Backend):
         raise ValueError(f"{source}: must be auto, {', '.join(BACKENDS)}")
     if requested != "auto":
-        reason = unavailable(requested, device.type)
+        reason = unavailable(requested, device)
         if reason:
             raise RuntimeError(f"{source} for tensors on {device}: {reason}")
         return Choice(requested, f"asked for by {source}", _FACTORIES[requested])
@@ -81,7 +82,7 @@ def choose(requested: str, device: torch.device) -> Choice:
 def _best(device: torch.device) -> Choice:
     missing = []
     for backend in _PREFERENCE.get(device.type, ("torch",)):
-        reason = unavailable(backend, device.type)
+        reason = unavailable(backend, device)
         if reason is None:
             break
         missing.append(f"{backend}: {reason}")

@@ -168,8 +168,10 @@ class PythonFlatParams(ABC):
         if kinds != self._kinds or list(map(Tensor.stride, self.params)) != self._layouts:
             contract.reject(self, next(i for i in range(len(self.params)) if self._changed(i)))
         now = {i: grad for i, grad in enumerate([p.grad for p in self.params]) if grad is not None}
+        made = list(now.values())
         if not self._are_usual(now):
             now = {i: grad if self._are_usual({i: grad}) else self._copied(i, grad) for i, grad in now.items()}
+        self._keep_until_read(made)
         addresses, weights = list(map(Tensor.data_ptr, now.values())), list(map(Tensor.data_ptr, self.params))
         if not (all(addresses) and all(weights)):
             for i, address in zip(now, addresses, strict=True):
@@ -182,6 +184,17 @@ class PythonFlatParams(ABC):
         for i in self._packed.keys() & now.keys():
             self._packed[i].copy_(self.params[i].detach())
         self._now = now
+
+    def _keep_until_read(self, grads: Iterable[Tensor]) -> None:
+        """Have torch wait for this stream before it gives their memory to the stream that they came from.
+
+        They are let go of as soon as their launch is under way. Where backward ran on this stream, too, as is usual,
+        torch does nothing.
+        """
+        if self.device.type == "cuda":
+            here = torch.cuda.current_stream(self.device)
+            for grad in grads:
+                grad.record_stream(here)
 
     def _changed(self, i: int) -> bool:
         return _kind(self.params[i]) != self._kinds[i] or self.params[i].stride() != self._layouts[i]
@@ -257,7 +270,7 @@ class PythonFlatParams(ABC):
 
     def _refuse_capture(self) -> None:
         """What a graph's capture makes is made anew by every replay."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self.device):
             raise RuntimeError("the first step cannot be captured in a CUDA graph: take one before, then capture")
 
     def _buffer(self, key: str) -> Tensor:
@@ -440,6 +453,14 @@ class PythonFlatParams(ABC):
             (perturbed,) = self._shown
             w_is_saved = partial(torch._foreach_copy_, pick(self._list("saved"), self._perturbed), weights)
             in_one_go(w_is_saved, self._shown.clear, partial(torch._foreach_copy_, weights, perturbed))
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether work on ``device``, which need not be the current one, goes into a graph instead of running."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _can_be_written(tensor: Tensor) -> bool:

@@ -59,8 +59,8 @@ def load() -> tuple[ModuleType | None, str]:
 
 
 @functools.cache
-def why_no_cuda() -> str:
-    """Return why the CUDA kernels cannot run here, "" if they can."""
+def why_no_cuda(device: torch.device) -> str:
+    """Return why the CUDA kernels cannot run on a CUDA device, "" if they can; the only device that it uses."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     module, reason = load()
@@ -73,11 +73,12 @@ def why_no_cuda() -> str:
         )
     if not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU"
-    obstacle = module.cuda_obstacle(torch.cuda.current_device())
+    with torch.cuda.device(device):  # torch's, which leaves no context on the device that it comes back to
+        obstacle = module.cuda_obstacle()
     if obstacle:
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = torch.cuda.get_device_capability(device)
         return (
-            f"the CUDA kernels do not run on {torch.cuda.get_device_name()} ({obstacle}); in bsam_fused's source "
+            f"the CUDA kernels do not run on {torch.cuda.get_device_name(device)} ({obstacle}); in bsam_fused's source "
             f"directory: TORCH_CUDA_ARCH_LIST={major}.{minor} BSAM_FUSED_BUILD=cuda {COMMAND}"
         )
     return ""
@@ -105,7 +106,7 @@ def cuda_flat_params(
     Raises:
         RuntimeError: the CUDA kernels cannot run here, with the reason.
     """
-    module, reason = load()[0], why_no_cuda()
+    module, reason = load()[0], why_no_cuda(params[0].device)
     if module is None or reason:
         raise RuntimeError(reason)
     return module.CudaFlatParams(list(params), list(places), seed)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bsam_fused.ops import holders
 from bsam_fused.ops.contract import ASCENT, MASTER_WEIGHT, AdamScalars, Radius, SGDScalars
-from bsam_fused.ops.flat_params import SMALL_BYTES, Call, PythonFlatParams, Update
+from bsam_fused.ops.flat_params import SMALL_BYTES, Call, PythonFlatParams, Update, is_capturing
 from bsam_fused.ops.one_go import in_one_go
 
 OLDEST = "3.4"
@@ -40,22 +40,23 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def why_not(device_type: str) -> str:
-    """Return why the Triton kernels cannot work on tensors of a device type here, "" if they can."""
-    if device_type != "cuda" and not (device_type == "cpu" and interpreted()):
-        return f"triton works on CUDA tensors, not on {device_type}"
+def why_not(device: torch.device) -> str:
+    """Return why the Triton kernels cannot work on tensors on ``device``, "" if they can; it uses no other one."""
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return f"triton works on CUDA tensors, not on {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'bsam_fused[triton]'"
     import triton
 
     if [*map(int, triton.__version__.split(".")[:2])] < [*map(int, OLDEST.split("."))]:
         return f"triton {triton.__version__} is older than {OLDEST}: pip install 'triton>={OLDEST}'"
-    if device_type == "cpu":
+    if device.type == "cpu":
         return ""
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     try:
-        triton.runtime.driver.active.get_current_target()
+        with torch.cuda.device(device):
+            triton.runtime.driver.active.get_current_target()
     except Exception as error:  # no C compiler for its launchers, a driver too old, ...: all have other types
         return f"triton finds no way to launch kernels here ({error})"
     return ""
@@ -75,7 +76,7 @@ class _Table:
             RuntimeError: they changed, within a graph's capture: its replays would write them again.
         """
         if rows != self.rows:
-            if self._capturing():
+            if is_capturing(self._on_device.device):
                 raise RuntimeError(
                     "options of the param groups changed since they were last written to the device, which a capture "
                     "cannot do: call optimizer.write_options() before it"
@@ -83,9 +84,6 @@ class _Table:
             self._copy(self._on_host(rows))
             self.rows = rows
         return self._on_device
-
-    def _capturing(self) -> bool:
-        return self._on_device.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _on_host(self, rows: Rows) -> Tensor:
         return torch.tensor(rows, dtype=self._on_device.dtype, device="cpu", pin_memory=self._on_device.is_cuda)
@@ -97,25 +95,35 @@ class _Table:
 class _Pointers(_Table):
     """A table that a capture always writes, from host memory that then stays as it is: a graph has its own tensors.
 
-    Afterwards nobody here knows what is on the device, and every step writes.
+    Within a capture no pinned memory can be had, so every step before leaves some. After a capture nobody here knows
+    what is on the device, and every step writes.
     """
 
     def __init__(self, rows: Rows, device: torch.device) -> None:
         super().__init__(rows, torch.int64, device)
-        self._spare: Tensor | None = self._on_host(rows)  # within a capture no pinned memory can be had
+        self._spare: Tensor | None = None
         self._captured: list[Tensor] = []
 
     def write(self, rows: Rows) -> Tensor:
         """Return the tensor on the device, with these rows."""
-        if self._capturing():
-            host = self._on_host(rows) if self._spare is None else self._spare.copy_(torch.tensor(rows, device="cpu"))
-            self._spare = None
-            self._captured.append(host)
-            self._copy(host)
+        if is_capturing(self._on_device.device):
+            self._captured.append(self._take_spare().copy_(torch.tensor(rows, device="cpu")))
+            self._copy(self._captured[-1])
             return self._on_device
+        if self._spare is None:
+            self._spare = self._on_host(rows)
         if self._captured:
             self.rows = []
         return super().write(rows)
+
+    def _take_spare(self) -> Tensor:
+        if self._spare is None:
+            raise RuntimeError(
+                "a second step was captured without one that is not captured between them: a capture cannot pin the "
+                "host memory that it needs; take a step before each"
+            )
+        spare, self._spare = self._spare, None
+        return spare
 
 
 class TritonFlatParams(PythonFlatParams):
