@@ -1,7 +1,7 @@
 // The CUDA kernels: math.h's formulas over the tensors of a launch. No torch.
 //
-// A kernel first loads all that its thread works on in a chunk, in 128-bit accesses where pointers allow, then
-// computes, then stores: so that many loads are under way at once.
+// A kernel first loads all that its thread works on at a time (cuda_pieces.cuh: `at`), then computes, then stores: so
+// that many loads are under way at once.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -60,7 +60,7 @@ struct ToNearest {
 struct Stochastic {
   static constexpr bool kNarrow = true;
 
-  Draw bits;  // worked out once a piece
+  Draw bits;  // the keys, worked out once a piece
   uint32_t begin;
 
   template <class S>
@@ -347,7 +347,7 @@ struct Step {
         held[s] = load_if_any(at, stateful ? static_cast<const S*>(state[s]) + p.flat : nullptr);
       decltype(at.load(u.master)) master;
       if constexpr (masters) master = at.load(u.master + p.flat);
-      Elements<T, decltype(at)::kCount> d;  // all at once, or the compiler makes all that follows twice
+      Elements<T, decltype(at)::kCount> d;  // at once: one by one between divisions they take more registers
       at.each([&](int j, int) {
         const T g_last = value(last[j]);
         d[j] = u.bilateral ? bilateral_direction<T>(value(g[j]), g_last, o.c) : g_last;

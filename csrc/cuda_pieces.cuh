@@ -107,8 +107,8 @@ __device__ Piece<S> piece(const Rows<capacity>& rows, uint32_t i, uint32_t chunk
           advance(reinterpret_cast<const S*>(pointers.now))};
 }
 
-// In which order the grid goes through the chunks. What ends at the first one finds in the L2 cache what the kernel
-// before it, which ended at the last one, read last.
+// In which order the grid goes through the chunks. What begins at the last one finds in the L2 cache what the kernel
+// before it, which ended there, read last.
 enum class Walk { forwards, backwards };
 
 constexpr uint32_t kRun = 4;  // chunks that a block takes at a time while there are as many for every block
@@ -301,7 +301,8 @@ __device__ void add_up(const Totals<terms>& totals, const double (&sums)[terms],
 
 // What a kernel has to do with the sums: one that uses them may be launched before the one that makes them has ended
 // (programmatic dependent launch), and then waits for that first of all. Only kernels that make sums let others begin,
-// and these are launched when all before them has ended, so that nothing else is left to wait for.
+// and these are launched when all before them has ended, so that nothing else is left to wait for. Between descend and
+// the sums that it uses or makes lie backward passes.
 enum class Order { makes_sums, uses_sums, alone };
 
 __device__ void let_next_launch_begin() {
