@@ -105,7 +105,8 @@ $(TRAINERS_VENV)/.built: $(TRAINERS_VENV)/.installed $(SOURCES)
 	BSAM_FUSED_BUILD=cpu $(TRAINERS_VENV)/bin/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-cuda-build-check: $(CUDA_VENV)/.installed
+cuda-build-check: $(CUDA_VENV)/.installed $(BUILT)
+	$(BIN)/python -m pytest -q --whole tests/test_cuda_binary.py
 	.ci/cuda_build_check $(CUDA_VENV)/bin/python
 
 $(CUDA_VENV)/.installed: constraints.txt

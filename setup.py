@@ -39,6 +39,7 @@ NVCC_FLAGS = [
     "-fmad=false",  # nvcc's -ffp-contract=off
     "--threads=2",  # architectures are compiled side by side
     "-Xcompiler=-fvisibility=hidden",
+    "-Xfatbin=-compress-all",
 ]
 
 

@@ -1,10 +1,11 @@
 // The CUDA kernels: math.h's formulas over the tensors of a launch. No torch.
 //
-// A kernel first loads all that its thread works on in a chunk, in 128-bit accesses where pointers allow, then
-// computes, then stores: so that many loads are under way at once.
+// A kernel first loads all that its thread works on at a time (cuda_pieces.cuh: `at`), then computes, then stores: so
+// that many loads are under way at once.
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <type_traits>
 
@@ -42,42 +43,45 @@ __device__ bool is_out_of_reach(const Reaching& r, double sum) {
   return bsam::is_out_of_reach(RadiusGroup::from(r.groups), sum, r.norm_eps, r.limit);
 }
 
-// How an operand of a piece is stored, element by element of its tensor.
-template <class S>
-struct Rounder {
-  bool stochastic;
-  uint32_t begin;
-  Draw bits;
+// Ways to round: of() knows how to store an operand of a piece, element by element.
+struct ToNearest {
+  static constexpr bool kNarrow = false;  // of 16-bit types alone
 
-  __device__ Rounder(const Rounding& rounding, const Piece<S>& p, Operand operand)
-      : stochastic(rounding.keys != nullptr),
-        begin(p.begin),
-        bits(stochastic ? draw(step_key(rounding.keys[p.tensor], *rounding.step_count), operand) : Draw{}) {}
-
-  __device__ void operator()(S& to, float x, int i) const {
-    if (stochastic)
-      store_stochastic(to, x, random_bits(bits, begin + uint32_t(i)));
-    else
-      bsam::store(to, x);
+  template <class S>
+  static __device__ ToNearest of(const Rounding&, const Piece<S>&, Operand) {
+    return {};
+  }
+  template <class S>
+  __device__ void operator()(S& to, arithmetic_t<S> x, int) const {
+    bsam::store(to, x);
   }
 };
 
-// What is computed with as it is stored has nothing to round.
-template <class S>
-struct Exact {
-  __device__ Exact(const Rounding&, const Piece<S>&, Operand) {}
-  __device__ void operator()(S& to, S x, int) const { to = x; }
-};
-template <>
-struct Rounder<float> : Exact<float> {
-  using Exact<float>::Exact;
-};
-template <>
-struct Rounder<double> : Exact<double> {
-  using Exact<double>::Exact;
+struct Stochastic {
+  static constexpr bool kNarrow = true;
+
+  Draw bits;  // the keys, worked out once a piece
+  uint32_t begin;
+
+  template <class S>
+  static __device__ Stochastic of(const Rounding& rounding, const Piece<S>& p, Operand operand) {
+    return {draw(step_key(rounding.keys[p.tensor], *rounding.step_count), operand), p.begin};
+  }
+  template <class S>
+  __device__ void operator()(S& to, float x, int i) const {
+    store_stochastic(to, x, random_bits(bits, begin + uint32_t(i)));
+  }
 };
 
+// w = saved.
+template <class S>
+__device__ void put_back(const Piece<S>& p, const void* saved) {
+  for_elements(p, [&](auto at) { at.store(p.w, at.load(static_cast<const S*>(saved) + p.flat)); });
+}
+
 struct SquareNorm {
+  static constexpr Order kOrder = Order::makes_sums;
+  static constexpr int kBlocks = 8;
   const double* groups;
   Totals<1> total;
 
@@ -87,19 +91,12 @@ struct SquareNorm {
     double sum = 0;
     for_pieces<S>(rows, [&](const Piece<S>& p) {
       const Reach<T> o = groups ? reach<T>(groups, p.group, 0, 1) : Reach<T>{};
-      Vector<S> w[kVectors<S>], g[kVectors<S>];
-      for_vectors<S>(p.count, [&](int k, int i, int valid) {
-        g[k] = load(p.now, i, valid);
-        if (o.adaptive) w[k] = load(p.w, i, valid);
-      });
-      for_vectors<S>(p.count, [&](int k, int, int) {
-        if (o.adaptive)
-          for_lanes<S>([&](int j) {
-            const T slope = value(g[k].lane[j]);
-            sum = plus_square<T>(sum, slope, o.adaptivity(value(w[k].lane[j]), slope));
-          });
-        else  // one conversion to double an element, of which GPUs make few at a time
-          for_lanes<S>([&](int j) { sum = plus_square<T>(sum, value(g[k].lane[j]), T(1)); });
+      for_elements(p, [&](auto at) {
+        auto g = at.load(p.now);
+        if (!o.adaptive)  // one conversion to double an element, of which GPUs make few at a time
+          return at.each([&](int j, int) { sum = plus_square<T>(sum, value(g[j]), T(1)); });
+        auto w = at.load(p.w);
+        at.each([&](int j, int) { sum = plus_square<T>(sum, value(g[j]), o.adaptivity(value(w[j]), value(g[j]))); });
       });
     });
     add_up(total, {sum}, rows.begin == 0);
@@ -107,6 +104,8 @@ struct SquareNorm {
 };
 
 struct DirectionSums {
+  static constexpr Order kOrder = Order::makes_sums;
+  static constexpr int kBlocks = 5;
   Totals<kTerms> totals;
 
   template <class S, int capacity>
@@ -114,14 +113,10 @@ struct DirectionSums {
     using T = arithmetic_t<S>;
     double squares_min = 0, squares = 0, products = 0;
     for_pieces<S>(rows, [&](const Piece<S>& p) {
-      Vector<S> s[kVectors<S>], g_min[kVectors<S>];
-      for_vectors<S>(p.count, [&](int k, int i, int valid) {
-        s[k] = load(p.g, i, valid);
-        g_min[k] = load(p.now, i, valid);
-      });
-      for_vectors<S>(p.count, [&](int k, int, int) {
-        for_lanes<S>([&](int j) {
-          const T so_far = value(s[k].lane[j]), last = value(g_min[k].lane[j]);
+      for_elements(p, [&](auto at) {
+        auto s = load_if_any(at, p.g), g_min = load_if_any(at, p.now);
+        at.each([&](int j, int) {
+          const T so_far = value(s[j]), last = value(g_min[j]);
           squares_min = plus_product<T>(squares_min, last, last);
           squares = plus_product<T>(squares, so_far, so_far);
           products = plus_product<T>(products, so_far, last);
@@ -132,7 +127,10 @@ struct DirectionSums {
   }
 };
 
+template <class How>
 struct Ascend {
+  static constexpr Order kOrder = Order::uses_sums;
+  static constexpr int kBlocks = 5;
   Reaching reaching;
   void* saved;
   Rounding rounding;
@@ -147,28 +145,25 @@ struct Ascend {
     // A block that reads it from here on finds a sum that is not finite, and leaves w alone as well.
     if (beyond && threadIdx.x == 0) *own = nan("");
     Shared<Reach<T>> shared;
-    for_pieces<S>(rows, [&](const Piece<S>& p) {
+    for_pieces<S, Walk::backwards>(rows, [&](const Piece<S>& p) {
       const Reach<T> o = shared(p.group, [&] { return reach<T>(reaching.groups, p.group, sum, reaching.norm_eps); });
-      const Rounder<S> round(rounding, p, kToMax);
-      Vector<S> w[kVectors<S>], g[kVectors<S>];
-      for_vectors<S>(p.count, [&](int k, int i, int valid) {
-        w[k] = load(p.w, i, valid);
-        g[k] = load(p.now, i, valid);
-      });
-      for_vectors<S>(p.count, [&](int k, int i, int valid) {
-        store(static_cast<S*>(saved) + p.flat, i, w[k], valid);
-        if (p.g) store(p.g, i, g[k], valid);
+      const How round = How::of(rounding, p, kToMax);
+      for_elements(p, [&](auto at) {
+        auto w = at.load(p.w), g = at.load(p.now);
+        at.store(static_cast<S*>(saved) + p.flat, w);
+        if (p.g) at.store(p.g, g);
         if (!finite) return;
-        for_lanes<S>([&](int j) {
-          round(w[k].lane[j], o.template perturbed<S>(value(w[k].lane[j]), value(g[k].lane[j])), i + j);
-        });
-        store(p.w, i, w[k], valid);
+        at.each([&](int j, int i) { round(w[j], o.template perturbed<S>(value(w[j]), value(g[j])), i); });
+        at.store(p.w, w);
       });
     });
   }
 };
 
+template <class How>
 struct Descend {
+  static constexpr Order kOrder = Order::alone;
+  static constexpr int kBlocks = 4;
   Reaching reaching;
   const void* saved;
   Rounding rounding;
@@ -182,31 +177,29 @@ struct Descend {
     const bool finite = is_finite(sum_ascent) && !beyond;
     Shared<Reach<T>> shared;
     double sum = 0;
-    for_pieces<S>(rows, [&](const Piece<S>& p) {
+    for_pieces<S, Walk::backwards>(rows, [&](const Piece<S>& p) {
       const Reach<T> o =
           shared(p.group, [&] { return reach<T>(reaching.groups, p.group, sum_ascent, reaching.norm_eps); });
-      const Rounder<S> round(rounding, p, kToMin);
-      Vector<S> w[kVectors<S>], g[kVectors<S>], g_max[kVectors<S>];
-      for_vectors<S>(p.count, [&](int k, int i, int valid) {
-        g_max[k] = load(p.now, i, valid);
-        if (!p.perturbed) return;
-        w[k] = load(static_cast<const S*>(saved) + p.flat, i, valid);
-        g[k] = load(p.g, i, valid);
-      });
-      for_vectors<S>(p.count, [&](int k, int i, int valid) {
-        for_lanes<S>([&](int j) { sum = plus_square<T>(sum, value(g_max[k].lane[j]), T(1)); });
+      const How round = How::of(rounding, p, kToMin);
+      for_elements(p, [&](auto at) {
+        auto g_max = load_if_any(at, p.now);
+        const auto add_squares = [&] {
+          at.each([&](int j, int) { sum = plus_square<T>(sum, value(g_max[j]), T(1)); });
+        };
         if (!p.perturbed) {
-          if (p.g) store(p.g, i, g_max[k], valid);
-          return;
+          if (p.g) at.store(p.g, g_max);
+          return add_squares();
         }
-        for_lanes<S>([&](int j) {
-          const T slope = value(g[k].lane[j]);
-          if (finite) round(w[k].lane[j], o.template perturbed<S>(value(w[k].lane[j]), slope), i + j);
-          bsam::store(g[k].lane[j], direction_so_far<T>(slope, value(g_max[k].lane[j])));
-          beyond |= is_too_long<T>(value(g[k].lane[j]));
+        auto w = at.load(static_cast<const S*>(saved) + p.flat), g = at.load(p.g);
+        add_squares();
+        at.each([&](int j, int i) {
+          const T slope = value(g[j]);
+          if (finite) round(w[j], o.template perturbed<S>(value(w[j]), slope), i);
+          bsam::store(g[j], direction_so_far<T>(slope, value(g_max[j])));
+          beyond |= is_too_long<T>(value(g[j]));
         });
-        store(p.w, i, w[k], valid);
-        store(p.g, i, g[k], valid);
+        at.store(p.w, w);
+        at.store(p.g, g);
       });
     });
     add_up(total, {beyond ? nan("") : sum}, rows.begin == 0);
@@ -214,6 +207,8 @@ struct Descend {
 };
 
 struct Direction {
+  static constexpr Order kOrder = Order::alone;
+  static constexpr int kBlocks = 8;
   const double* sums;
 
   template <class S, int capacity>
@@ -222,33 +217,23 @@ struct Direction {
     Shared<T> shared;
     const T c = shared(0, [&] { return T(bilateral_coefficient(sums[kMax], sums[kMin])); });
     for_pieces<S>(rows, [&](const Piece<S>& p) {
-      Vector<S> g[kVectors<S>], g_min[kVectors<S>];
-      for_vectors<S>(p.count, [&](int k, int i, int valid) {
-        g[k] = load(p.g, i, valid);
-        g_min[k] = load(p.now, i, valid);
-      });
-      for_vectors<S>(p.count, [&](int k, int i, int valid) {
-        for_lanes<S>([&](int j) {
-          const T d = bilateral_direction<T>(value(g[k].lane[j]), value(g_min[k].lane[j]), c);
-          bsam::store(g[k].lane[j], d);
-        });
-        store(p.g, i, g[k], valid);
+      for_elements(p, [&](auto at) {
+        auto g = at.load(p.g), g_min = at.load(p.now);
+        at.each([&](int j, int) { bsam::store(g[j], bilateral_direction<T>(value(g[j]), value(g_min[j]), c)); });
+        at.store(p.g, g);
       });
     });
   }
 };
 
 struct Restore {
+  static constexpr Order kOrder = Order::alone;
+  static constexpr int kBlocks = 8;
   const void* saved;
 
   template <class S, int capacity>
   __device__ void run(const Rows<capacity>& rows) const {
-    for_pieces<S>(rows, [&](const Piece<S>& p) {
-      Vector<S> w[kVectors<S>];
-      for_vectors<S>(p.count,
-                     [&](int k, int i, int valid) { w[k] = load(static_cast<const S*>(saved) + p.flat, i, valid); });
-      for_vectors<S>(p.count, [&](int k, int i, int valid) { store(p.w, i, w[k], valid); });
-    });
+    for_pieces<S>(rows, [&](const Piece<S>& p) { put_back(p, saved); });
   }
 };
 
@@ -284,7 +269,10 @@ struct AdamBase {
     Adam<T> rule;
 
     __device__ bool stateful() const { return true; }
-    __device__ T operator()(T w, T d, T* state) const { return bsam::adam<T>(rule, w, d, state[0], state[1]); }
+    __device__ T operator()(T w, T d, T* state) const {
+      asm volatile("");  // else nvcc makes all elements' divisions twice, with weight decay and without
+      return bsam::adam<T>(rule, w, d, state[0], state[1]);
+    }
   };
 
   template <class T>
@@ -294,30 +282,21 @@ struct AdamBase {
   }
 };
 
-// As many master weights as a vector of 16-bit elements has.
-template <class S>
-struct Masters {
-  static constexpr int kParts = kLanes<S> / kLanes<float>;
-  Vector<float> part[kParts];
-
-  __device__ void load(const float* from, int64_t i, int valid) {
-#pragma unroll
-    for (int h = 0; h < kParts; ++h) part[h] = cuda::load(from, i + h * kLanes<float>, valid - h * kLanes<float>);
-  }
-  __device__ void store(float* to, int64_t i, int valid) const {
-#pragma unroll
-    for (int h = 0; h < kParts; ++h) cuda::store(to, i + h * kLanes<float>, part[h], valid - h * kLanes<float>);
-  }
-  __device__ float& operator[](int j) { return part[j / kLanes<float>].lane[j % kLanes<float>]; }
-};
-
-template <class Base>
+// `masters`: whether 16-bit weights have master weights.
+template <class Base, class How, bool masters>
 struct Step {
+  static constexpr Order kOrder = Order::uses_sums;
+  static constexpr int kBlocks = 3;
   Update u;
-  void* state[Base::kStates];
+  std::array<void*, Base::kStates> state;
   unsigned* ticket;
   uint32_t tensors;
 
+  // Of the step, and of a param group.
+  struct Decision {
+    DirectionScales scales;
+    bool update;
+  };
   template <class T>
   struct Scalars {
     typename Base::template Scalars<T> base;
@@ -326,13 +305,18 @@ struct Step {
 
   template <class S, int capacity>
   __device__ void run(const Rows<capacity>& rows) const {
-    const bool finite = Shared<bool>()(0, [&] { return can_update(u.sums, u.bilateral, u.max_norm, u.limit); });
+    Shared<Decision> once;
+    const Decision& decision = once(0, [&] {
+      const auto scales = DirectionScales::from(u.sums, u.bilateral, u.max_norm);
+      return Decision{scales, all_finite(u.sums) && scales.within(u.sums, u.bilateral, u.limit)};
+    });
+    const bool finite = decision.update;
     Shared<Scalars<arithmetic_t<S>>> shared;
-    for_pieces<S>(rows, [&](const Piece<S>& p) {
+    for_pieces<S, Walk::backwards>(rows, [&](const Piece<S>& p) {
       if (finite)
-        update<S>(p, shared);
+        update<S>(p, decision.scales, shared);
       else if (p.perturbed)
-        put_back<S>(p);
+        put_back(p, u.saved);
     });
     if (!is_last_block(ticket)) return;  // all others have read the steps
     for (uint32_t i = threadIdx.x; i < rows.count; i += kThreads)
@@ -343,57 +327,49 @@ struct Step {
   }
 
   template <class S, class T = arithmetic_t<S>>
-  __device__ void update(const Piece<S>& p, Shared<Scalars<T>>& shared) const {
+  __device__ void update(const Piece<S>& p, const DirectionScales& scales, Shared<Scalars<T>>& shared) const {
     const float steps = u.steps[p.tensor];
     const Scalars<T> o = shared(uint64_t(p.group) << 32 | bit_cast<uint32_t>(steps), [&] {
       const auto group = Base::Group::from(u.groups + Base::Group::kOptions * p.group);
-      const auto scales = DirectionScales::from(u.sums, u.bilateral, u.max_norm);
       return Scalars<T>{Base::template scalars<T>(group, steps, scales.factor), T(scales.c)};
     });
-    const S* from = u.from_saved && p.perturbed ? static_cast<const S*>(u.saved) + p.flat : p.w;
-    Vector<S> w[kVectors<S>], g[kVectors<S>], last[kVectors<S>], held[Base::kStates][kVectors<S>];
-    constexpr bool narrow = sizeof(S) == 2;
-    Masters<std::conditional_t<narrow, S, float>> master[kVectors<S>];
-    for_vectors<S>(p.count, [&](int k, int i, int valid) {
-      w[k] = load(from, i, valid);
-      if (narrow && u.master) master[k].load(u.master + p.flat, i, valid);
-      if (u.bilateral) g[k] = load(p.g, i, valid);
-      last[k] = load(p.now, i, valid);
-      if (!o.base.stateful()) return;
+    const bool stateful = o.base.stateful();
+    const How round = How::of(u.rounding, p, kWeight);
+    How round_state[Base::kStates];
 #pragma unroll
-      for (int s = 0; s < Base::kStates; ++s) held[s][k] = load(static_cast<const S*>(state[s]) + p.flat, i, valid);
-    });
-    for_vectors<S>(p.count, [&](int k, int i, int valid) {
-      for_lanes<S>([&](int j) {
-        const T g_last = value(last[k].lane[j]);
-        const T d = u.bilateral ? bilateral_direction<T>(value(g[k].lane[j]), g_last, o.c) : g_last;
+    for (int s = 0; s < Base::kStates; ++s) round_state[s] = How::of(u.rounding, p, Operand(kFirstState + s));
+    const S* from = u.from_saved && p.perturbed ? static_cast<const S*>(u.saved) + p.flat : p.w;
+    for_elements(p, [&](auto at) {
+      auto w = at.load(from), last = load_if_any(at, p.now), g = load_if_any(at, u.bilateral ? p.g : nullptr);
+      decltype(w) held[Base::kStates];
+#pragma unroll
+      for (int s = 0; s < Base::kStates; ++s)
+        held[s] = load_if_any(at, stateful ? static_cast<const S*>(state[s]) + p.flat : nullptr);
+      decltype(at.load(u.master)) master;
+      if constexpr (masters) master = at.load(u.master + p.flat);
+      Elements<T, decltype(at)::kCount> d;  // at once: one by one between divisions they take more registers
+      at.each([&](int j, int) {
+        const T g_last = value(last[j]);
+        d[j] = u.bilateral ? bilateral_direction<T>(value(g[j]), g_last, o.c) : g_last;
+      });
+      at.each([&](int j, int i) {
         T kept[Base::kStates];
 #pragma unroll
-        for (int s = 0; s < Base::kStates; ++s) kept[s] = value(held[s][k].lane[j]);
-        if constexpr (narrow) {
-          if (u.master) {
-            master[k][j] = o.base(update_start(w[k].lane[j], master[k][j]), d, kept);
-            bsam::store(w[k].lane[j], master[k][j]);
-          }
+        for (int s = 0; s < Base::kStates; ++s) kept[s] = value(held[s][j]);
+        if constexpr (masters) {
+          master[j] = o.base(update_start(w[j], master[j]), d[j], kept);
+          bsam::store(w[j], master[j]);
+        } else {
+          round(w[j], o.base(value(w[j]), d[j], kept), i);
         }
-        if (!narrow || !u.master)
-          Rounder<S>(u.rounding, p, kWeight)(w[k].lane[j], o.base(value(w[k].lane[j]), d, kept), i + j);
 #pragma unroll
-        for (int s = 0; s < Base::kStates; ++s)
-          Rounder<S>(u.rounding, p, Operand(kFirstState + s))(held[s][k].lane[j], kept[s], i + j);
+        for (int s = 0; s < Base::kStates; ++s) round_state[s](held[s][j], kept[s], i);
       });
-      store(p.w, i, w[k], valid);
-      if (narrow && u.master) master[k].store(u.master + p.flat, i, valid);
-      if (!o.base.stateful()) return;
+      at.store(p.w, w);
+      if constexpr (masters) at.store(u.master + p.flat, master);
+      if (!stateful) return;
 #pragma unroll
-      for (int s = 0; s < Base::kStates; ++s) store(static_cast<S*>(state[s]) + p.flat, i, held[s][k], valid);
-    });
-  }
-
-  template <class S>
-  __device__ void put_back(const Piece<S>& p) const {
-    for_vectors<S>(p.count, [&](int, int i, int valid) {
-      store(p.w, i, load(static_cast<const S*>(u.saved) + p.flat, i, valid), valid);
+      for (int s = 0; s < Base::kStates; ++s) at.store(static_cast<S*>(state[s]) + p.flat, held[s]);
     });
   }
 };
@@ -405,6 +381,27 @@ struct Words {
 
 __global__ void write_words(double* to, const __grid_constant__ Words words, int count) {
   for (int i = int(threadIdx.x); i < count; i += kThreads) to[i] = words.word[i];
+}
+
+// Calls launch_as(how), how 16 bits are rounded.
+template <class Launch>
+void by_rounding(const Rounding& rounding, Launch launch_as) {
+  if (rounding.keys)
+    launch_as(Stochastic{});
+  else
+    launch_as(ToNearest{});
+}
+
+template <class Base>
+void step(const Context& context, const Items& items, const Update& u, const std::array<void*, Base::kStates>& state) {
+  by_rounding(u.rounding, [&](auto how) {
+    using How = decltype(how);
+    const auto tensors = uint32_t(items.size());
+    if (u.master)
+      launch<true>(context, items, Step<Base, How, true>{u, state, context.ticket, tensors});
+    else
+      launch<How::kNarrow>(context, items, Step<Base, How, false>{u, state, context.ticket, tensors});
+  });
 }
 
 }  // namespace
@@ -419,12 +416,19 @@ void direction_sums(const Context& context, const Items& items, double* const (&
 
 void ascend(const Context& context, const Items& items, const Reaching& reaching, void* saved, const Rounding& rounding,
             double* own) {
-  launch(context, items, Ascend{reaching, saved, rounding, own});
+  by_rounding(rounding, [&](auto how) {
+    using How = decltype(how);
+    launch<How::kNarrow>(context, items, Ascend<How>{reaching, saved, rounding, own});
+  });
 }
 
 void descend(const Context& context, const Items& items, const Reaching& reaching, const void* saved,
              const Rounding& rounding, double* to) {
-  launch(context, items, Descend{reaching, saved, rounding, {context.partials, context.ticket, {to}}});
+  by_rounding(rounding, [&](auto how) {
+    using How = decltype(how);
+    const Totals<1> total{context.partials, context.ticket, {to}};
+    launch<How::kNarrow>(context, items, Descend<How>{reaching, saved, rounding, total});
+  });
 }
 
 void direction(const Context& context, const Items& items, const double* sums) {
@@ -434,11 +438,11 @@ void direction(const Context& context, const Items& items, const double* sums) {
 void restore(const Context& context, const Items& items, const void* saved) { launch(context, items, Restore{saved}); }
 
 void sgd(const Context& context, const Items& items, const Update& update, void* momentum_buffer) {
-  launch(context, items, Step<SgdBase>{update, {momentum_buffer}, context.ticket, uint32_t(items.size())});
+  step<SgdBase>(context, items, update, {momentum_buffer});
 }
 
 void adam(const Context& context, const Items& items, const Update& update, void* exp_avg, void* exp_avg_sq) {
-  launch(context, items, Step<AdamBase>{update, {exp_avg, exp_avg_sq}, context.ticket, uint32_t(items.size())});
+  step<AdamBase>(context, items, update, {exp_avg, exp_avg_sq});
 }
 
 void write(double* to, const double* values, size_t count, void* stream) {

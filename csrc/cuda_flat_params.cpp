@@ -33,7 +33,10 @@ void CudaFlatParams::refuse_capture() const {
 
 at::Tensor CudaFlatParams::new_buffer(int64_t numel, at::ScalarType dtype) const {
   refuse_capture();
-  return FlatParams::new_buffer(numel, dtype);
+  at::Tensor found = FlatParams::new_buffer(numel, dtype);
+  if (reinterpret_cast<uintptr_t>(found.const_data_ptr()) % 16 != 0)  // as every allocator of torch has it
+    throw std::runtime_error("FlatParams: the allocator gave memory that does not begin at a multiple of 16 bytes");
+  return found;
 }
 
 // Where backward ran on this stream, too, as is usual, torch does nothing.

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "flat.h"
 #include "scalar.h"
@@ -20,18 +21,19 @@ constexpr int kThreads = 256;  // of a block
 
 // ---- many tensors in a launch
 
-enum Flags : uint16_t { kPerturbed = 1, kCounted = 2 };
+enum Flags : uint16_t { kPerturbed = 1, kCounted = 2, kAligned = 4 };  // the last: all pointers, to 16 bytes
 
 // A tensor as a kernel sees it: packed, for as many as possible to fit a launch.
 struct Row {
-  char* w;
-  char* g;
-  const char* now;
-  uint32_t line;   // where it is in the flat buffers, in units of kAlignment bytes
-  uint32_t first;  // its first chunk
+  uint32_t line;  // where it is in the flat buffers, in units of kAlignment bytes
   uint32_t group;
   uint16_t last;  // elements in its last chunk
   uint16_t flags;
+};
+struct Pointers {
+  char* w;
+  char* g;
+  const char* now;
 };
 
 // What a kernel's parameters may hold, without its other arguments: few tensors, or as many as possible.
@@ -41,77 +43,46 @@ constexpr size_t kFewBytes = 8192 - kArguments, kManyBytes = 32764 - kArguments;
 #else
 constexpr size_t kFewBytes = 4096 - kArguments, kManyBytes = kFewBytes;
 #endif
-constexpr int kFew = int((kFewBytes - 16) / sizeof(Row)), kMany = int((kManyBytes - 16) / sizeof(Row));
+constexpr size_t kTensorBytes = sizeof(Pointers) + sizeof(Row) + sizeof(uint32_t);
+constexpr int kFew = int((kFewBytes - 16) / kTensorBytes), kMany = int((kManyBytes - 16) / kTensorBytes);
 
 // The tensors [begin, begin + count) of a launch that may have been split.
 template <int capacity>
 struct Rows {
-  uint32_t begin, count, chunks;
+  Pointers pointers[capacity];
   Row row[capacity];
+  uint32_t begin, count;
+  uint32_t first[capacity + 1];  // chunk of each, then how many chunks there are: all that a search reads, so cached
+
+  __host__ __device__ uint32_t chunks() const { return first[count]; }
 
   // The tensor that a chunk is of: the last one that begins at it or before.
   __device__ uint32_t find(uint32_t chunk) const {
     uint32_t low = 0, high = count;
     while (high - low > 1) {
       const uint32_t middle = (low + high) / 2;
-      (row[middle].first <= chunk ? low : high) = middle;
+      (first[middle] <= chunk ? low : high) = middle;
     }
     return low;
   }
 };
 
-// ---- 128 bits at a time
+// ---- chunks of tensors
 
 template <class S>
-constexpr int kLanes = 16 / sizeof(S);
+constexpr int kLanes = 16 / sizeof(S);  // of a vector of 128 bits
 // Of a thread and a chunk: as many loads of each operand are under way at once. Of eight lanes one: more spill.
 template <class S>
 constexpr int kVectors = sizeof(S) == 2 ? 1 : 2;
 template <class S>
 constexpr int kChunk = kThreads * kVectors<S> * kLanes<S>;  // elements
 
-template <class S>
-struct Vector {
-  S lane[kLanes<S>];
-};
-
-template <class S>
-__device__ bool one_access(const S* at, int valid) {
-  return valid == kLanes<S> && reinterpret_cast<uintptr_t>(at) % 16 == 0;
-}
-
-// The vector at `from`, of which `valid` lanes exist; the others, and all without a pointer, are 0.
-template <class S>
-__device__ Vector<S> load(const S* from, int64_t i, int valid) {
-  if (from == nullptr) return {};
-  if (one_access(from + i, valid)) return bit_cast<Vector<S>>(*reinterpret_cast<const uint4*>(from + i));
-  Vector<S> v{};
-#pragma unroll
-  for (int j = 0; j < kLanes<S>; ++j)
-    if (j < valid) v.lane[j] = from[i + j];
-  return v;
-}
-
-// __stwb and not an assignment: where the pointer comes straight from the arguments nvcc takes that apart again.
-template <class S>
-__device__ void store(S* to, int64_t i, const Vector<S>& v, int valid) {
-  if (one_access(to + i, valid)) {
-    __stwb(reinterpret_cast<uint4*>(to + i), bit_cast<uint4>(v));
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < kLanes<S>; ++j)
-    if (j < valid) to[i + j] = v.lane[j];
-}
-
-// ---- chunks of tensors, vectors of a chunk, lanes of a vector
-
 // A chunk: `count` elements of tensor `tensor`. Pointers are to its first element.
 template <class S>
 struct Piece {
   uint32_t tensor, group;
   uint32_t begin;  // its first element's index in the tensor, modulo 2^32
-  bool perturbed;
+  bool perturbed, aligned;
   int count;
   int64_t flat;
   S *w, *g;
@@ -119,43 +90,132 @@ struct Piece {
 };
 
 template <class S, int capacity>
-__device__ Piece<S> piece(const Rows<capacity>& rows, uint32_t chunk) {
-  const uint32_t i = rows.find(chunk);
+__device__ Piece<S> piece(const Rows<capacity>& rows, uint32_t i, uint32_t chunk) {
   const Row& row = rows.row[i];
-  const uint32_t end = i + 1 < rows.count ? rows.row[i + 1].first : rows.chunks;
-  const int64_t at = int64_t(chunk - row.first) * kChunk<S>;
-  const auto advance = [at](auto* p) { return p == nullptr ? nullptr : p + at; };
+  const Pointers& pointers = rows.pointers[i];
+  const int64_t at = int64_t(chunk - rows.first[i]) * kChunk<S>;
+  const auto advance = [at](auto* p) { return p == nullptr ? nullptr : p + at; };  // of what may not be there
   return {rows.begin + i,
           row.group,
           uint32_t(at),
           (row.flags & kPerturbed) != 0,
-          chunk + 1 == end ? int(row.last) : kChunk<S>,
+          (row.flags & kAligned) != 0,
+          chunk + 1 == rows.first[i + 1] ? int(row.last) : kChunk<S>,
           int64_t(row.line) * (kAlignment / int64_t(sizeof(S))) + at,
-          advance(reinterpret_cast<S*>(row.w)),
-          advance(reinterpret_cast<S*>(row.g)),
-          advance(reinterpret_cast<const S*>(row.now))};
+          reinterpret_cast<S*>(pointers.w) + at,
+          advance(reinterpret_cast<S*>(pointers.g)),
+          advance(reinterpret_cast<const S*>(pointers.now))};
 }
 
-// Which chunks a block works on is fixed by the number of blocks: sums come out the same every time.
-template <class S, int capacity, class Body>
+// In which order the grid goes through the chunks. What begins at the last one finds in the L2 cache what the kernel
+// before it, which ended there, read last.
+enum class Walk { forwards, backwards };
+
+constexpr uint32_t kRun = 4;  // chunks that a block takes at a time while there are as many for every block
+
+// Calls body(Piece). Which chunks a block works on, and in which order, is fixed by how many there are and the number
+// of blocks: sums come out the same every time. In a round, block b takes the b-th run of kRun consecutive chunks; the
+// chunks that are left over from whole rounds go round one by one, so that no block has more than one more than others.
+template <class S, Walk walk = Walk::forwards, int capacity, class Body>
 __device__ void for_pieces(const Rows<capacity>& rows, Body body) {
-  for (uint32_t chunk = blockIdx.x; chunk < rows.chunks; chunk += gridDim.x) body(piece<S>(rows, chunk));
-}
-
-// Calls body(k, i, valid) for each of this thread's vectors: the k-th, at element i, with `valid` lanes.
-template <class S, class Body>
-__device__ void for_vectors(int count, Body body) {
-#pragma unroll
-  for (int k = 0; k < kVectors<S>; ++k) {
-    const int i = (k * kThreads + int(threadIdx.x)) * kLanes<S>;
-    if (i < count) body(k, i, count - i < kLanes<S> ? count - i : kLanes<S>);
+  const uint32_t chunks = rows.chunks();
+  uint32_t run = kRun;
+  for (uint32_t done = 0; done < chunks; done += run * gridDim.x) {
+    if (chunks - done < run * gridDim.x) run = 1;
+    const uint32_t begin = done + blockIdx.x * run;
+    if (begin >= chunks) return;
+    uint32_t chunk = walk == Walk::forwards ? begin : chunks - begin - run;
+    uint32_t tensor = rows.find(chunk);
+    for (const uint32_t end = chunk + run; chunk < end; ++chunk) {
+      while (rows.first[tensor + 1] <= chunk) ++tensor;
+      body(piece<S>(rows, tensor, chunk));
+    }
   }
 }
 
-template <class S, class Body>
-__device__ void for_lanes(Body body) {
+// ---- the elements of a chunk that a thread works on at a time: all loaded, computed with, all stored
+
+template <class X, int count>
+struct Elements {
+  X element[count];
+  __device__ X& operator[](int j) { return element[j]; }
+};
+
+// In a whole chunk of S, at 16-byte addresses: kVectors vectors, every access of 128 bits.
+template <class S>
+struct Whole {
+  static constexpr int kCount = kVectors<S> * kLanes<S>;
+
+  static __device__ int place(int j) {
+    return (j / kLanes<S> * kThreads + int(threadIdx.x)) * kLanes<S> + j % kLanes<S>;
+  }
+
+  template <class X>
+  __device__ Elements<X, kCount> load(const X* from) const {
+    Elements<X, kCount> all;
 #pragma unroll
-  for (int j = 0; j < kLanes<S>; ++j) body(j);
+    for (int j = 0; j < kCount; j += kLanes<X>) {
+      const uint4 bits = *reinterpret_cast<const uint4*>(from + place(j));
+      std::memcpy(&all[j], &bits, sizeof bits);
+    }
+    return all;
+  }
+
+  // __stwb and not an assignment: where the pointer comes straight from the arguments nvcc takes that apart again.
+  template <class X>
+  __device__ void store(X* to, const Elements<X, kCount>& all) const {
+#pragma unroll
+    for (int j = 0; j < kCount; j += kLanes<X>) {
+      uint4 bits;
+      std::memcpy(&bits, &all.element[j], sizeof bits);
+      __stwb(reinterpret_cast<uint4*>(to + place(j)), bits);
+    }
+  }
+
+  // Calls body(j, i) for every element: the j-th of the thread's, the i-th of the chunk.
+  template <class Body>
+  __device__ void each(Body body) const {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) body(j, place(j));
+  }
+};
+
+// In any other chunk: one, next to the one of the next thread.
+struct Single {
+  static constexpr int kCount = 1;
+  int i;
+
+  template <class X>
+  __device__ Elements<X, 1> load(const X* from) const {
+    return {from[i]};
+  }
+  template <class X>
+  __device__ void store(X* to, const Elements<X, 1>& all) const {
+    to[i] = all.element[0];
+  }
+  template <class Body>
+  __device__ void each(Body body) const {
+    body(0, i);
+  }
+};
+
+// Zeros without a pointer.
+template <class At, class X>
+__device__ auto load_if_any(const At& at, const X* from) {
+  decltype(at.load(from)) all{};
+  if (from) all = at.load(from);
+  return all;
+}
+
+// Calls body(at), compiled twice: `at` loads and stores what this thread works on at a time.
+template <class S, class Body>
+__device__ void for_elements(const Piece<S>& p, Body body) {
+  if (p.aligned && p.count == kChunk<S>) return body(Whole<S>{});
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < p.count; i += kThreads) {
+    asm volatile("");  // else nvcc makes this loop anew for every case of its conditions
+    body(Single{i});
+  }
 }
 
 // ---- what a block shares
@@ -235,6 +295,27 @@ __device__ void add_up(const Totals<terms>& totals, const double (&sums)[terms],
     sum = block_sum(sum);
     if (threadIdx.x == 0) *totals.to[term] = first_part ? sum : *totals.to[term] + sum;
   }
+}
+
+// ---- a launch and the next one
+
+// What a kernel has to do with the sums: one that uses them may be launched before the one that makes them has ended
+// (programmatic dependent launch), and then waits for that first of all. Only kernels that make sums let others begin,
+// and these are launched when all before them has ended, so that nothing else is left to wait for. Between descend and
+// the sums that it uses or makes lie backward passes.
+enum class Order { makes_sums, uses_sums, alone };
+
+__device__ void let_next_launch_begin() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+// Until it has ended, with all that it wrote to be seen; not at all if this launch began after that.
+__device__ void wait_for_launch_before() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
 }
 
 }  // namespace

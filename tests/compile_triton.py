@@ -73,6 +73,7 @@ def summary(kernel):
         "stores": stores,
         "spills": spills,
         "approximate": len(re.findall(r"\.(approx|full)\.f32", code)),
+        "hashes": len(re.findall(r"mul\.lo\.\S+ .*(2146121005|-2073254261)", code)),  # triton_rounding.py's multipliers
     }
 
 

@@ -1,4 +1,4 @@
-"""What nvcc makes of csrc/cuda.cu: each kernel's registers, and how it moves its data. Needs nvcc, and no GPU."""
+"""What nvcc makes of csrc/cuda.cu: registers, data moved, the path of a whole chunk. Needs nvcc, and no GPU."""
 
 import importlib.util
 import itertools
@@ -6,13 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import processes
 import pytest
+import sass
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -23,20 +23,52 @@ SOURCE = Path(__file__).parents[1] / "csrc" / "cuda.cu"
 NVCC = shutil.which("nvcc")
 FLAGS = [*COMMON_NVCC_FLAGS, *NVCC_FLAGS, "-Xptxas=-v", "-cubin"]  # what a build has, and the report
 ARCHITECTURES = ["sm_80", "sm_90"]
+SLOWER = ["sm_100"]  # with --whole
 DTYPES = ["float", "double", "BFloat16", "Float16"]
-# How many 16-byte vectors a kernel reads and writes for each one of a parameter. A branch with accesses of its own
-# (what is not perturbed, or a skipped update) counts beside the others.
+NARROW = {"BFloat16", "Float16"}  # what alone is rounded stochastically, and has master weights
+# How many vectors of a thread a kernel reads and writes in a whole chunk. A branch with accesses of its own (what is
+# not perturbed, or a skipped update) counts beside the others.
 VECTORS = {
     "SquareNorm": (2, 0),  # g, w where adaptive
     "DirectionSums": (2, 0),  # g + g_max, g_min
-    "Ascend": (2, 3),  # w, g -> saved, w, g where copied
-    "Descend": (3, 3),  # saved, g, g_max -> w, g; or g
+    "Ascend<ToNearest>": (2, 3),  # w, g -> saved, w, g where copied
+    "Ascend<Stochastic>": (2, 3),
+    "Descend<ToNearest>": (3, 3),  # saved, g, g_max -> w, g; or g
+    "Descend<Stochastic>": (3, 3),
     "Direction": (2, 1),  # g + g_max, g_min -> g
     "Restore": (1, 1),  # saved -> w
-    "Step<SgdBase>": (5, 3),  # w, g + g_max, g_min, m -> w, m; or saved -> w
-    "Step<AdamBase>": (6, 4),  # w, g + g_max, g_min, m, v -> w, m, v; or saved -> w
+    "Step<SgdBase, ToNearest, false>": (5, 3),  # w, g + g_max, g_min, m -> w, m; or saved -> w
+    "Step<SgdBase, Stochastic, false>": (5, 3),
+    "Step<SgdBase, ToNearest, true>": (7, 5),  # and float32 master weights, which are twice as long
+    "Step<SgdBase, Stochastic, true>": (7, 5),
+    "Step<AdamBase, ToNearest, false>": (6, 4),  # w, g + g_max, g_min, m, v -> w, m, v; or saved -> w
+    "Step<AdamBase, Stochastic, false>": (6, 4),
+    "Step<AdamBase, ToNearest, true>": (8, 6),
+    "Step<AdamBase, Stochastic, true>": (8, 6),
 }
-MASTER_VECTORS = (2, 2)  # more, of an update of 16 bits: float32 master weights are twice as long
+# At least, of a multiprocessor of 2048 threads and 65536 registers; one less of float64.
+BLOCKS = {"SquareNorm": 8, "DirectionSums": 5, "Ascend": 5, "Descend": 4, "Direction": 8, "Restore": 8, "Step": 3}
+# Instructions for a whole chunk, at most: what was reached, and a little for other versions of nvcc.
+INSTRUCTIONS = {
+    ("SquareNorm", "float"): 130,
+    ("Ascend<ToNearest>", "float"): 120,
+    ("Descend<ToNearest>", "float"): 170,
+    ("Step<SgdBase, ToNearest, false>", "float"): 200,
+    ("Step<AdamBase, ToNearest, false>", "float"): 530,
+    ("Ascend<Stochastic>", "BFloat16"): 345,
+    ("Descend<Stochastic>", "BFloat16"): 475,
+    ("Step<SgdBase, Stochastic, false>", "BFloat16"): 640,
+    ("Step<AdamBase, Stochastic, false>", "BFloat16"): 1100,
+}
+# How many operands of 16 bits are rounded stochastically.
+ROUNDED = {
+    "Ascend<Stochastic>": 1,
+    "Descend<Stochastic>": 1,
+    "Step<SgdBase, Stochastic, false>": 2,
+    "Step<SgdBase, Stochastic, true>": 1,
+    "Step<AdamBase, Stochastic, false>": 3,
+    "Step<AdamBase, Stochastic, true>": 2,
+}
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc, of the CUDA toolkit, is not on PATH")
 
@@ -47,10 +79,16 @@ class Kernel(NamedTuple):
     name: tuple[str, ...]
     stack: int
     spilled: int
-    instructions: Counter
+    registers: int
+    code: list[sass.Instruction]
 
     def count(self, pattern):
-        return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
+        return sum(1 for instruction in self.code if re.match(pattern, instruction.name))
+
+
+def operator(kernel):
+    """Its name without how it rounds."""
+    return kernel.name[0].partition("<")[0]
 
 
 def tool(name):
@@ -66,25 +104,22 @@ def read_name(mangled):
     return arguments.groups() if arguments else (text.partition("(")[0],)
 
 
-def instructions(cubin):
-    """How many of each instruction every kernel has, by mangled name."""
-    text = subprocess.run([tool("cuobjdump"), "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    functions = (part.partition("\n") for part in text.split("Function : ")[1:])
-    line = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-    return {name: Counter(line.findall(body)) for name, _, body in functions}
+def disassembled(cubin):
+    return subprocess.run([tool("cuobjdump"), "-sass", cubin], capture_output=True, text=True, check=True).stdout
 
 
 PTXAS = re.compile(
     r"Compiling entry function '(\w+)'.*\n.*\n"
-    r"\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    r"\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers"
 )
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled(tmp_path_factory, request):
     """The kernels of each architecture, compiled at the same time."""
     folder = tmp_path_factory.mktemp("cubin")
-    cubins = {architecture: folder / f"{architecture}.cubin" for architecture in ARCHITECTURES}
+    architectures = ARCHITECTURES + SLOWER * request.config.getoption("whole")
+    cubins = {architecture: folder / f"{architecture}.cubin" for architecture in architectures}
     kernels, pipe = {}, {"stderr": subprocess.PIPE, "text": True}
     with ExitStack() as running:
         commands = ([NVCC, *FLAGS, f"-arch={each}", "-o", cubin, SOURCE] for each, cubin in cubins.items())
@@ -92,26 +127,42 @@ def compiled(tmp_path_factory):
         reports = [run.communicate(timeout=900)[1] for run in runs]
     for run, report, (architecture, cubin) in zip(runs, reports, cubins.items()):
         assert run.returncode == 0, report
-        code = instructions(cubin)
+        code = sass.functions(disassembled(cubin))
         kernels[architecture] = [
-            Kernel(read_name(name), int(stack), int(stores) + int(loads), code.pop(name))
-            for name, stack, stores, loads in PTXAS.findall(report)
+            Kernel(read_name(name), int(stack), int(stores) + int(loads), int(registers), code.pop(name))
+            for name, stack, stores, loads, registers in PTXAS.findall(report)
         ]
         assert not code, "ptxas reports every kernel that there is"
     return kernels
 
 
-@pytest.fixture(params=ARCHITECTURES)
-def kernels(request, compiled):
-    return compiled[request.param]
+@pytest.fixture(params=[*ARCHITECTURES, *SLOWER])
+def architecture(request):
+    if request.param in SLOWER and not request.config.getoption("whole"):
+        pytest.skip("with --whole: make cuda-build-check")
+    return request.param
 
 
-def test_every_kernel_is_there(kernels):
-    elementwise = {kernel.name for kernel in kernels if len(kernel.name) == 3}
-    capacities = {capacity for _, _, capacity in elementwise}
+@pytest.fixture
+def kernels(architecture, compiled):
+    return compiled[architecture]
+
+
+@pytest.fixture
+def elementwise(kernels):
+    return [kernel for kernel in kernels if len(kernel.name) == 3]
+
+
+def test_every_kernel_is_there(kernels, elementwise):
+    capacities = {capacity for _, _, capacity in (kernel.name for kernel in elementwise)}
     assert len(capacities) == 2  # few tensors, and as many as the parameters of a kernel hold
-    assert elementwise == set(itertools.product(VECTORS, DTYPES, capacities))
-    assert {kernel.name for kernel in kernels} - elementwise == {("write_words",)}
+    expected = {
+        (name, dtype, capacity)
+        for name, dtype, capacity in itertools.product(VECTORS, DTYPES, capacities)
+        if dtype in NARROW or not re.search("Stochastic|true", name)
+    }
+    assert {kernel.name for kernel in elementwise} == expected
+    assert {kernel.name for kernel in kernels} - expected == {("write_words",)}
 
 
 def test_nothing_spills(kernels):
@@ -119,16 +170,62 @@ def test_nothing_spills(kernels):
     assert [kernel.name for kernel in kernels if kernel.count("LDL|STL")] == []
 
 
-def test_every_operand_moves_in_128_bit_accesses(kernels):
-    """As many vectors as are read are written: a compiler that takes a store apart is seen, too."""
+def test_every_operand_moves_in_128_bit_accesses(elementwise):
+    """And once: a compiler that takes a store apart is seen, too, or one that makes a path twice."""
     broken = {}
-    for kernel in kernels:
-        if kernel.name[0] not in VECTORS:
-            continue
-        read, written = VECTORS[kernel.name[0]]
-        if kernel.name[0].startswith("Step") and kernel.name[1] in {"BFloat16", "Float16"}:
-            read, written = read + MASTER_VECTORS[0], written + MASTER_VECTORS[1]
-        loads, stores = kernel.count(r"LDG\.\S*\b128\b"), kernel.count(r"STG\.\S*\b128\b")
-        if loads < read or loads % read or stores * read != loads * written:
-            broken[kernel.name] = f"{loads} loads, {stores} stores"
+    for kernel in elementwise:
+        of_thread = 1 if kernel.name[1] in NARROW else 2
+        expected = tuple(of_thread * n for n in VECTORS[kernel.name[0]])
+        found = kernel.count(r"LDG\.\S*\b128\b"), kernel.count(r"STG\.\S*\b128\b")
+        if found != expected:
+            broken[kernel.name] = found
     assert not broken, broken
+
+
+def test_how_many_blocks_a_multiprocessor_runs(elementwise):
+    few = {}
+    for kernel in elementwise:
+        blocks = 65536 // (-(-kernel.registers // 8) * 8 * 256)
+        if blocks < BLOCKS[operator(kernel)] - (kernel.name[1] == "double"):
+            few[kernel.name] = f"{kernel.registers} registers, {blocks} blocks"
+    assert not few, few
+
+
+def test_how_long_the_path_of_a_whole_chunk_is(elementwise):
+    """What a chunk costs beside its data: where nobody looks, a way of an element comes in again."""
+    lengths = {
+        kernel.name[:2]: len(sass.whole_chunk(kernel.code)) for kernel in elementwise if kernel.name[:2] in INSTRUCTIONS
+    }
+    assert lengths.keys() == INSTRUCTIONS.keys()
+    long = {name: length for name, length in lengths.items() if length > INSTRUCTIONS[name]}
+    assert not long, long
+
+
+def test_random_keys_are_worked_out_once_a_chunk(elementwise):
+    """Two multiplications an element and operand, and six an operand for its keys."""
+    counts = {}
+    for kernel in elementwise:
+        if operands := ROUNDED.get(kernel.name[0]):
+            hashes = sum(kernel.code[i].hash for i in sass.whole_chunk(kernel.code))
+            if not 8 * 2 * operands <= hashes <= (8 * 2 + 6) * operands:
+                counts[kernel.name] = hashes
+    assert not counts, counts
+
+
+def test_what_uses_sums_waits_for_them(elementwise, architecture):
+    """From 9.0 on a launch may begin before the one before it has ended: nothing is read or written but after that.
+
+    Before 9.0 neither can be said, and none is launched so.
+    """
+    begin = {kernel.name for kernel in elementwise if kernel.count("PREEXIT")}
+    wait = {kernel.name for kernel in elementwise if kernel.count("ACQBULK")}
+    can = architecture != "sm_80"
+    sums, users = {"SquareNorm", "DirectionSums"}, {"Ascend", "Step"}
+    assert begin == {kernel.name for kernel in elementwise if can and operator(kernel) in sums}
+    assert wait == {kernel.name for kernel in elementwise if can and operator(kernel) in users}
+    for kernel in elementwise:
+        if kernel.name in wait:
+            names = [instruction.name for instruction in kernel.code]
+            before = kernel.code[: names.index("ACQBULK")]
+            assert not [one for one in before if re.match(r"(LD|ST|ATOM|RED)(?!C)|BRA|BAR", one.name)], kernel.name
+            assert not kernel.code[len(before)].conditional

@@ -21,6 +21,8 @@ OPERANDS = {
     "update_sgd": (4, 2),  # saved, g + g_max, g_min, m -> w, m
     "update_adam": (5, 3),  # saved, g + g_max, g_min, m, v -> w, m, v
 }
+# How many operands of 16 bits are rounded stochastically, in the variants compiled: with master weights.
+ROUNDED = {"ascend": 1, "descend": 1, "update_sgd": 1, "update_adam": 2}
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +52,14 @@ def test_every_operand_moves_in_128_bits_and_nothing_spills(compiled, target, ke
     assert found["spills"]
     assert not any(found["spills"])
     assert found["approximate"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kernel", ROUNDED)
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
+def test_random_keys_are_worked_out_once_a_chunk(compiled, target, kernel, dtype):
+    """In both variants, WHOLE and not: two multiplications an element and operand, and six an operand for its keys."""
+    found = compiled[f"{target} {kernel} {dtype}"]
+    elements = found["chunk"] // found["threads"]
+    hashes = found["hashes"] / (2 * ROUNDED[kernel])
+    assert 2 * elements <= hashes <= 2 * elements + 6

@@ -24,7 +24,7 @@
 #define __global__
 #define __shared__ static  // blocks run one after another
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __forceinline__ inline
 
 #define CUDART_VERSION 13000
@@ -158,6 +158,7 @@ class Block {
 
 inline void __syncthreads() { shim::Block::current().wait(shim::Waits::barrier); }
 inline void __threadfence() {}
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
 inline double __shfl_down_sync(unsigned, double value, int offset) {
   return shim::Block::current().shuffle_down(value, unsigned(offset));
 }
@@ -175,11 +176,22 @@ enum cudaError_t { cudaSuccess };
 using cudaStream_t = void*;
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxThreadsPerMultiProcessor };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
-struct cudaFuncAttributes {};
+struct cudaFuncAttributes {
+  int ptxVersion = 90;
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
@@ -190,6 +202,11 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   *value = which == cudaDevAttrMultiProcessorCount ? shim::kMultiprocessors : shim::kThreadsAMultiprocessor;
@@ -211,6 +228,7 @@ namespace shim {
 
 inline bool capturing = false;
 inline std::vector<std::function<void()>> captured;  // launches
+inline unsigned waited = 0;                          // threads of this launch, for the one before
 
 }  // namespace shim
 
@@ -219,13 +237,19 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* 
   return cudaSuccess;
 }
 
+// Launches never overlap here; but what may has to wait, in every thread.
+inline void cudaGridDependencySynchronize() { ++shim::waited; }
+
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  const auto launch = [=, grid = config->gridDim, block = config->blockDim] {
+  const auto launch = [=, grid = config->gridDim, block = config->blockDim, early = config->numAttrs != 0] {
     gridDim = grid;
+    shim::waited = 0;
     for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
       shim::Block::current().run(block.x, [&] { kernel(arguments...); });
+    if (early && shim::waited != grid.x * block.x)
+      throw std::logic_error("CUDA on the host: a kernel that may begin early does not wait for the one before");
   };
   if (shim::capturing)
     shim::captured.push_back(launch);
