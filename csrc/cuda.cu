@@ -308,7 +308,7 @@ struct Step {
     Shared<Decision> once;
     const Decision& decision = once(0, [&] {
       const auto scales = DirectionScales::from(u.sums, u.bilateral, u.max_norm);
-      return Decision{scales, all_finite(u.sums) && scales.within(u.sums, u.bilateral, u.limit)};
+      return Decision{scales, scales.can_update(u.sums, u.bilateral, u.limit)};
     });
     const bool finite = decision.update;
     Shared<Scalars<arithmetic_t<S>>> shared;

@@ -183,7 +183,7 @@ void FlatParams::end_pass() {
 // Whether an update will be skipped, as far as the host knows.
 bool FlatParams::is_skipped(const at::Tensor& sums, double max_norm) const {
   const double* known = on_host(sums);
-  return known && !can_update(known, bilateral_, max_norm, limit);
+  return known && !DirectionScales::from(known, bilateral_, max_norm).can_update(known, bilateral_, limit);
 }
 
 // Finds the members, the tensors that had a gradient in some pass of this step, and makes room for their state.
@@ -275,11 +275,12 @@ bool FlatParams::combine(const at::Tensor& sums, bool from_saved, double max_nor
   check_saved();
   const at::Tensor here = sums.cpu();
   const double* known = here.const_data_ptr<double>();
-  if (!can_update(known, bilateral_, max_norm, limit)) {
+  const auto scales = DirectionScales::from(known, bilateral_, max_norm);
+  if (!scales.can_update(known, bilateral_, limit)) {
     skip();
     return false;
   }
-  const double factor = DirectionScales::from(known, bilateral_, max_norm).factor;
+  const double factor = scales.factor;
   std::vector<at::Tensor> directions;
   if (bilateral_)
     complete_g();

@@ -23,6 +23,11 @@ BSAM_INLINE bool all_finite(const double* sums) {
 struct DirectionScales {
   double c, factor;
 
+  // Whether an update can be made with them: else the step is skipped.
+  BSAM_INLINE bool can_update(const double* sums, bool bilateral, double limit) const {
+    return all_finite(sums) && within(sums, bilateral, limit);
+  }
+
   // Whether neither they nor d can be beyond `limit`: |factor g_max,i| ≤ factor ‖g_max‖, and |c g_min,i| ≤ ‖g_max‖ is
   // at most half of it, as descend saw to for g + g_max.
   BSAM_INLINE bool within(const double* sums, bool bilateral, double limit) const {
@@ -37,11 +42,6 @@ struct DirectionScales {
     return {c, direction_factor(square, sums[kScale], max_norm)};
   }
 };
-
-// Whether an update can be made: else the step is skipped.
-BSAM_INLINE bool can_update(const double* sums, bool bilateral, double max_norm, double limit) {
-  return all_finite(sums) && DirectionScales::from(sums, bilateral, max_norm).within(sums, bilateral, limit);
-}
 
 // The options of a param group, in the order of contract.py's tuples, which come as doubles.
 struct RadiusGroup {
