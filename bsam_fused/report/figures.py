@@ -11,10 +11,14 @@ from typing import Any
 import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from bsam_fused.report import said
+from bsam_fused.report.benefit import Outcome
 from bsam_fused.report.results import Report
+from bsam_fused.report.rows import Row
 from bsam_fused.report.sweep import Point
 
 INK = "#123457"  # stands for the page's text colour until the SVG is written
@@ -54,7 +58,8 @@ def _svg(plot: Plot) -> Callable[[Report], Markup]:
     @wraps(plot)
     def draw(report: Report) -> Markup:
         with matplotlib.rc_context(STYLE | {"svg.hashsalt": plot.__name__}):
-            figure = Figure(figsize=(5, max(3.4, 1.3 + ROW * len(report.rows))), layout="constrained")
+            height = max(3.4, 1.3 + ROW * len(report.rows)) if plot.__name__ != "accuracy" else 2.4
+            figure = Figure(figsize=(5, height), layout="constrained")
             plot(figure.add_subplot(), report)
             file = io.StringIO()
             unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -65,6 +70,41 @@ def _svg(plot: Plot) -> Callable[[Report], Markup]:
         return Markup(re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("<svg", title, 1))
 
     return draw
+
+
+@_svg
+def accuracy(axes: Axes, report: Report) -> None:
+    """Test accuracy by optimizer: a bar is the mean, a dot a run."""
+    if report.benefit:
+        draw_accuracy(axes, report.benefit.outcomes)
+
+
+def draw_accuracy(axes: Axes, outcomes: Sequence[Outcome]) -> None:
+    """Draw a bar an optimizer, the mean over its runs beside it, and a dot a run."""
+    names = [found.optimizer for found in outcomes]
+    bars = axes.barh(
+        names, [found.accuracy_percent for found in outcomes], color=[METHODS[name] for name in names], height=0.6
+    )
+    for found in outcomes:
+        runs = found.accuracies_percent
+        axes.plot(runs, [found.optimizer] * len(runs), "o", color=INK, markersize=4, alpha=0.7)
+    axes.bar_label(bars, [said.accuracy(found) for found in outcomes], padding=8, fontsize=9)
+    axes.set(xlabel="test images named rightly, %")
+    _horizontal(axes)
+    axes.set_xlim(0, 130)
+    axes.set_xticks(range(0, 101, 20))
+
+
+def draw_cost(axes: Axes, rows: Sequence[Row]) -> None:
+    """Draw a bar an implementation: the passes of its step, and beside them the optimizer's own time."""
+    names = [row.name for row in rows]
+    passes = [row.passes_ms for row in rows]
+    axes.barh(names, passes, color=PASSES, height=0.6, label="forward and backward passes")
+    own = [row.optimizer_ms for row in rows]
+    bars = axes.barh(names, own, left=passes, color=METHODS["BSAM"], height=0.6, label="the optimizer's own work")
+    axes.bar_label(bars, [said.own_overhead(row) for row in rows], padding=3, fontsize=9)
+    axes.set(xlabel="time of a training step, ms")
+    _horizontal(axes)
 
 
 @_svg
@@ -81,8 +121,8 @@ def steps(axes: Axes, report: Report) -> None:
             bars = axes.barh(names, values, left=left, color=colour, label=label, height=0.72)
             left = [a + b for a, b in zip(left, values, strict=True)]
     if bars is not None:
-        axes.bar_label(bars, [f"+{row.optimizer_percent:.1f} %" for row in report.rows], padding=3, fontsize=9)
-    axes.set(xlabel="time of a step, ms (median)")
+        axes.bar_label(bars, [said.own_overhead(row) for row in report.rows], padding=3, fontsize=9)
+    axes.set(xlabel="time of a step, ms")
     axes.figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     _horizontal(axes)
 
@@ -133,6 +173,7 @@ def losses(axes: Axes, report: Report) -> None:
         epochs = range(1, len(curve.epoch_losses) + 1)
         axes.plot(epochs, curve.epoch_losses, color=METHODS[method], label=curve.name, marker=".", **look)
     axes.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    _ticks(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color=INK, alpha=0.15)
     axes.legend(frameon=False)
@@ -141,7 +182,8 @@ def losses(axes: Axes, report: Report) -> None:
 def _lines(axes: Axes, points: Sequence[Point], value: Callable[[Point], float]) -> None:
     """Draw a line an implementation; of several algorithms the last, which costs most, in full and others dashed."""
     axes.set(xlabel="parameters", xscale="log", yscale="log")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    _ticks(axes.xaxis, EngFormatter(sep=""))
+    _ticks(axes.yaxis)
     named: set[str] = set()
     algorithms = list(dict.fromkeys(point.algorithm for point in points))
     for algorithm, implementation in dict.fromkeys((point.algorithm, point.implementation) for point in points):
@@ -160,6 +202,13 @@ def _lines(axes: Axes, points: Sequence[Point], value: Callable[[Point], float])
     axes.grid(color=INK, alpha=0.15)
     if points:
         axes.figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+
+
+def _ticks(axis: Axis, formatter: Any = None) -> None:
+    """Put figures at 1, 2, 5 of every decade, so that an axis of less than one has some, too."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(formatter or FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _colours(points: Sequence[Point]) -> list[str]:
