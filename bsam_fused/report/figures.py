@@ -52,27 +52,34 @@ STYLE: dict[Any, Any] = {
 Plot = Callable[[Axes, Report], None]
 
 
-def _svg(plot: Plot) -> Callable[[Report], Markup]:
-    """Return a function that draws ``plot`` and gives it as an <svg> element."""
-
-    @wraps(plot)
-    def draw(report: Report) -> Markup:
-        with matplotlib.rc_context(STYLE | {"svg.hashsalt": plot.__name__}):
-            height = max(3.4, 1.3 + ROW * len(report.rows)) if plot.__name__ != "accuracy" else 2.4
-            figure = Figure(figsize=(5, height), layout="constrained")
-            plot(figure.add_subplot(), report)
-            file = io.StringIO()
-            unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            figure.savefig(file, format="svg", transparent=True, metadata=unsaid)
-        svg = file.getvalue()
-        svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-        title = f'<svg role="img" aria-label="{(plot.__doc__ or "").splitlines()[0]}"'
-        return Markup(re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("<svg", title, 1))
-
-    return draw
+def _tall(report: Report) -> float:
+    """Return a height in inches at which each row has room."""
+    return max(3.4, 1.3 + ROW * len(report.rows))
 
 
-@_svg
+def _svg(height: Callable[[Report], float] = _tall) -> Callable[[Plot], Callable[[Report], Markup]]:
+    """Return a decorator: the function then draws its plot and gives it as an <svg> element, so many inches high."""
+
+    def drawing(plot: Plot) -> Callable[[Report], Markup]:
+        @wraps(plot)
+        def draw(report: Report) -> Markup:
+            with matplotlib.rc_context(STYLE | {"svg.hashsalt": plot.__name__}):
+                figure = Figure(figsize=(5, height(report)), layout="constrained")
+                plot(figure.add_subplot(), report)
+                file = io.StringIO()
+                unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+                figure.savefig(file, format="svg", transparent=True, metadata=unsaid)
+            svg = file.getvalue()
+            svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+            title = f'<svg role="img" aria-label="{(plot.__doc__ or "").splitlines()[0]}"'
+            return Markup(re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("<svg", title, 1))
+
+        return draw
+
+    return drawing
+
+
+@_svg(lambda _: 2.4)
 def accuracy(axes: Axes, report: Report) -> None:
     """Test accuracy by optimizer: a bar is the mean, a dot a run."""
     if report.benefit:
@@ -81,14 +88,11 @@ def accuracy(axes: Axes, report: Report) -> None:
 
 def draw_accuracy(axes: Axes, outcomes: Sequence[Outcome]) -> None:
     """Draw a bar an optimizer, the mean over its runs beside it, and a dot a run."""
-    names = [found.optimizer for found in outcomes]
-    bars = axes.barh(
-        names, [found.accuracy_percent for found in outcomes], color=[METHODS[name] for name in names], height=0.6
-    )
     for found in outcomes:
-        runs = found.accuracies_percent
-        axes.plot(runs, [found.optimizer] * len(runs), "o", color=INK, markersize=4, alpha=0.7)
-    axes.bar_label(bars, [said.accuracy(found) for found in outcomes], padding=8, fontsize=9)
+        name, runs = found.optimizer, found.accuracies_percent
+        axes.barh(name, found.accuracy_percent, color=METHODS[name], height=0.6)
+        axes.plot(runs, [name] * len(runs), "o", color=INK, markersize=4, alpha=0.7)
+        axes.text(max(runs) + 2, name, said.accuracy(found), va="center", fontsize=9)  # type: ignore[arg-type]
     axes.set(xlabel="test images named rightly, %")
     _horizontal(axes)
     axes.set_xlim(0, 130)
@@ -107,7 +111,7 @@ def draw_cost(axes: Axes, rows: Sequence[Row]) -> None:
     _horizontal(axes)
 
 
-@_svg
+@_svg()
 def steps(axes: Axes, report: Report) -> None:
     """Where a step's time goes: a bar an implementation; passes, phases and gaps stacked."""
     names = [row.name for row in report.rows]
@@ -127,14 +131,14 @@ def steps(axes: Axes, report: Report) -> None:
     _horizontal(axes)
 
 
-@_svg
+@_svg()
 def overhead(axes: Axes, report: Report) -> None:
     """The optimizer's own time of a step against the number of parameters, by implementation."""
     _lines(axes, report.points, lambda point: point.optimizer_ms)
     axes.set(ylabel="optimizer time of a step, ms")
 
 
-@_svg
+@_svg()
 def roofline(axes: Axes, report: Report) -> None:
     """Bandwidth reached against the bytes that a step must move; the roof is a copy's bandwidth."""
     _lines(axes, report.points, lambda point: point.gb_per_s)
@@ -151,7 +155,7 @@ def roofline(axes: Axes, report: Report) -> None:
     axes.set(ylabel="bytes to move over time, GB/s")
 
 
-@_svg
+@_svg()
 def memory(axes: Axes, report: Report) -> None:
     """Peak memory beside parameters, gradients and the base optimizer's, by implementation."""
     largest = max((point.elements for point in report.points), default=0)
@@ -163,7 +167,7 @@ def memory(axes: Axes, report: Report) -> None:
     _horizontal(axes)
 
 
-@_svg
+@_svg()
 def losses(axes: Axes, report: Report) -> None:
     """Training loss in float64, the mean of each epoch: broad where it is fused, dashed where not."""
     curves = report.learning.curves if report.learning else []

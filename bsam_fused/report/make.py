@@ -172,7 +172,7 @@ def make(out: Path, options: Options) -> bool:
         interrupted = True
     report = draft.report(partial=interrupted)
     write.files(report, out)
-    terminal.show(report, Console(), [*([replaced] if replaced else []), write.written(out)])
+    terminal.show(report, Console(markup=False), [*([replaced] if replaced else []), write.written(out)])
     if interrupted:
         raise KeyboardInterrupt
     return report.agree

@@ -77,7 +77,7 @@ def task(benefit: Benefit) -> str:
 def outcome(found: Outcome) -> str:
     """Return what an optimizer's runs gave."""
     runs = len(found.accuracies_percent)
-    radius = "" if found.rho is None else f" (radius ρ = {found.rho})"
+    radius = "" if found.rho is None else f" (radius ρ = {found.rho:g})"
     return (
         f"{found.optimizer}{radius}: {accuracy(found)} of the test images named rightly, "
         f"{runs} run{'s' if runs > 1 else ''} of {found.seconds:.1f} s on one core"

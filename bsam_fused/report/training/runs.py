@@ -21,16 +21,16 @@ from bsam_fused.report.training.tasks import TASKS, Digits
 
 
 class Optimizer(NamedTuple):
-    """How an optimizer is built of a network, a radius and SGD's options, and its passes a step."""
+    """How an optimizer is built of a network and options, and its passes a step."""
 
-    build: Callable[[nn.Module, float | None, dict[str, Any]], Any]
+    build: Callable[[nn.Module, dict[str, Any]], Any]
     passes: int
 
 
 OPTIMIZERS = {
-    "SGD": Optimizer(lambda network, _, base: torch.optim.SGD(network.parameters(), **base), 1),
-    "SAM": Optimizer(lambda network, rho, base: SAM(network.parameters(), rho=rho, model=network, **base), 2),
-    "BSAM": Optimizer(lambda network, rho, base: BSAM(network.parameters(), rho=rho, model=network, **base), 3),
+    "SGD": Optimizer(lambda network, options: torch.optim.SGD(network.parameters(), **options), 1),
+    "SAM": Optimizer(lambda network, options: SAM(network.parameters(), model=network, **options), 2),
+    "BSAM": Optimizer(lambda network, options: BSAM(network.parameters(), model=network, **options), 3),
 }
 
 
@@ -114,7 +114,7 @@ def train(run: Run) -> Row:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         network = task.network()
-        optimizer = how.build(network, run.rho, task.base)
+        optimizer = how.build(network, task.base if run.rho is None else {"rho": run.rho, **task.base})
         begin = time.perf_counter()
         losses = _losses(run, data, network, optimizer)
         seconds = time.perf_counter() - begin
