@@ -1,4 +1,4 @@
-# make report   train on digits with wrong labels, show what sharpness-aware steps are for and what they cost; opens as report/index.html
+# make report   train on digits with wrong labels; show what sharpness-aware steps are for and what they cost; opens as report/index.html
 # make picture  docs/report.png from that report, of a quiet machine
 # make test     the tests
 # make test-triton   those of the Triton kernels, in Triton's interpreter

@@ -39,7 +39,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
         figure = Figure(figsize=(9, 2.9), layout="constrained")
         buys, costs = figure.subplots(1, 2)
         figures.draw_accuracy(buys, [Outcome(**outcome) for outcome in report["benefit"]["outcomes"]])
-        buys.set_title(f"trained with {report['benefit']['replaced_percent']:.0f} % of the labels wrong", fontsize=10)
+        replaced = f"{report['benefit']['replaced_percent']:.0f} %"
+        buys.set_title(f"trained with {replaced} of the labels replaced at random", fontsize=10)
         figures.draw_cost(costs, rows)
         costs.set_title("forward and backward passes, + the optimizer's own work", fontsize=10)
         figure.savefig(path, dpi=110, metadata={"Software": None} if path.suffix == ".png" else None)

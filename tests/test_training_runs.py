@@ -21,11 +21,6 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 pytestmark = pytest.mark.usefixtures("one_thread")  # as workers have
 
 
-@pytest.fixture(autouse=True)
-def _package_of_this_checkout(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
-
-
 def test_labels_are_wrong_for_training_alone():
     """Of 400 labels replaced a tenth is right by chance; a seed decides which, and no test image is trained on."""
     true, noisy = digits(torch.float32, test_images=797), noisy_digits(1)

@@ -9,6 +9,7 @@ from bsam_fused.report.results import Report
 from bsam_fused.report.rows import BUSY_PERCENT, Row, vary_percent
 
 NOISE = "within noise"
+NEXT = "What now: bsam-fused report --model mymodule:build measures your own network; docs/report.md says more."
 
 
 # ---- figures
@@ -27,6 +28,11 @@ def overhead(row: Row) -> str:
 def own_overhead(row: Row) -> str:
     """Return the optimizer's overhead in percent, or that noise is larger."""
     return f"+{row.optimizer_percent:.1f} %" if row.optimizer_is_seen else NOISE
+
+
+def own_work(row: Row) -> str:
+    """Return the optimizer's time and overhead, or that noise is larger."""
+    return f"{row.optimizer_ms:.3g} ms ({own_overhead(row)})" if row.optimizer_is_seen else NOISE
 
 
 def times(report: Report) -> dict[str, tuple[str, str, str, str]]:
@@ -91,16 +97,16 @@ def cost(report: Report) -> list[str]:
     lines = [f"One pass, forward and backward, with {report.base} alone takes {report.base_pass_ms:.3g} ms."]
     for row in chosen(report):
         lines.append(
-            f"{row.name}: {row.passes} such passes a step take {row.passes * report.base_pass_ms:.3g} ms; its own work "
-            f"takes {row.optimizer_ms:.3g} ms more ({own_overhead(row)}); {loops(report, row)}"
+            f"{row.name}: {row.passes} such passes a step take {row.passes * report.base_pass_ms:.3g} ms; "
+            f"its own work: {own_work(row)}; {loops(report, row)}"
         )
     return lines
 
 
 def loops(report: Report, row: Row) -> str:
-    """Return what the papers' loops of the same algorithm cost, in words; nothing where they were not measured."""
+    """Return what the papers' loops of the same algorithm cost, in words."""
     found = [it for it in report.rows if (it.algorithm, it.implementation) == (row.algorithm, REFERENCE)]
-    return f"as the papers' loops it is {found[0].optimizer_ms:.3g} ms ({own_overhead(found[0])})" if found else ""
+    return f"the papers' loops: {own_work(found[0])}" if found else "the papers' loops were not measured"
 
 
 def who(report: Report) -> dict[str, str]:

@@ -12,6 +12,11 @@ from bsam_fused.report.results import Report
 from bsam_fused.report.rows import Row
 
 Columns = dict[str, Callable[[Row], str]]
+FEWER = (
+    ("step\nms", "spread\nof steps", "optimizer\nms", "optimizer\nover passes"),
+    ("step\nms", "optimizer\nover passes"),
+)
+"""Columns for narrow terminals."""
 
 
 def show(report: Report, console: Console, last: Sequence[str]) -> None:
@@ -19,42 +24,39 @@ def show(report: Report, console: Console, last: Sequence[str]) -> None:
     lines = []
     if report.benefit:
         lines += [said.task(report.benefit), *(f"  {said.outcome(found)}" for found in report.benefit.outcomes), ""]
-    console.print(*lines, *([said.banner(report)] if said.banner(report) else []), sep="\n", soft_wrap=True)
     if report.rows:
-        console.print(
-            f"A training step of {report.model}: {report.batch}, {report.dtype}, on {report.device}", soft_wrap=True
-        )
+        lines += [f"A training step of {report.model}: {report.batch}, {report.dtype}, on {report.device}."]
+        lines += [f"  {name}: {words}" for name, words in said.who(report).items()]
+        lines += [said.banner(report)] if said.banner(report) else []
+    _print(console, lines)
+    if report.rows:
         table(report, console)
     lines = [*said.cost(report), *([said.verdict(report.learning)] if report.learning else [])]
-    lines += [f"{name}: {words}" for name, words in said.who(report).items()]
     lines += [f"Not measured: {name}: {why}" for name, why in report.absent.items()]
-    if report.partial:
-        lines.append("Interrupted: the report is partial.")
-    console.print(*lines, *last, sep="\n", soft_wrap=True)
+    lines += ["Interrupted: the report is partial."] if report.partial else []
+    _print(console, [*lines, said.NEXT, *last])
+
+
+def _print(console: Console, lines: Sequence[str]) -> None:
+    """Print lines whole: the terminal breaks them."""
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 def table(report: Report, console: Console) -> None:
     """Print the timed steps: with as many columns as the width has room for, and where it has none, a figure a line."""
-    for columns in (_all_columns(report), _few_columns(report)):
-        shown = _table(report, columns)
-        if console.measure(shown, options=console.options.update(width=10_000)).minimum <= console.width:
+    columns = _columns(report)
+    for titles in (tuple(columns), *FEWER):
+        shown = _table(report, {title: columns[title] for title in titles})
+        if console.measure(shown, options=console.options.update(width=10_000)).maximum <= console.width:
             console.print(shown)
             return
     for row in report.rows:
-        figures = (f"  {' '.join(title.split())}: {cell(row)}" for title, cell in _all_columns(report).items())
+        figures = (f"  {' '.join(title.split())}: {cell(row)}" for title, cell in columns.items())
         console.print(row.name, *figures, sep="\n", soft_wrap=True)
 
 
-def _few_columns(report: Report) -> Columns:
-    times = said.times(report)
-    return {
-        "step\nms": lambda row: times[row.name][3],
-        "optimizer\nms": lambda row: times[row.name][1],
-        "optimizer\nover passes": said.own_overhead,
-    }
-
-
-def _all_columns(report: Report) -> Columns:
+def _columns(report: Report) -> Columns:
     times = said.times(report)
     launched = any(row.launches is not None for row in report.rows)
     launches: Columns = {"launches": lambda row: str(row.launches)} if launched else {}

@@ -13,9 +13,11 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+import bsam_fused
 from bsam_fused.report import ctrl_c
 from bsam_fused.report.training.runs import Row, Run
 
+PACKAGE = Path(bsam_fused.__file__).parent
 LOOK = 0.2
 """Seconds between looks for Ctrl-C, while runs are under way."""
 
@@ -75,19 +77,18 @@ class _Workers:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._free: queue.SimpleQueue[subprocess.Popen[str]] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
         self._ends = ExitStack()
 
     def __enter__(self) -> _Workers:
-        command = [sys.executable, "-m", "bsam_fused.report.training.worker"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         for _ in range(self._count):
             worker = subprocess.Popen(
-                command,
+                [sys.executable, "-m", "bsam_fused.report.training.worker"],
+                bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                text=True,
-                env=environment,
+                cwd=PACKAGE.parent,  # `-m` looks there first, and the user may be in a folder with another one
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C in a terminal is this process's
             )
             self._ends.enter_context(worker)
@@ -102,18 +103,21 @@ class _Workers:
         """Return the row of a run, made by the next process that is free."""
         worker = self._free.get()
         try:
-            assert worker.stdin is not None
-            assert worker.stdout is not None
-            worker.stdin.write(json.dumps(asdict(one)) + "\n")
-            worker.stdin.flush()
-            answer = worker.stdout.readline()
-        except (OSError, ValueError) as error:
-            raise RuntimeError(f"{one.repeated_by}: its process ended") from error
+            answer = _ask(worker, json.dumps(asdict(one)))
         finally:
             self._free.put(worker)
-        if not answer.endswith("\n"):
-            raise RuntimeError(f"{one.repeated_by}: its process ended")
-        found = json.loads(answer)
+        found = json.loads(answer) if answer else {"error": f"its process ended with status {worker.wait()}"}
         if "error" in found:
             raise RuntimeError(f"{one.repeated_by}:\n{found['error']}")
         return Row(**found)
+
+
+def _ask(worker: subprocess.Popen[bytes], line: str) -> bytes:
+    """Return a worker's answer; nothing where it ended."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    try:
+        worker.stdin.write(line.encode() + b"\n")
+        return worker.stdout.readline()
+    except OSError:
+        return b""
