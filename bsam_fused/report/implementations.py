@@ -24,7 +24,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {"cpu": ("torch", "cpp"), "cuda": ("t
 PACKAGE = "pytorch_optimizer"
 WORDS = {
     "alone": "torch's own optimizer, one pass a step: what the others are measured against",
-    REFERENCE: "the papers' formulas in plain Python, a tensor at a time: what most people run today",
+    REFERENCE: "the papers' formulas in plain Python, a tensor at a time",
     "foreach": "the same as a careful engineer writes it, by torch's operations on lists of tensors",
     PACKAGE: "SAM of the package of this name",
     "torch": "this package on torch's operations alone, without compiled code",
