@@ -114,8 +114,7 @@ def _number(figure: Content) -> str:
 def _training(trained: Sequence[Content]) -> Iterable[str]:
     yield (
         "## Whole training steps\n\nMeasured by `bsam-fused report`: forward and backward passes, and the optimizer "
-        "between them; means over the middle half of the steps. Overheads are over 1, 2 or 3 × the pass of the base "
-        "optimizer alone; the step's "
+        "between them. Overheads are over 1, 2 or 3 × the pass of the base optimizer alone; the step's "
         "includes what passes vary."
     )
     for it in trained:

@@ -21,7 +21,7 @@ from bsam_fused.report import ctrl_c, timing
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-WARM_UP_PASSES = 11 + timing.WARM_UP * 11  # of the base and SAM's five implementations, and of all of them in turns
+WARM_UP_PASSES = 10 + timing.WARM_UP * 11  # of SAM's five implementations, and of those and the base's in turns
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -56,7 +56,6 @@ class Training:
         """Implementation -> why it was not measured."""
         self.base = Timed(base_name, "alone", ("step",), base.build(self.params))
         self.timed = [self.base]
-        self._once(self.base)  # an error in the network or the loss is nobody's but the user's
         for name in algorithms:
             algorithm = ALGORITHMS[name]
             builds = implementations(algorithm, base, clock.device.type, workload.model)
@@ -69,17 +68,16 @@ class Training:
         timed = None
         try:
             timed = Timed(algorithm, implementation, calls, build(self.params))
-            self._once(timed)
+            for piece in self.pieces(timed):
+                piece()
             self.timed.append(timed)
-        except Exception as error:  # the others can be measured all the same
+        except (
+            Exception
+        ) as error:  # the others can be measured all the same; the network's own error comes with the base
             self.absent[f"{algorithm}, {implementation}"] = reason(error)
             restore = getattr(timed and timed.optimizer, "restore", None)
             if restore is not None:
                 restore()
-
-    def _once(self, timed: Timed) -> None:
-        for piece in self.pieces(timed):
-            piece()
 
     def _add_graph(self, algorithm: str, implementation: str) -> None:
         of_backend = [it for it in self.timed if (it.algorithm, it.implementation) == (algorithm, implementation)]
