@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import bsam_fused
+from bench import picture
 from bsam_fused import cli
 from bsam_fused.report import learning, make, models, sweep, timing, write
 from bsam_fused.report.clock import HostClock
@@ -84,6 +85,9 @@ def test_command_writes_page_and_figures(tmp_path, capsys):
     assert points[-1]["gb_per_s"] == pytest.approx(moved / 1e9)
     assert points[-1]["extra_mb"] == pytest.approx(2 * 72_058 * 4 / 1e6, rel=0.05)
 
+    picture.draw(found, tmp_path / "picture.png")
+    assert 10_000 < (tmp_path / "picture.png").stat().st_size < 150_000
+
     page = (tmp_path / "out" / "index.html").read_text()
     assert "http" not in page
     assert not re.search(r"\bsrc=|<script|@import|url\((?!#)", page)
@@ -93,6 +97,20 @@ def test_command_writes_page_and_figures(tmp_path, capsys):
     headings = ("What it is for", "What it costs", "Fused and plain learn the same", "What now")
     assert [page.index(f"<h2>{heading}") for heading in headings] == sorted(page.index(f"<h2>{it}") for it in headings)
     assert "losses agree" in page
+
+
+def test_an_interrupt_keeps_the_training_runs_that_are_finished(tmp_path, monkeypatch):
+    def interrupted(wanted):
+        yield train(wanted[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", interrupted)
+    found = report(tmp_path, status=130)
+    assert found["partial"] is True
+    assert [outcome["optimizer"] for outcome in found["benefit"]["outcomes"]] == ["SGD"]
+    assert found["rows"] == []
+    with pytest.raises(ValueError, match="needs a whole report"):
+        picture.draw(found, tmp_path / "picture.png")
 
 
 def test_options_are_obeyed(tmp_path):
