@@ -1,4 +1,5 @@
-# make report   train on the digits and show what sharpness-aware steps cost
+# make report   train on digits with wrong labels; show what sharpness-aware steps are for and what they cost; opens as report/index.html
+# make picture  docs/report.png from that report, of a quiet machine
 # make test     the tests
 # make test-triton   those of the Triton kernels, in Triton's interpreter
 # make interrupts    what an interrupt leaves, at every line, after every call and of 500 real signals (SEED=... repeats their order)
@@ -15,11 +16,13 @@
 #               (COMMIT=... names the source where this is no git checkout)
 #
 # Each but the last does its own set-up: a virtual environment in .venv, pinned packages, the C++ extension in place.
+# The report needs few of these; what the others need comes with the first of them.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUILT := $(VENV)/.built
+READY := $(BUILT) $(VENV)/.installed
 CUDA_VENV := .venv-cuda
 # The registry's torch is built for CUDA 13.0, as nvcc here is; it asks for setuptools < 82.
 CUDA_TORCH := torch==2.12.1 setuptools==81.0.0
@@ -29,69 +32,75 @@ TRAINERS := torch==2.14.1 torchvision==0.29.1 timm==1.0.31 fastai==2.8.12
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py
 
-.PHONY: report test test-triton interrupts test-recipes test-trainers fuzz bench bench-check performance lint types format cuda-build-check gpu clean
+.PHONY: report picture test test-triton interrupts test-recipes test-trainers fuzz bench bench-check performance lint types format cuda-build-check gpu clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
 
-test: $(BUILT)
+picture: $(BUILT)
+	$(BIN)/python -m bench.picture report/report.json docs/report.png
+
+test: $(READY)
 	$(BIN)/python -m pytest -q -m "not interpreter and not recipe and not interrupts"
 
 # What depends on the kernels; the rest is the same code for all backends written in Python.
 INTERPRETED := $(addprefix tests/test_,against_reference.py golden.py rounding.py master_weights.py interrupts.py)
-test-triton: $(BUILT)
+test-triton: $(READY)
 	$(BIN)/python -m pytest -q -m interpreter $(INTERPRETED)
 
-interrupts: $(BUILT)
+interrupts: $(READY)
 	$(BIN)/python -m pytest -q -s -m interrupts
 	$(BIN)/python -m pytest -q --whole tests/test_interrupts.py::test_at_every_line
 
-test-recipes: $(BUILT)
+test-recipes: $(READY)
 	$(BIN)/python -m pytest -q -m recipe
 
 test-trainers: $(TRAINERS_VENV)/.built
 	$(TRAINERS_VENV)/bin/python -m pytest -q tests/with_torchvision
 
 FUZZ_SECONDS ?= 3600
-fuzz: $(BUILT)
+fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
-bench: $(BUILT)
+bench: $(READY)
 	mkdir -p build
 	$(BIN)/python -m pytest -q bench --benchmark-json=build/bench.json
 
-bench-check: $(BUILT)
+bench-check: $(READY)
 	$(BIN)/python -m bench.guard
 
-performance: $(BUILT)
+performance: $(READY)
 	$(BIN)/python -m bench.performance
 
-lint: $(BUILT)
+lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
 # Tensor.backward has no types: that is torch's.
-types: $(BUILT)
+types: $(READY)
 	$(BIN)/mypy
 	$(BIN)/mypy --strict --warn-unused-ignores --untyped-calls-exclude=torch --follow-imports=silent tests/typing
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(BUILT)
+format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CSRC)
 
-$(VENV)/.installed: constraints.txt
+$(VENV)/.report: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt pip setuptools wheel
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt ninja numpy pytest pytest-benchmark hypothesis \
-		matplotlib jinja2 rich scikit-learn ruff clang-format build triton pytorch_optimizer \
+	$(BIN)/pip install -q -c constraints.txt ninja numpy matplotlib jinja2 rich scikit-learn pytorch_optimizer
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.report
+	$(BIN)/pip install -q -c constraints.txt pytest pytest-benchmark hypothesis ruff clang-format build triton \
 		lightning transformers accelerate schedulefree peft skorch tensorboard mypy 'pyright[nodejs]'
 	touch $@
 
-$(BUILT): $(VENV)/.installed $(SOURCES)
+$(BUILT): $(VENV)/.report $(SOURCES)
 	BSAM_FUSED_BUILD=cpu $(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 

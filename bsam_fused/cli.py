@@ -6,12 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from bsam_fused.ops import dispatch, native_flat
-from bsam_fused.report import ctrl_c
+from bsam_fused.report import command, ctrl_c
 
 _DEVICE_TYPES = {"cuda": "cuda", "triton": "cuda", "cpp": "cpu", "torch": "cpu"}
 
@@ -31,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     try:
-        return _report(options) if options.command == "report" else _info()
+        return command.run(options) if options.command == "report" else _info()
     except KeyboardInterrupt:
         print("bsam-fused: interrupted", file=sys.stderr)
         return ctrl_c.STATUS
@@ -41,33 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bsam-fused", description="Fused sharpness-aware optimizers.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="say what is installed, which backends work here, and if not, why")
-    report = commands.add_parser(
-        "report",
-        help="measure what sharpness-aware steps cost, on a built-in network or your own",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = report.add_argument
-    names = ("digits", "resnet18", "resnet50", "wrn28_10", "pyramidnet110", "vit_b_16", "gpt2", "tiny500")
-    add("--model", default="digits", help=f"{', '.join(names)}, or module:function, which returns (model, batch)")
-    add("--optimizer", choices=["sam", "asam", "bsam"], action="append", help="may be repeated (default: sam and bsam)")
-    add("--base", choices=["sgd", "adamw"], default="sgd", help="base optimizer; sgd has momentum")
-    add("--device", default="cpu", help="cpu or cuda")
-    add("--batch-size", type=_positive, metavar="N", help="examples a batch (default: the network's own)")
-    add("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32", help="of the weights")
-    add("--compile", action="store_true", help="the network under torch.compile")
-    add("--graph", action="store_true", help="also whole steps captured in a CUDA graph")
-    add("--steps", type=_positive, default=20, metavar="N", help="timed steps of each implementation")
-    add("--epochs", type=_positive, default=10, metavar="N", help="of the digits' training, with --model digits")
-    add("--threads", type=_positive, default=1, metavar="N", help="of torch on the CPU")
-    add("--out", type=Path, default=Path("report"), metavar="DIR", help="for index.html and report.json")
+    command.add_to(commands)
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
 
 
 # ---- info
@@ -122,41 +96,3 @@ def _choices() -> Iterator[tuple[str, str]]:
             yield f"{device} tensors", f"{choice.backend} ({choice.why})"
         except (RuntimeError, ValueError) as error:
             yield f"{device} tensors", f"none: {error}"
-
-
-# ---- report
-
-
-def _report(options: argparse.Namespace) -> int:
-    with ctrl_c.noted():
-        return _make(options)
-
-
-def _make(options: argparse.Namespace) -> int:
-    try:
-        from bsam_fused.report.make import Options, make
-    except ModuleNotFoundError as error:
-        return _refuse(f"needs {str(error.name).split('.')[0]}: pip install 'bsam_fused[report]'")
-    torch.set_num_threads(options.threads)
-    wanted = Options(
-        model=options.model,
-        optimizers=tuple(dict.fromkeys(options.optimizer or ("sam", "bsam"))),
-        base=options.base,
-        device=options.device,
-        batch_size=options.batch_size,
-        dtype=options.dtype,
-        compile=options.compile,
-        graph=options.graph,
-        steps=options.steps,
-        epochs=options.epochs,
-    )
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        return 0 if make(options.out, wanted) else 1
-    except (OSError, RuntimeError, ValueError) as error:
-        return _refuse(str(error))
-
-
-def _refuse(why: str) -> int:
-    print(f"bsam-fused report: {why}", file=sys.stderr)
-    return 1

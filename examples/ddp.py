@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bsam_fused import BSAM
-from bsam_fused.report.learning import digits, network
+from bsam_fused.report.learning import network
+from bsam_fused.report.training.tasks import digits
 
 if torch.cuda.is_available():
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

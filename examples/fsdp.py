@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from bsam_fused import SAM
-from bsam_fused.report.learning import digits, network
+from bsam_fused.report.learning import network
+from bsam_fused.report.training.tasks import digits
 
 if torch.cuda.is_available():
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

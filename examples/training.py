@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from bsam_fused import BSAM, SAM
-from bsam_fused.report.learning import digits, network
+from bsam_fused.report.learning import network
+from bsam_fused.report.training.tasks import digits
 
 DATA = digits(torch.float32)
 BATCH = 64

@@ -13,12 +13,15 @@ import torch
 from torch import nn
 
 import bsam_fused
+from bench import picture
 from bsam_fused import cli
-from bsam_fused.report import learning, make, models, rows, sweep, timing, write
-from bsam_fused.report.clock import HostClock, Laps
+from bsam_fused.report import learning, make, models, sweep, timing, write
+from bsam_fused.report.clock import HostClock
 from bsam_fused.report.contestant import Contestant, after_two_steps, coefficients
 from bsam_fused.report.implementations import ALGORITHMS, BASES, implementations
-from bsam_fused.report.timing import Timed
+from bsam_fused.report.training import runner, tasks
+from bsam_fused.report.training.runs import train
+from bsam_fused.report.training.tasks import Digits
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the command has it by default
 FEW = 96  # images: three batches of 32
@@ -29,15 +32,21 @@ ALONE = ["loops", "foreach", "pytorch_optimizer", "torch", "cpp"]
 @pytest.fixture(autouse=True)
 def _little_work(monkeypatch):
     """Every digit still comes up, in one small piece of the real data; and little else is measured."""
-    digits = learning.digits
-    monkeypatch.setattr(learning, "digits", lambda: learning.Digits(*(part[:FEW] for part in digits())))
+    digits = tasks.digits
+    monkeypatch.setattr(tasks, "digits", lambda *how, **more: Digits(*(part[:FEW] for part in digits(*how, **more))))
+    monkeypatch.setattr(runner, "run", lambda wanted: map(train, wanted))
     monkeypatch.setattr(sweep, "SECONDS", 0.0)
     monkeypatch.setattr(HostClock, "copied", 1 << 16)
 
 
 def report(tmp_path, *arguments, status=0):
     """Run the command; return what it wrote as JSON."""
-    assert cli.main(["report", "--out", str(tmp_path / "out"), "--steps", "2", "--epochs", "2", *arguments]) == status
+    assert (
+        cli.main(
+            ["report", "--out", str(tmp_path / "out"), "--steps", "2", "--epochs", "2", "--seeds", "2", *arguments]
+        )
+        == status
+    )
     return json.loads((tmp_path / "out" / "report.json").read_text())
 
 
@@ -52,6 +61,13 @@ def test_command_writes_page_and_figures(tmp_path, capsys):
     assert found["learning"]["steps"] == 2 * (FEW // found["learning"]["recipe"]["batch_size"]) == 2
     assert found["machine"]["threads"] == 1
     assert {"bsam_fused", "python", "torch", "cpu", "git_commit"} <= set(found["machine"])
+    outcomes = {outcome["optimizer"]: outcome for outcome in found["benefit"]["outcomes"]}
+    assert {name: outcome["rho"] for name, outcome in outcomes.items()} == {"SGD": None, "SAM": 0.8, "BSAM": 0.3}
+    for name, outcome in outcomes.items():
+        each = [row["test_accuracy_percent"] for row in found["benefit"]["rows"] if row["optimizer"] == name]
+        assert outcome["accuracies_percent"] == each
+        assert outcome["accuracy_percent"] == pytest.approx(sum(each) / 2)
+        assert outcome["spread_percent"] == pytest.approx(abs(each[0] - each[1]) / math.sqrt(2))
     names = [(row["algorithm"], row["implementation"]) for row in found["rows"]]
     sam = [("SAM", name) for name in ALONE]
     assert names == [("sgd", "alone"), *sam, *(("BSAM", it) for it in ALONE if it != "pytorch_optimizer")]
@@ -62,45 +78,54 @@ def test_command_writes_page_and_figures(tmp_path, capsys):
         floor = row["passes"] * found["base_pass_ms"]
         assert row["overhead_percent"] == pytest.approx(100 * (row["step_ms"] / floor - 1))
         assert row["optimizer_percent"] == pytest.approx(100 * sum(row["phases_ms"].values()) / floor)
-    assert "3 × that pass" in printed
+    assert "3 such passes" in printed
     points = [point for point in found["points"] if point["implementation"] == "cpp" and point["algorithm"] == "BSAM"]
-    assert points[-1]["elements"] == found["parameters"] == 26_954
-    moved = 17 * 26_954 * 4 / (points[-1]["optimizer_ms"] / 1e3)
+    assert points[-1]["elements"] == found["parameters"] == 72_058
+    moved = 17 * 72_058 * 4 / (points[-1]["optimizer_ms"] / 1e3)
     assert points[-1]["gb_per_s"] == pytest.approx(moved / 1e9)
-    assert points[-1]["extra_mb"] == pytest.approx(2 * 26_954 * 4 / 1e6, rel=0.05)
+    assert points[-1]["extra_mb"] == pytest.approx(2 * 72_058 * 4 / 1e6, rel=0.05)
+
+    picture.draw(found, tmp_path / "picture.png")
+    assert 10_000 < (tmp_path / "picture.png").stat().st_size < 150_000
 
     page = (tmp_path / "out" / "index.html").read_text()
     assert "http" not in page
     assert not re.search(r"\bsrc=|<script|@import|url\((?!#)", page)
     assert all(target.startswith(("#", "data:,")) for target in re.findall(r'href="([^"]*)"', page))
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
     assert "prefers-color-scheme: dark" in page
+    headings = ("What it is for", "What it costs", "Fused and plain learn the same", "What now")
+    assert [page.index(f"<h2>{heading}") for heading in headings] == sorted(page.index(f"<h2>{it}") for it in headings)
     assert "losses agree" in page
 
 
+def test_an_interrupt_keeps_the_training_runs_that_are_finished(tmp_path, monkeypatch):
+    def interrupted(wanted):
+        yield train(wanted[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", interrupted)
+    found = report(tmp_path, status=130)
+    assert found["partial"] is True
+    assert [outcome["optimizer"] for outcome in found["benefit"]["outcomes"]] == ["SGD"]
+    assert found["rows"] == []
+    with pytest.raises(ValueError, match="needs a whole report"):
+        picture.draw(found, tmp_path / "picture.png")
+
+
 def test_options_are_obeyed(tmp_path):
-    options = (
-        "--model",
-        "tiny500",
-        "--optimizer",
-        "asam",
-        "--base",
-        "adamw",
-        "--dtype",
-        "float64",
-        "--batch-size",
-        "3",
-    )
-    found = report(tmp_path, *options)
-    assert found["batch"] == "inputs (3, 64)"
-    assert (found["dtype"], found["base"], found["tensors"], found["learning"]) == ("float64", "adamw", 500, None)
+    options = ["--model", f"{__name__}:own_of_size", "--batch-size", "3", "--dtype", "float64"]
+    found = report(tmp_path, *options, "--optimizer", "asam", "--base", "adamw")
+    assert found["batch"] == "inputs (3, 4)"
+    assert (found["dtype"], found["base"], found["tensors"]) == ("float64", "adamw", 2)
+    assert (found["learning"], found["benefit"]) == (None, None)
     names = [row["implementation"] for row in found["rows"]]
     assert names == ["alone", "loops", "pytorch_optimizer", "torch", "cpp"]
 
 
 def test_what_cannot_be_had_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer.optimizer.sam", None)
-    found = report(tmp_path, "--model", "tiny500", "--optimizer", "sam")
+    found = report(tmp_path, "--model", f"{__name__}:own", "--optimizer", "sam")
     assert "pytorch_optimizer" in found["absent"]["SAM, pytorch_optimizer"]
     assert "pytorch_optimizer" not in [row["implementation"] for row in found["rows"]]
     assert "Not measured: SAM, pytorch_optimizer: ModuleNotFoundError" in capsys.readouterr().out
@@ -115,7 +140,7 @@ def test_a_failed_write_keeps_the_old_report(monkeypatch, tmp_path):
         raise OSError("no space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(models.Refused, match="no space"):
         write.files(draft.report(partial=True), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
     assert (tmp_path / "index.html").read_text() == "old"
@@ -149,6 +174,11 @@ def own_of_size(batch_size=5):
     return nn.Linear(4, 2), (torch.rand(batch_size, 4), torch.zeros(batch_size, dtype=torch.long))
 
 
+def floats():
+    """Cross-entropy takes them for probabilities: of one class, its loss is 0, whatever the network."""
+    return nn.Linear(4, 1), (torch.rand(3, 4), torch.rand(3, 1))
+
+
 def not_a_model():
     return "model", (0, 0)
 
@@ -159,7 +189,9 @@ def nothing():
 
 def test_a_module_in_the_current_directory(tmp_path, monkeypatch):
     """The installed command's path has its own folder, not the current one; `python -m` does."""
-    source = "import torch\n\n\ndef build():\n    return torch.nn.Linear(3, 2), (torch.ones(4, 3), torch.ones(4, 2))\n"
+    source = (
+        "import torch\n\n\ndef build():\n    return torch.nn.Linear(3, 2), (torch.ones(4, 3), torch.zeros(4).long())\n"
+    )
     (tmp_path / "in_no_package.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [each for each in sys.path if each not in ("", str(tmp_path))])
@@ -169,8 +201,6 @@ def test_a_module_in_the_current_directory(tmp_path, monkeypatch):
 def test_a_users_model(tmp_path):
     found = report(tmp_path, "--model", f"{__name__}:own", "--optimizer", "sam")
     assert (found["parameters"], found["batch"]) == (5, "inputs (3, 4)")
-    found = report(tmp_path, "--model", f"{__name__}:own_of_size", "--optimizer", "sam", "--batch-size", "7")
-    assert found["batch"] == "inputs (7, 4)"
 
 
 @pytest.mark.parametrize(
@@ -178,9 +208,10 @@ def test_a_users_model(tmp_path):
     [
         (["--model", "resnet19"], "--model resnet19: must be one of digits, resnet18,"),
         (["--model", "no_such_module:f"], "--model no_such_module:f: No module named 'no_such_module'"),
-        (["--model", f"{__name__}:nowhere"], "has no attribute 'nowhere'"),
+        (["--model", f"{__name__}:nowhere"], "has no function 'nowhere'"),
         (["--model", f"{__name__}:nothing"], r"return (model, (inputs, targets))"),
         (["--model", f"{__name__}:not_a_model"], "is a str, not a torch.nn.Module"),
+        (["--model", f"{__name__}:floats"], "its targets are torch.float32; return their loss, too"),
         (["--model", f"{__name__}:own", "--batch-size", "2"], "--batch-size 2"),
         (["--graph"], "--graph captures CUDA graphs: it needs --device cuda, not cpu"),
         (["--device", "cuda"], "--device cuda: "),
@@ -195,6 +226,59 @@ def test_wrong_options_are_named(tmp_path, capsys, arguments, said):
     assert not list(tmp_path.iterdir())
 
 
+class Fails(nn.Linear):
+    def forward(self, x):
+        raise RuntimeError("the user's own")
+
+
+def no_data():
+    raise FileNotFoundError("the user's own")
+
+
+def wrong_value():
+    raise ValueError("the user's own")
+
+
+def wrong_network():
+    return Fails(4, 2), (torch.rand(3, 4), torch.zeros(3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("function", [no_data, wrong_value, wrong_network])
+def test_a_users_error_keeps_its_traceback(tmp_path, function):
+    """One line would not say where it is."""
+    with pytest.raises((OSError, ValueError, RuntimeError), match="the user's own") as raised:
+        cli.main(["report", "--out", str(tmp_path), "--model", f"{__name__}:{function.__name__}"])
+    assert raised.traceback[-1].path.name == "test_report.py"
+
+
+def test_an_import_that_fails_inside_the_users_module_is_its_own(tmp_path, monkeypatch):
+    """It is not the module that cannot be found."""
+    (tmp_path / "imports_what_is_not_there.py").write_text("import not_there\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="not_there"):
+        models.workload("imports_what_is_not_there:build", None, torch.device("cpu"), torch.float32)
+
+
+# ---- where it is written
+
+
+@pytest.mark.parametrize("files", [{"index.html": "a site"}, {"report.json": "{}"}, {"report.json": "a table"}])
+def test_others_files_are_not_overwritten(tmp_path, capsys, files):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert cli.main(["report", "--out", str(tmp_path)]) == 1
+    assert f"--out {tmp_path}: there is {next(iter(files))}, of no earlier report" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
+def test_an_earlier_report_is_replaced_and_that_is_said(tmp_path, capsys):
+    assert not write.prepare(tmp_path / "out")
+    write.files(make.Draft(make.Options(model="tiny500")).report(partial=True), tmp_path / "out")
+    found = report(tmp_path, "--model", f"{__name__}:own", "--optimizer", "sam")
+    assert re.search(r"^Replaced: the report of 20.* on tiny500, cpu$", capsys.readouterr().out, re.MULTILINE)
+    assert found["model"] == f"{__name__}:own"
+
+
 def test_graphs_name_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "bsam_fused.graphs", None)
     with pytest.raises(RuntimeError, match=r"bsam_fused\.graphs\.GraphedStep"):
@@ -202,21 +286,6 @@ def test_graphs_name_what_is_missing(monkeypatch):
 
 
 # ---- figures
-
-
-def test_rows_split_a_step():
-    """By hand: medians of three steps of 10, 20, 30 ms passes, and a base pass of 8 ms."""
-    base = Timed("sgd", "alone", ("step",), None, laps=[Laps([0.008, 0.001, 0.0], 0.009)] * 3)
-    pieces = [[0.010, 0.001, 0.010, 0.002, 0.0005], [0.02, 0.002, 0.02, 0.003, 0.0], [0.03, 0.003, 0.03, 0.004, 0.0]]
-    sam = Timed("SAM", "cpp", ("ascend", "step"), None, laps=[Laps(it, sum(it) + 0.001) for it in pieces])
-    row = rows.rows([base, sam])[1]
-    assert row.passes == 2
-    assert row.passes_ms == pytest.approx(40)
-    assert row.phases_ms == pytest.approx({"ascend": 2, "step": 3, "zero_grad": 0})
-    assert row.gaps_ms == pytest.approx(1)
-    assert row.step_ms == pytest.approx(46)
-    assert row.overhead_percent == pytest.approx(100 * (46 / 16 - 1))
-    assert row.optimizer_percent == pytest.approx(100 * 5 / 16)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -271,7 +340,8 @@ def test_gradients_are_as_autograd_leaves_them():
 def test_sizes_hold_shares_of_the_elements():
     shapes = [(1,)] * 256
     assert sweep.sizes(shapes) == [1, 4, 16, 64, 256]
-    assert sweep.sizes([(10, 10), (1,), (1,)]) == [1, 3]
+    assert sweep.sizes([(10, 10), (10, 10), (1,)]) == [1, 3]
+    assert sweep.sizes([(1,), (10, 10), (1,)]) == [1, 3], "the two largest would be one point"
 
 
 # ---- learning
@@ -290,7 +360,7 @@ def test_every_implementation_trains_alike_but_for_its_formulas():
     """All start at the same weights; with ρ = 0, SAM is SGD."""
     recipe = replace(RECIPE, rho=0.0)
     runs = learning.prepare([learning.SGD, learning.PLAIN_SAM, learning.FUSED_SAM], recipe)
-    assert list(learning.train(runs, learning.digits(), recipe)) == [0, 1, 2]
+    assert list(learning.train(runs, tasks.digits(), recipe)) == [0, 1, 2]
     for run in runs[1:]:
         assert run.losses == pytest.approx(runs[0].losses, rel=1e-12)
 
@@ -303,7 +373,7 @@ def test_every_implementation_trains_alike_but_for_its_formulas():
 def test_a_wrong_formula_does_not_agree(wrong):
     recipe = replace(RECIPE, epochs=5)
     runs = learning.prepare([learning.PLAIN_BSAM, otherwise(wrong)], recipe)
-    for _ in learning.train(runs, learning.digits(), recipe):
+    for _ in learning.train(runs, tasks.digits(), recipe):
         pass
     (comparison,) = learning.compare(runs)
     assert not comparison.agree

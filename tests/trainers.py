@@ -6,9 +6,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from bsam_fused import BSAM, SAM
-from bsam_fused.report import learning
+from bsam_fused.report.training.tasks import digits
 
-DATA = learning.digits(torch.float32)
+DATA = digits(torch.float32)
 MICRO = 32
 KINDS = [SAM, BSAM]
 

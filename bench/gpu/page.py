@@ -92,7 +92,8 @@ def training(name: str, found: Content) -> str:
         "optimizer over, %",
     )
     targets = [(it["name"], f"{it['value']:.2f} %", it["target"]) for it in found["figures"] if it["target"]]
-    size = f"Batch {found['batch_size']}; one pass {found['base_pass_ms']:.2f} ms; over: 1, 2 or 3 x that pass."
+    size = f"Batch {found['batch_size']}; one pass {found['base_pass_ms']:.2f} ms; over: 1, 2 or 3 x that pass. "
+    size += "Means over the middle half of the steps."
     return "\n\n".join([title, size, table((*heads, "launches"), rows), table(("figure", "", "target"), targets)])
 
 

@@ -1,1 +1,1 @@
-"""What a user meets on the command line: reports of what sharpness-aware steps cost."""
+"""What a user meets on the command line: reports of what sharpness-aware training is for, and what it costs."""

@@ -11,10 +11,14 @@ from typing import Any
 import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from bsam_fused.report import said
+from bsam_fused.report.benefit import Outcome
 from bsam_fused.report.results import Report
+from bsam_fused.report.rows import Row
 from bsam_fused.report.sweep import Point
 
 INK = "#123457"  # stands for the page's text colour until the SVG is written
@@ -48,26 +52,66 @@ STYLE: dict[Any, Any] = {
 Plot = Callable[[Axes, Report], None]
 
 
-def _svg(plot: Plot) -> Callable[[Report], Markup]:
-    """Return a function that draws ``plot`` and gives it as an <svg> element."""
-
-    @wraps(plot)
-    def draw(report: Report) -> Markup:
-        with matplotlib.rc_context(STYLE | {"svg.hashsalt": plot.__name__}):
-            figure = Figure(figsize=(5, max(3.4, 1.3 + ROW * len(report.rows))), layout="constrained")
-            plot(figure.add_subplot(), report)
-            file = io.StringIO()
-            unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            figure.savefig(file, format="svg", transparent=True, metadata=unsaid)
-        svg = file.getvalue()
-        svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-        title = f'<svg role="img" aria-label="{(plot.__doc__ or "").splitlines()[0]}"'
-        return Markup(re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("<svg", title, 1))
-
-    return draw
+def _tall(report: Report) -> float:
+    """Return a height in inches at which each row has room."""
+    return max(3.4, 1.3 + ROW * len(report.rows))
 
 
-@_svg
+def _svg(height: Callable[[Report], float] = _tall) -> Callable[[Plot], Callable[[Report], Markup]]:
+    """Return a decorator: the function then draws its plot and gives it as an <svg> element, so many inches high."""
+
+    def drawing(plot: Plot) -> Callable[[Report], Markup]:
+        @wraps(plot)
+        def draw(report: Report) -> Markup:
+            with matplotlib.rc_context(STYLE | {"svg.hashsalt": plot.__name__}):
+                figure = Figure(figsize=(5, height(report)), layout="constrained")
+                plot(figure.add_subplot(), report)
+                file = io.StringIO()
+                unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+                figure.savefig(file, format="svg", transparent=True, metadata=unsaid)
+            svg = file.getvalue()
+            svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+            title = f'<svg role="img" aria-label="{(plot.__doc__ or "").splitlines()[0]}"'
+            return Markup(re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("<svg", title, 1))
+
+        return draw
+
+    return drawing
+
+
+@_svg(lambda _: 2.4)
+def accuracy(axes: Axes, report: Report) -> None:
+    """Test accuracy by optimizer: a bar is the mean, a dot a run."""
+    if report.benefit:
+        draw_accuracy(axes, report.benefit.outcomes)
+
+
+def draw_accuracy(axes: Axes, outcomes: Sequence[Outcome]) -> None:
+    """Draw a bar an optimizer, the mean over its runs beside it, and a dot a run."""
+    for found in outcomes:
+        name, runs = found.optimizer, found.accuracies_percent
+        axes.barh(name, found.accuracy_percent, color=METHODS[name], height=0.6)
+        axes.plot(runs, [name] * len(runs), "o", color=INK, markersize=4, alpha=0.7)
+        axes.text(max(runs) + 2, name, said.accuracy(found), va="center", fontsize=9)  # type: ignore[arg-type]
+    axes.set(xlabel="test images named rightly, %")
+    _horizontal(axes)
+    axes.set_xlim(0, 130)
+    axes.set_xticks(range(0, 101, 20))
+
+
+def draw_cost(axes: Axes, rows: Sequence[Row]) -> None:
+    """Draw a bar an implementation: the passes of its step, and beside them the optimizer's own time."""
+    names = [row.name for row in rows]
+    passes = [row.passes_ms for row in rows]
+    axes.barh(names, passes, color=PASSES, height=0.6, label="forward and backward passes")
+    own = [row.optimizer_ms for row in rows]
+    bars = axes.barh(names, own, left=passes, color=METHODS["BSAM"], height=0.6, label="the optimizer's own work")
+    axes.bar_label(bars, [said.own_overhead(row) for row in rows], padding=3, fontsize=9)
+    axes.set(xlabel="time of a training step, ms")
+    _horizontal(axes)
+
+
+@_svg()
 def steps(axes: Axes, report: Report) -> None:
     """Where a step's time goes: a bar an implementation; passes, phases and gaps stacked."""
     names = [row.name for row in report.rows]
@@ -81,20 +125,20 @@ def steps(axes: Axes, report: Report) -> None:
             bars = axes.barh(names, values, left=left, color=colour, label=label, height=0.72)
             left = [a + b for a, b in zip(left, values, strict=True)]
     if bars is not None:
-        axes.bar_label(bars, [f"+{row.optimizer_percent:.1f} %" for row in report.rows], padding=3, fontsize=9)
-    axes.set(xlabel="time of a step, ms (median)")
+        axes.bar_label(bars, [said.own_overhead(row) for row in report.rows], padding=3, fontsize=9)
+    axes.set(xlabel="time of a step, ms")
     axes.figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     _horizontal(axes)
 
 
-@_svg
+@_svg()
 def overhead(axes: Axes, report: Report) -> None:
     """The optimizer's own time of a step against the number of parameters, by implementation."""
     _lines(axes, report.points, lambda point: point.optimizer_ms)
     axes.set(ylabel="optimizer time of a step, ms")
 
 
-@_svg
+@_svg()
 def roofline(axes: Axes, report: Report) -> None:
     """Bandwidth reached against the bytes that a step must move; the roof is a copy's bandwidth."""
     _lines(axes, report.points, lambda point: point.gb_per_s)
@@ -111,7 +155,7 @@ def roofline(axes: Axes, report: Report) -> None:
     axes.set(ylabel="bytes to move over time, GB/s")
 
 
-@_svg
+@_svg()
 def memory(axes: Axes, report: Report) -> None:
     """Peak memory beside parameters, gradients and the base optimizer's, by implementation."""
     largest = max((point.elements for point in report.points), default=0)
@@ -123,7 +167,7 @@ def memory(axes: Axes, report: Report) -> None:
     _horizontal(axes)
 
 
-@_svg
+@_svg()
 def losses(axes: Axes, report: Report) -> None:
     """Training loss in float64, the mean of each epoch: broad where it is fused, dashed where not."""
     curves = report.learning.curves if report.learning else []
@@ -133,6 +177,7 @@ def losses(axes: Axes, report: Report) -> None:
         epochs = range(1, len(curve.epoch_losses) + 1)
         axes.plot(epochs, curve.epoch_losses, color=METHODS[method], label=curve.name, marker=".", **look)
     axes.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    _ticks(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color=INK, alpha=0.15)
     axes.legend(frameon=False)
@@ -141,7 +186,8 @@ def losses(axes: Axes, report: Report) -> None:
 def _lines(axes: Axes, points: Sequence[Point], value: Callable[[Point], float]) -> None:
     """Draw a line an implementation; of several algorithms the last, which costs most, in full and others dashed."""
     axes.set(xlabel="parameters", xscale="log", yscale="log")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    _ticks(axes.xaxis, EngFormatter(sep=""))
+    _ticks(axes.yaxis)
     named: set[str] = set()
     algorithms = list(dict.fromkeys(point.algorithm for point in points))
     for algorithm, implementation in dict.fromkeys((point.algorithm, point.implementation) for point in points):
@@ -160,6 +206,13 @@ def _lines(axes: Axes, points: Sequence[Point], value: Callable[[Point], float])
     axes.grid(color=INK, alpha=0.15)
     if points:
         axes.figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+
+
+def _ticks(axis: Axis, formatter: Any = None) -> None:
+    """Put figures at 1, 2, 5 of every decade, so that an axis of less than one has some, too."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(formatter or FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _colours(points: Sequence[Point]) -> list[str]:

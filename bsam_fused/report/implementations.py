@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import bsam_fused
 from bsam_fused.ops.dispatch import Backend
@@ -22,6 +22,17 @@ REFERENCE = "loops"
 BACKENDS: dict[str, tuple[Backend, ...]] = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton", "cuda")}
 """Device type -> backends, the one that matters last."""
 PACKAGE = "pytorch_optimizer"
+WORDS = {
+    "alone": "torch's own optimizer, one pass a step: what the others are measured against",
+    REFERENCE: "the papers' formulas in plain Python, a tensor at a time",
+    "foreach": "the same as a careful engineer writes it, by torch's operations on lists of tensors",
+    PACKAGE: "SAM of the package of this name",
+    "torch": "this package on torch's operations alone, without compiled code",
+    "cpp": "this package's C++ kernels",
+    "triton": "this package's Triton kernels",
+    "cuda": "this package's CUDA kernels",
+}
+"""Implementation -> what it is."""
 
 
 class Base(NamedTuple):
@@ -78,13 +89,16 @@ ALGORITHMS = {
 }
 
 
-def implementations(algorithm: Algorithm, base: Base, device_type: str) -> dict[str, Build]:
+def implementations(
+    algorithm: Algorithm, base: Base, device_type: str, model: nn.Module | None = None
+) -> dict[str, Build]:
     """Return name -> build, for everyone who implements an algorithm on a kind of device.
 
     Args:
         algorithm: one of `ALGORITHMS`.
         base: one of `BASES`.
         device_type: "cpu" or "cuda".
+        model: whose buffers our backends keep as the first pass leaves them; None: nobody's.
 
     Returns:
         "loops" first, the backend that matters last. What cannot be had here raises the reason when built.
@@ -98,11 +112,11 @@ def implementations(algorithm: Algorithm, base: Base, device_type: str) -> dict[
     if algorithm.name != "BSAM":  # the package's BSAM is another algorithm
         adaptive = algorithm.name == "ASAM"
         found[PACKAGE] = lambda params: PackagedSAM(params, base.kind, RHO, adaptive, **base.options)
-    return found | {backend: _fused(algorithm, base, backend) for backend in BACKENDS[device_type]}
+    return found | {backend: _fused(algorithm, base, backend, model) for backend in BACKENDS[device_type]}
 
 
-def _fused(algorithm: Algorithm, base: Base, backend: Backend) -> Build:
-    options = {"rho": RHO, **algorithm.options, **base.options}
+def _fused(algorithm: Algorithm, base: Base, backend: Backend, model: nn.Module | None) -> Build:
+    options = {"rho": RHO, "model": model, **algorithm.options, **base.options}
     return lambda params: algorithm.fused(params, base.kind, backend=backend, **options)
 
 

@@ -1,4 +1,4 @@
-"""Makes the report: times training steps, sweeps over sizes, checks that fused training learns alike, writes."""
+"""Makes the report: trains on noisy labels, times steps, sweeps over sizes, checks that fused learns alike, writes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bsam_fused.ops import dispatch
-from bsam_fused.report import ctrl_c, learning, models, rows, sweep, timing, write
+from bsam_fused.report import benefit, ctrl_c, learning, models, rows, sweep, terminal, timing, write
 from bsam_fused.report.clock import clock_of, copy_bandwidth
 from bsam_fused.report.implementations import BASES
 from bsam_fused.report.machine import this_machine
-from bsam_fused.report.models import Workload
+from bsam_fused.report.models import Refused, Workload
 from bsam_fused.report.results import Report
+from bsam_fused.report.training import tasks
+from bsam_fused.report.training.runs import Row
 
 COPIES = 15
 
@@ -36,8 +38,10 @@ class Options:
     compile: bool = False
     graph: bool = False
     steps: int = 20
-    epochs: int = learning.Recipe.epochs
-    """Of the digits' training, with the model "digits"."""
+    epochs: int | None = None
+    """Of the training on noisy labels, with the model "digits"; None: the task's."""
+    seeds: int = 3
+    """Of each optimizer there."""
 
 
 @dataclass
@@ -45,25 +49,22 @@ class Draft:
     """A report as far as it has come. Args: options: what to measure.
 
     Raises:
-        ValueError, RuntimeError: an option that cannot be had, by name.
+        Refused: an option that cannot be had, by name.
     """
 
     options: Options
     workload: Workload = field(init=False)
     training: timing.Training = field(init=False)
+    trained: list[Row] = field(default_factory=list)
     copy: float | None = None
     points: list[sweep.Point] = field(default_factory=list)
     learning: learning.Learning | None = None
 
     def __post_init__(self) -> None:
         options = self.options
-        device = torch.device(options.device)
-        if options.graph and device.type != "cuda":
-            raise ValueError(f"--graph captures CUDA graphs: it needs --device cuda, not {options.device}")
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"--device {options.device}: torch {torch.__version__} sees no NVIDIA GPU")
+        device = _device(options)
         if options.model == "digits":
-            dispatch.choose("auto", torch.device("cpu"))  # what they are learned by
+            _choose_backend()  # that they are learned by
         dtype = getattr(torch, options.dtype)
         self.clock = clock_of(device)
         self.workload = models.workload(options.model, options.batch_size, device, dtype)
@@ -77,11 +78,21 @@ class Draft:
         Args:
             progress: shows how far it is.
         """
+        if self.options.model == "digits":
+            self._train(progress)
         self.time(progress)
         self._sweep(progress)
         if self.options.model == "digits":
             self._learn(progress)
         self.training.count_launches()
+
+    def _train(self, progress: Progress) -> None:
+        """Train on noisy labels, a run a core."""
+        runs = benefit.runs(self.options.seeds, self.options.epochs)
+        task = progress.add_task("training runs", total=len(runs))
+        for row in benefit.train(runs):
+            self.trained.append(row)
+            progress.advance(task)
 
     def time(self, progress: Progress) -> None:
         """Time training steps alone."""
@@ -104,8 +115,9 @@ class Draft:
             progress.advance(task)
 
     def _learn(self, progress: Progress) -> None:
-        recipe = replace(learning.Recipe(), epochs=self.options.epochs)
-        data, runs = learning.digits(), learning.prepare(learning.STUDENTS, recipe)
+        epochs = min(self.options.epochs or learning.Recipe.epochs, learning.Recipe.epochs)
+        recipe = replace(learning.Recipe(), epochs=epochs)
+        data, runs = tasks.digits(), learning.prepare(learning.STUDENTS, recipe)
         task = progress.add_task("learning digits, float64", total=learning.steps(data, recipe))
         _all(learning.train(runs, data, recipe), progress, task)
         self.learning = learning.summary(runs, data, recipe)
@@ -129,6 +141,7 @@ class Draft:
             absent=self.training.absent if timed else {},
             copy_gb_per_s=self.copy,
             points=self.points,
+            benefit=benefit.summary(self.trained) if self.trained else None,
             learning=self.learning,
             partial=partial,
         )
@@ -146,9 +159,9 @@ def make(out: Path, options: Options) -> bool:
 
     Raises:
         KeyboardInterrupt: the user interrupted it; what was measured until then is written, and says so.
-        ValueError, RuntimeError: an option that cannot be had, by name.
-        OSError: ``out`` cannot be written to.
+        Refused: an option that cannot be had, by name; ``out`` cannot be written to, or holds others' files.
     """
+    replaced = write.prepare(out)
     draft, interrupted = Draft(options), False
     ctrl_c.defer()
     try:
@@ -159,16 +172,30 @@ def make(out: Path, options: Options) -> bool:
         interrupted = True
     report = draft.report(partial=interrupted)
     write.files(report, out)
-    console = Console()
-    console.print(write.table(report))
-    lines = [*write.sentences(report), *([write.verdict(report.learning)] if report.learning else [])]
-    lines += [f"Not measured: {name}: {why}" for name, why in report.absent.items()]
-    if interrupted:
-        lines.append("Interrupted: the report is partial.")
-    console.print(*lines, f"Written: {out / 'index.html'}, {out / 'report.json'}", sep="\n", soft_wrap=True)
+    terminal.show(report, Console(markup=False), [*([replaced] if replaced else []), write.written(out)])
     if interrupted:
         raise KeyboardInterrupt
     return report.agree
+
+
+def _device(options: Options) -> torch.device:
+    """Return the device that was asked for, if it is there."""
+    try:
+        device = torch.device(options.device)
+    except RuntimeError as error:
+        raise Refused(f"--device {options.device}: {error}") from error
+    if options.graph and device.type != "cuda":
+        raise Refused(f"--graph captures CUDA graphs: it needs --device cuda, not {options.device}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise Refused(f"--device {options.device}: torch {torch.__version__} sees no NVIDIA GPU")
+    return device
+
+
+def _choose_backend() -> None:
+    try:
+        dispatch.choose("auto", torch.device("cpu"))
+    except (RuntimeError, ValueError) as error:
+        raise Refused(str(error)) from error
 
 
 def _all(steps: Iterator[Any], progress: Progress, task: Any) -> None:

@@ -16,6 +16,10 @@ from torch.nn import functional
 Loss = Callable[[Any, Any], Tensor]
 
 
+class Refused(Exception):
+    """What was asked for cannot be had: the message says by which option, and why. Any other error is a fault."""
+
+
 class Workload(NamedTuple):
     """What a pass is made of: ``loss(model(inputs), targets)``."""
 
@@ -163,11 +167,12 @@ class Tiny(nn.Module):
 
 
 def digits_network() -> nn.Sequential:
-    """Return a small convolutional network for 8 x 8 digits. No kinks, so rounding grows slowly."""
+    """Return a small convolutional network for 8 x 8 digits, BatchNorm after every layer but the last."""
     layers: list[nn.Module] = []
-    for channels, wider, stride in ((1, 8, 1), (8, 16, 2), (16, 32, 1), (32, 64, 2)):
-        layers += [nn.Conv2d(channels, wider, 3, stride, padding=1), nn.Tanh()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 10))
+    for channels, wider in ((1, 16), (16, 32)):
+        layers += [convolution(channels, wider, 3), nn.BatchNorm2d(wider), nn.ReLU()]
+    layers += [nn.MaxPool2d(2), nn.Flatten(), nn.Linear(512, 128), nn.BatchNorm1d(128), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(128, 10))
 
 
 def _cifar_stem() -> list[nn.Module]:
@@ -217,10 +222,10 @@ def workload(name: str, batch_size: int | None, device: torch.device, dtype: tor
             value where the loss is not cross-entropy: ``loss(output, targets)``.
         batch_size: examples a batch; None: the network's default. A function takes it as its ``batch_size``.
         device: where to put them.
-        dtype: of the weights, and of inputs that are floating point.
+        dtype: of the weights, and of inputs and targets that are floating point.
 
     Raises:
-        ValueError: no such network, or a function that cannot be found or returns something else, by name.
+        Refused: no such network, or a function that cannot be found or returns something else.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -228,13 +233,13 @@ def workload(name: str, batch_size: int | None, device: torch.device, dtype: tor
     return found._replace(
         model=found.model.to(device, dtype).train(),
         inputs=_moved(found.inputs, device, dtype),
-        targets=_moved(found.targets, device, None),
+        targets=_moved(found.targets, device, dtype),
     )
 
 
 def _built_in(name: str, batch_size: int | None) -> Workload:
     if name not in BUILT_IN:
-        raise ValueError(f"--model {name}: must be one of {', '.join(BUILT_IN)}, or module:function")
+        raise Refused(f"--model {name}: must be one of {', '.join(BUILT_IN)}, or module:function")
     build, shape, classes, default = BUILT_IN[name]
     size = batch_size or default
     if name == "gpt2":
@@ -244,31 +249,46 @@ def _built_in(name: str, batch_size: int | None) -> Workload:
 
 
 def _user(name: str, batch_size: int | None) -> Workload:
-    module, _, function = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` has it, and the installed command has not
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--model {name}: {error}; run in the module's folder, or name it in PYTHONPATH") from error
+    make = _function(name)
     accepts = "batch_size" in inspect.signature(make).parameters
     if batch_size is not None and not accepts:
-        raise ValueError(f"--batch-size {batch_size}: {name}() has no parameter batch_size; leave the option out")
+        raise Refused(f"--batch-size {batch_size}: {name}() has no parameter batch_size; leave the option out")
     returned = make(batch_size=batch_size) if batch_size is not None else make()
     try:
         model, (inputs, targets), *loss = returned
         found = Workload(model, inputs, targets, *loss)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"--model {name}: return (model, (inputs, targets)), and a loss if not cross-entropy"
-        ) from error
+        raise Refused(f"--model {name}: return (model, (inputs, targets)), and a loss if not cross-entropy") from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"--model {name}: its first value is a {type(model).__name__}, not a torch.nn.Module")
+        raise Refused(f"--model {name}: its first value is a {type(model).__name__}, not a torch.nn.Module")
+    if not loss and isinstance(targets, Tensor) and targets.is_floating_point():
+        # Cross-entropy would take them for probabilities of classes: of one class, a loss that is always 0.
+        raise Refused(
+            f"--model {name}: its targets are {targets.dtype}; return their loss, too, "
+            "such as torch.nn.functional.mse_loss: (model, (inputs, targets), loss)"
+        )
     return found
 
 
-def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+def _function(name: str) -> Callable[..., Any]:
+    """Return the function that ``module:function`` names. What fails inside the module is its own error."""
+    module, _, function = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` has it, and the installed command has not
+    advice = "run in the module's folder, or name it in PYTHONPATH"
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if f"{module}.".startswith(f"{error.name}."):
+            raise Refused(f"--model {name}: {error}; {advice}") from error
+        raise
+    if not hasattr(found, function):
+        raise Refused(f"--model {name}: {found.__name__} has no function {function!r}; {advice}")
+    return getattr(found, function)
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Return a tensor, or tensors in a dict or list, on the device; floating point ones as ``dtype``."""
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() else None)

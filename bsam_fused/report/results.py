@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bsam_fused.report.benefit import Benefit
 from bsam_fused.report.learning import Learning
 from bsam_fused.report.machine import Machine
 from bsam_fused.report.rows import Row
@@ -32,6 +33,7 @@ class Report:
     """Implementation -> why it was not measured."""
     copy_gb_per_s: float | None
     points: list[Point]
+    benefit: Benefit | None
     learning: Learning | None
     partial: bool
     """Whether the run was interrupted."""

@@ -21,6 +21,8 @@ from bsam_fused.report.implementations import ALGORITHMS, Base, implementations
 
 SHARES = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1)
 """Of the network's elements."""
+APART = 1.5
+"""How many times the elements of the size before, at least."""
 SECONDS = 1.0
 """For an implementation and a size."""
 MOST = 20
@@ -44,9 +46,14 @@ class Point:
 
 
 def sizes(shapes: Shapes) -> list[int]:
-    """Return numbers of tensors to measure: as many as hold each share of the elements."""
+    """Return numbers of tensors to measure: as many as hold each share of the elements, the whole network last."""
     held = list(accumulate(map(math.prod, shapes)))
-    return sorted({bisect_left(held, share * held[-1]) + 1 for share in SHARES})
+    found = [len(shapes)]
+    for share in sorted(SHARES, reverse=True):
+        tensors = bisect_left(held, share * held[-1]) + 1
+        if APART * held[tensors - 1] <= held[found[0] - 1]:
+            found.insert(0, tensors)
+    return found
 
 
 def sweep(shapes: Shapes, algorithms: Sequence[str], base: Base, clock: Clock, dtype: torch.dtype) -> Iterator[Point]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any, cast
 
 import torch
@@ -33,15 +32,12 @@ class Timed:
     laps: list[Laps] = field(default_factory=list)
     launches: int | None = None
 
-    def median(self, seconds: Callable[[Laps], float]) -> float:
-        """Return the median over the steps of what ``seconds`` takes from the laps of one."""
-        return median(map(seconds, self.laps))
-
 
 class Training:
     """All implementations, their steps taken in turn on one network, so that noise hits all alike.
 
-    They share its weights, which all of them move: times do not depend on values, and memory holds one network.
+    They share its weights, which all of them move: times do not depend on values, and memory holds one network. Our
+    backends also keep its buffers, such as BatchNorm's statistics, as the first pass left them; others do not.
 
     Args:
         workload: the network and its batch.
@@ -62,7 +58,7 @@ class Training:
         self.timed = [self.base]
         for name in algorithms:
             algorithm = ALGORITHMS[name]
-            builds = implementations(algorithm, base, clock.device.type)
+            builds = implementations(algorithm, base, clock.device.type, workload.model)
             for implementation, build in builds.items():
                 self._add(algorithm.name, implementation, algorithm.calls, build)
             if graph:
@@ -75,7 +71,9 @@ class Training:
             for piece in self.pieces(timed):
                 piece()
             self.timed.append(timed)
-        except Exception as error:  # the others can be measured all the same
+        except (
+            Exception
+        ) as error:  # the others can be measured all the same; the network's own error comes with the base
             self.absent[f"{algorithm}, {implementation}"] = reason(error)
             restore = getattr(timed and timed.optimizer, "restore", None)
             if restore is not None:

@@ -1,0 +1,123 @@
+"""Many training runs, one a core, each row written as it comes: after a kill those that are missing are made."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import bsam_fused
+from bsam_fused.report import ctrl_c
+from bsam_fused.report.training.runs import Row, Run
+
+PACKAGE = Path(bsam_fused.__file__).parent
+LOOK = 0.2
+"""Seconds between looks for Ctrl-C, while runs are under way."""
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def written(path: Path) -> list[Row]:
+    """Return the rows of a file of lines of JSON, none where there is no file.
+
+    A last line without its end, which a kill left, is cut off. A row of another commit counts as any other: whoever
+    wants all rows of one begins with another file.
+    """
+    if not path.exists():
+        return []
+    whole = path.read_bytes().rpartition(b"\n")
+    if whole[2]:
+        os.truncate(path, len(whole[0] + whole[1]))
+    return [Row(**json.loads(line)) for line in whole[0].splitlines()]
+
+
+def run(runs: Sequence[Run], path: Path | None = None, workers: int | None = None) -> Iterator[Row]:
+    """Make all runs that ``path`` has no row of, and yield the rows in the order in which they come.
+
+    Args:
+        runs: what to train.
+        path: rows are appended to it, a line of JSON each; None: they are written nowhere.
+        workers: processes, of one thread each; None: as many as there are cores.
+
+    Raises:
+        RuntimeError: a run failed; its traceback is shown.
+        KeyboardInterrupt: Ctrl-C came.
+    """
+    done = {row.run for row in written(path)} if path else set()
+    left = [each for each in runs if each not in done]
+    count = min(workers or cores(), len(left))
+    if not left:
+        return
+    # Left in the other order: workers that are ended fail the runs which threads still wait for.
+    with ThreadPoolExecutor(count) as threads, _Workers(count) as crew:
+        waiting = {threads.submit(crew.train, each) for each in left}
+        while waiting:
+            ctrl_c.look()
+            came, waiting = wait(waiting, LOOK, FIRST_COMPLETED)
+            for future in came:
+                row = future.result()
+                if path:
+                    with path.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(asdict(row)) + "\n")
+                yield row
+
+
+class _Workers:
+    """Processes that train, each one run at a time. Args: count: how many."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._free: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+        self._ends = ExitStack()
+
+    def __enter__(self) -> _Workers:
+        for _ in range(self._count):
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "bsam_fused.report.training.worker"],
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                cwd=PACKAGE.parent,  # `-m` looks there first, and the user may be in a folder with another one
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # Ctrl-C in a terminal is this process's
+            )
+            self._ends.enter_context(worker)
+            self._ends.callback(worker.kill)
+            self._free.put(worker)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.close()
+
+    def train(self, one: Run) -> Row:
+        """Return the row of a run, made by the next process that is free."""
+        worker = self._free.get()
+        try:
+            answer = _ask(worker, json.dumps(asdict(one)))
+        finally:
+            self._free.put(worker)
+        found = json.loads(answer) if answer else {"error": f"its process ended with status {worker.wait()}"}
+        if "error" in found:
+            raise RuntimeError(f"{one.repeated_by}:\n{found['error']}")
+        return Row(**found)
+
+
+def _ask(worker: subprocess.Popen[bytes], line: str) -> bytes:
+    """Return a worker's answer; nothing where it ended."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    try:
+        worker.stdin.write(line.encode() + b"\n")
+        return worker.stdout.readline()
+    except OSError:
+        return b""
