@@ -25,8 +25,6 @@ from bench.gpu.rehearsal import NAME
 from bench.gpu.tools import CARRIED
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 240
-"""Of a call: what is measured is so little that none needs them."""
 LEFT_OUT = {"memcheck-smoke", "memcheck", "racecheck", "kernels"}
 """As the smoke does not fail, and CI's machine has none of their tools."""
 COMMIT = "0123abc"
@@ -44,9 +42,9 @@ def _ready():
     assert (CARRIED / "before" / "setup.py").exists()
 
 
-def make_gpu(call, out):
-    """The command of bench/gpu/README.md, as it is there."""
-    command = f"make gpu PYTHON={sys.executable} STAGES={call} SECONDS={SECONDS} OUT={out} COMMIT={COMMIT}"
+def make_gpu(call, out, seconds=plan.SECONDS):
+    """The command of bench/gpu/README.md, as it is there; what is measured is so little that none needs its time."""
+    command = f"make gpu PYTHON={sys.executable} STAGES={call} SECONDS={seconds} OUT={out} COMMIT={COMMIT}"
     environment = {**os.environ, REHEARSAL: "1", "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return processes.started(["bash", "-c", command], env=environment, cwd=ROOT, **pipes)
@@ -59,7 +57,7 @@ def only(folder, pattern):
 
 def check(call, out, printed, status):
     """What a call left, and said."""
-    assert status == 0, printed
+    assert status == 0, f"{call}: {printed}"
     run = only(out, "*.json")
     content = json.loads(run.read_text())
     stages = content["stages"]
@@ -87,7 +85,7 @@ def test_the_calls(tmp_path):
     for pair in (("call1", "call4"), ("call2", "call3")):
         with make_gpu(pair[0], tmp_path / pair[0]) as one, make_gpu(pair[1], tmp_path / pair[1]) as other:
             for call, process in zip(pair, (one, other), strict=True):
-                printed, _ = process.communicate(timeout=SECONDS)
+                printed, _ = process.communicate(timeout=plan.SECONDS)
                 contents[call] = check(call, tmp_path / call, printed, process.returncode)
     for content in contents.values():
         for name, found in figures_of(content):
@@ -131,7 +129,7 @@ def test_a_call_that_is_killed_leaves_what_it_found(tmp_path):
 
 def test_a_short_call_begins_what_it_can(tmp_path):
     """What there is no time for is said, and is no failure."""
-    with make_gpu(f"environment,cases SECONDS={plan.CLOSING + 1}", tmp_path) as call:
+    with make_gpu("environment,cases", tmp_path, seconds=plan.CLOSING + 1) as call:
         printed, _ = call.communicate(timeout=60)
     assert call.returncode == 0, printed
     stages = json.loads(only(tmp_path, "*.json").read_text())["stages"]

@@ -49,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"make gpu: {why}: nothing was run, nothing was written", file=sys.stderr)
         return 1
 
-    from bench.gpu import plan, record
+    from bench.gpu import plan, record, tools
     from bench.gpu.stages import ROOT
+
+    os.environ.update({**tools.toolkit(), **tools.headers()})  # of all stages: Triton compiles, too
 
     try:
         names = plan.names(options.stages)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.gpu.record import Record
-from bench.gpu.tools import find, headers, toolkit
+from bench.gpu.tools import find, headers
 
 COMMANDS = {
     "driver": ["nvidia-smi", "--query-gpu=driver_version,pcie.link.gen.current,power.limit", "--format=csv,noheader"],
@@ -33,9 +33,7 @@ ASK_SECONDS = 5
 def ask(command: Sequence[str]) -> str:
     """Return what a command prints, or that it is not there or does not answer."""
     try:
-        done = subprocess.run(
-            [find(command[0]), *command[1:]], capture_output=True, text=True, timeout=ASK_SECONDS, env=environment()
-        )
+        done = subprocess.run([find(command[0]), *command[1:]], capture_output=True, text=True, timeout=ASK_SECONDS)
     except OSError:
         return "not there"
     except subprocess.TimeoutExpired:
@@ -49,17 +47,12 @@ def _version_in(said: str) -> str:
     return next((line for line in lines if re.search(r"\d\.\d", line)), lines[0])
 
 
-def environment() -> dict[str, str]:
-    """Return the environment of builds."""
-    return {**os.environ, **toolkit(), **headers()}
-
-
 def python_header() -> str:
     """Return where Python.h is."""
     own = Path(sysconfig.get_path("include"), "Python.h")
     if own.exists():
         return str(own)
-    return f"carried, {headers()['CPATH']}" if headers() else "not there: make gpu-carry"
+    return "carried along" if headers() else "not there: make gpu-carry"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

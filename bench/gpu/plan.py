@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 from bench.gpu import kernels
 from bench.gpu.device import REHEARSAL, current
 from bench.gpu.stages import ROOT, Stage, as_far_as_it_came
-from bench.gpu.tools import CARRIED, ERRORS_FOUND, find, headers, judge_sanitizer, toolkit
+from bench.gpu.tools import CARRIED, ERRORS_FOUND, find, judge_sanitizer
 
 SECONDS = 570
 """Of a call."""
@@ -52,7 +53,7 @@ def stages(record: Path, logs: Path) -> dict[str, Stage]:
     measure = [*python, "bench.gpu.measure", adding, "--seconds={seconds}"]
     figures = partial(Stage, needs="smoke", judge=as_far_as_it_came)
     found = [
-        Stage("environment", [*python, "bench.gpu.environment", adding], 15),
+        Stage("environment", [*python, "bench.gpu.environment", adding], 20, as_far_as_it_came),
         _build("build", ROOT),
         _build("build-before", CARRIED / "before"),
         Stage("smoke", [*python, "bench.gpu.smoke"], 45, needs="build"),
@@ -67,7 +68,7 @@ def stages(record: Path, logs: Path) -> dict[str, Stage]:
         ),
         _suite("tests", record, logs, 110),
         _suite("graphs", record, logs, 30, "tests/test_graphs.py", "tests/test_graph_state.py"),
-        _suite("tests-triton", record, logs, 35, keyword="triton"),
+        _suite("tests-triton", record, logs, 30, keyword="triton"),
         _sanitizer("memcheck", "memcheck", 180, needs="build"),
         _sanitizer("racecheck", "racecheck", 180, needs="build"),
         Stage("kernels", [*python, "bench.gpu.kernels", adding, f"--logs={logs}"], 60, kernels.judge, needs="smoke"),
@@ -94,7 +95,7 @@ def _build(name: str, source: Path) -> Stage:
         name,
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         120,
-        environment={"BSAM_FUSED_BUILD": "none" if rehearsal else "cuda", **only, **toolkit(), **headers()},
+        environment={"BSAM_FUSED_BUILD": "none" if rehearsal else "cuda", **only},
         folder=source,
     )
 
@@ -102,8 +103,8 @@ def _build(name: str, source: Path) -> Stage:
 def _triton(measure: Sequence[str]) -> tuple[str, str]:
     """Return the commands of Triton's operators: figures only of what is right."""
     dtypes = ("float32", "bfloat16")
-    smoke = f"{sys.executable} -m bench.gpu.smoke --backend triton --dtypes {','.join(dtypes)}"
-    return smoke, " ".join([*measure, *(f"--operators=triton:{dtype}" for dtype in dtypes)])
+    smoke = [sys.executable, "-m", "bench.gpu.smoke", "--backend=triton", f"--dtypes={','.join(dtypes)}"]
+    return shlex.join(smoke), shlex.join([*measure, *(f"--operators=triton:{dtype}" for dtype in dtypes)])
 
 
 def _suite(name: str, record: Path, logs: Path, limit: float, *files: str, keyword: str = "") -> Stage:

@@ -93,7 +93,7 @@ def run_all(
     for i, stage in enumerate(stages):
         begin = time.monotonic()
         why = _why_not(stage, ended)
-        later = sum(other.limit for other in stages[i + 1 :] if _why_not(other, ended) is None)
+        later = sum(other.limit for other in stages[i + 1 :] if _is_promised(other, ended))
         limit = max(min(stage.limit, end - begin), end - begin - later)
         if why is None and limit < LEAST_SECONDS:
             why = "not begun: the time was up"
@@ -111,6 +111,12 @@ def _why_not(stage: Stage, ended: Mapping[str, How]) -> str | None:
     if first in ended and ended[first] != "failed":
         return f"{first} did not fail"
     return None if stage.folder.is_dir() else f"there is no {stage.folder.relative_to(ROOT)}"
+
+
+def _is_promised(stage: Stage, ended: Mapping[str, How]) -> bool:
+    """Return whether time is kept for a stage; one for after a failure has the time of those that it takes away."""
+    first = stage.only_after_failure_of
+    return _why_not(stage, ended) is None and (first is None or ended.get(first) == "failed")
 
 
 def run(stage: Stage, limit: float, logs: Path, tick: Callable[[], None] = lambda: None) -> Outcome:
