@@ -61,7 +61,7 @@ def check(call, out, printed, status):
     run = only(out, "*.json")
     content = json.loads(run.read_text())
     stages = content["stages"]
-    assert list(stages) == list(plan.names(call))
+    assert list(stages) == list(plan.CALLS[call])
     assert {name for name, it in stages.items() if it["how"] != "ok"} <= LEFT_OUT, printed
     assert content["about"]["device"] == NAME
     assert content["about"]["git_commit"]

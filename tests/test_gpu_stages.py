@@ -65,12 +65,13 @@ def test_a_stage_has_its_share_and_what_others_left(tmp_path):
     """The first may have all but what those after it are promised; the last still has that."""
     planned = [
         script("first", "import time; time.sleep(60)", limit=0.5),
-        script("left out", limit=100, only_after_failure_of="early"),
+        script("right", limit=0.5),
+        script("left out", limit=100, only_after_failure_of="right"),
         script("last", limit=1.5),
     ]
     begin = time.monotonic()
-    well, noted = outcomes_of([script("early", limit=1), *planned], 4, tmp_path)
-    assert 2.4 < time.monotonic() - begin < 4
+    well, noted = outcomes_of(planned, 4, tmp_path)
+    assert 1.9 < time.monotonic() - begin < 4
     assert not well
     assert noted["first"] == ("failed", "stopped: its time was up")
     assert noted["last"] == ("ok", "done")
@@ -293,6 +294,12 @@ def test_counts_survive_the_end_of_the_time(run_file, monkeypatch):
     found = run_file("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)", seconds=5.0)
     assert (found["passed"], found["failed"], found["said"]) == (1, 0, "stopped: the time was up")
     assert run_file(seconds=0.0)["said"] == "not begun: the time was up"
+
+
+def test_a_file_whose_process_always_dies_is_given_up(run_file):
+    found = run_file("import os\n" + "\n".join(f"def test_{i}(): os.abort()" for i in range(suite.DEATHS + 1)))
+    assert (found["passed"], found["failed"]) == (0, suite.DEATHS)
+    assert found["said"] == f"exit status -6: given up, its process died {suite.DEATHS} times"
 
 
 def test_a_file_that_needs_what_is_not_there_is_left_out(run_file):

@@ -36,6 +36,8 @@ METRICS = (
     "sm__warps_active.avg.pct_of_peak_sustained_active",
     "launch__registers_per_thread",
     "launch__grid_size",
+    "gpc__cycles_elapsed.avg.per_second",  # the clocks, as they are
+    "dram__cycles_elapsed.avg.per_second",
 )
 REFUSALS = ("ERR_NVGPUCTRPERM", "Failed to initialize the profiler")
 REFUSED = 3

@@ -65,6 +65,8 @@ def run_file(file: str, arguments: Sequence[str], logs: Path, end: float) -> dic
         said = "done" if known and done.returncode == NO_TESTS else _said(done.returncode, log)
         if not (len(read(outcomes)) > known and [*read(outcomes).values()][-1] == "begun"):
             break
+    else:
+        said = f"exit status {done.returncode}: given up, its process died {DEATHS} times"
     return {**_counted(read(outcomes), said), "said": said, "seconds": time.monotonic() - begin}
 
 
@@ -79,9 +81,10 @@ def _said(status: int, log: Path) -> str:
 
 
 def _counted(outcomes: dict[str, str], said: str) -> dict[str, Any]:
-    """Return counts and names. What was begun failed, but where it was the time that ended it."""
-    bad = {"failed"} if said.startswith("stopped") else {"failed", "begun"}
-    count, failed = Counter(outcomes.values()), [test for test, how in outcomes.items() if how in bad]
+    """Return counts and names. A test that was begun and did not end failed, unless the time ended it."""
+    count, failed = Counter(outcomes.values()), [test for test, how in outcomes.items() if how in {"failed", "begun"}]
+    if said.startswith("stopped") and [*outcomes.values()][-1:] == ["begun"]:
+        failed.pop()
     return {"passed": count["passed"], "failed": len(failed), "skipped": count["skipped"], "names": failed}
 
 
