@@ -177,7 +177,7 @@ def current_device() -> torch.device:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check everything, print each failure and the last line; returns the exit status: 1 where one failed."""
+    """Check everything and print how it went; returns the exit status: 1 where one failed."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.smoke", description=__doc__.splitlines()[0])
     parser.add_argument("--backend", default=SUBJECT)
     parser.add_argument("--dtypes", default=",".join(str(dtype).removeprefix("torch.") for dtype in DTYPES))
@@ -198,6 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             failed += 1
             print(f"FAILED {name}: {type(error).__name__}: {error}", flush=True)
+        else:
+            print(f"right  {name}", flush=True)  # so that one who is stopped has said how far it came
     print(f"{len(checks) - failed} of {len(checks)} right, {time.monotonic() - begin:.0f} s", flush=True)
     return 1 if failed else 0
 
