@@ -12,10 +12,13 @@
 # make lint     ruff and clang-format
 # make types    mypy on the package; mypy --strict and pyright on a user's script, tests/typing, its deliberate mistakes among it
 # make cuda-build-check   the CUDA build against a CUDA build of torch (5 GB, in .venv-cuda); needs nvcc and no GPU
-# make gpu      with PYTHON's own torch, this machine's nvcc and no network: build, CUDA tests, benchmarks, sanitizer
-#               (COMMIT=... names the source where this is no git checkout)
+# make gpu      with PYTHON's own torch, this machine's nvcc and no network: build, checks, figures, tests; STAGES=call1
+#               to call4, or names of stages; SECONDS= for all, OUT= for what comes of it, COMMIT= of the source where
+#               this is no git checkout; bench/gpu/README.md says which call yields what
+# make gpu-carry      what a machine with a GPU may lack, into build/carry: PYTHON_THERE's headers, the source of BEFORE=
+# make gpu-rehearsal  all calls of `make gpu` with this CPU in the place of the GPU (2 minutes)
 #
-# Each but the last does its own set-up: a virtual environment in .venv, pinned packages, the C++ extension in place.
+# Each but the gpu ones does its own set-up: a virtual environment in .venv, pinned packages, the C++ extension in place.
 # The report needs few of these; what the others need comes with the first of them.
 
 PYTHON ?= python3
@@ -32,7 +35,7 @@ TRAINERS := torch==2.14.1 torchvision==0.29.1 timm==1.0.31 fastai==2.8.12
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py
 
-.PHONY: report picture test test-triton interrupts test-recipes test-trainers fuzz bench bench-check performance lint types format cuda-build-check gpu clean
+.PHONY: report picture test test-triton interrupts test-recipes test-trainers fuzz bench bench-check performance lint types format cuda-build-check gpu gpu-carry gpu-rehearsal clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
@@ -41,7 +44,7 @@ picture: $(BUILT)
 	$(BIN)/python -m bench.picture report/report.json docs/report.png
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not interpreter and not recipe and not interrupts"
+	$(BIN)/python -m pytest -q -m "not interpreter and not recipe and not interrupts and not rehearsal"
 
 # What depends on the kernels; the rest is the same code for all backends written in Python.
 INTERPRETED := $(addprefix tests/test_,against_reference.py golden.py rounding.py master_weights.py interrupts.py)
@@ -125,7 +128,18 @@ $(CUDA_VENV)/.installed: constraints.txt
 	touch $@
 
 gpu:
-	$(PYTHON) -m bench.gpu $(if $(COMMIT),--commit $(COMMIT))
+	$(PYTHON) -m bench.gpu $(if $(STAGES),--stages $(STAGES)) $(if $(SECONDS),--seconds $(SECONDS)) \
+		$(if $(OUT),--out $(OUT)) $(if $(COMMIT),--commit $(COMMIT))
+
+PYTHON_THERE ?= PYENV_VERSION=3.12 python3.12
+gpu-carry:
+	rm -rf build/carry && mkdir -p build/carry
+	cp -r "$$($(PYTHON_THERE) -c 'import sysconfig; print(sysconfig.get_path("include"))')" build/carry/include
+	$(if $(BEFORE),mkdir build/carry/before && git archive $(BEFORE) | tar x -C build/carry/before)
+	$(if $(BEFORE),git rev-parse $(BEFORE) >build/carry/before/COMMIT)
+
+gpu-rehearsal: $(READY)
+	$(BIN)/python -m pytest -q -m rehearsal
 
 clean:
 	rm -rf $(VENV) $(CUDA_VENV) $(TRAINERS_VENV) build dist report *.egg-info bsam_fused/*.so

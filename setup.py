@@ -64,7 +64,8 @@ def cpu_obstacle() -> str | None:
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler}) on PATH: install one (Debian, Ubuntu: apt install g++) or set CXX"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+    places = [sysconfig.get_path("include"), *os.environ.get("CPATH", "").split(os.pathsep)]
+    if not any(Path(place, "Python.h").exists() for place in places if place):
         return "Python.h is missing: install Python's headers (Debian, Ubuntu: apt install python3-dev)"
     return None
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from bench.compiled import CompiledBSAM
 from bench.figures import Target, at_least, at_most
 from bsam_fused.report import models
@@ -52,6 +54,8 @@ class Case:
     """By figure; those without one are only told."""
     repeat: int = 20
     """Repetitions."""
+    dtype: torch.dtype = torch.float32
+    """The parameters'."""
 
     @property
     def elements(self) -> int:

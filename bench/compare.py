@@ -14,12 +14,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from bench.cases import SHAPES
+from bsam_fused.report.contestant import Shapes
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("worker.py")
@@ -68,11 +69,11 @@ def interval(ratios: Sequence[float]) -> Interval:
 
 
 class Worker:
-    """A process that takes steps with the package of one checkout."""
+    """A process that takes steps with the package of one checkout. Args: how: device type and backend."""
 
-    def __init__(self, checkout: Path) -> None:
+    def __init__(self, checkout: Path, how: Sequence[str] = ("cpu", "cpp")) -> None:
         environment = {**os.environ, "PYTHONPATH": str(checkout)}
-        command = [sys.executable, str(WORKER)]
+        command = [sys.executable, str(WORKER), *how]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True)
 
@@ -111,11 +112,11 @@ def built(commit: str) -> Iterator[Path]:
             subprocess.run(["git", "worktree", "remove", "--force", str(checkout)], cwd=ROOT, check=True)
 
 
-def compare(a: Worker, b: Worker, row: str, pairs: int) -> Interval:
-    """Return how a row's times compare: B over A."""
-    algorithm, base, shapes = row.split("-")
+def compare(a: Worker, b: Worker, row: str, pairs: int, of: Callable[[Shapes], Shapes] = tuple) -> Interval:
+    """Return how a row's times compare: B over A; a row: ALGORITHM-BASE-SHAPES[-DTYPE], the shapes ``of`` its own."""
+    algorithm, base, shapes, *dtype = row.split("-")
     for worker in (a, b):
-        worker.ask([algorithm, base, list(SHAPES[shapes])])
+        worker.ask([algorithm, base, list(of(SHAPES[shapes])), *(dtype or ["float32"])])
     ratios = []
     for pair in range(-WARM_UP, pairs):
         order = (a, b) if pair % 2 else (b, a)

@@ -22,7 +22,7 @@ Measured = dict[str, dict[str, Any]]
 """Operator -> what it moves, its seconds, its rate and that rate's share of the copy's bandwidth."""
 
 
-def measure(backend: str, shapes: Shapes, clock: Clock, copy: float) -> Measured:
+def measure(backend: str, shapes: Shapes, clock: Clock, copy: float, dtype: torch.dtype = torch.float32) -> Measured:
     """Return what a backend's operators take on parameters of these shapes.
 
     Args:
@@ -30,11 +30,12 @@ def measure(backend: str, shapes: Shapes, clock: Clock, copy: float) -> Measured
         shapes: of the parameters.
         clock: what measures.
         copy: the copy's bytes a second.
+        dtype: of the parameters.
 
     Raises:
         RuntimeError: the backend cannot be had here, with the reason.
     """
-    return _measure([backend], shapes, clock, copy, REPEAT)[backend]
+    return _measure([backend], shapes, clock, copy, REPEAT, dtype)[backend]
 
 
 def on_cpu(shapes: Shapes, clock: Clock) -> dict[str, Measured]:
@@ -42,9 +43,16 @@ def on_cpu(shapes: Shapes, clock: Clock) -> dict[str, Measured]:
     return _measure(ON_CPU, shapes, clock, copy_bandwidth(clock, copies=5), REPEAT_ON_CPU)
 
 
-def _measure(backends: Sequence[str], shapes: Shapes, clock: Clock, copy: float, repeat: int) -> dict[str, Measured]:
-    runs = {backend: OperatorRun(backend, shapes, clock.device) for backend in backends}
-    n_bytes = sum(map(math.prod, shapes)) * torch.float32.itemsize
+def _measure(
+    backends: Sequence[str],
+    shapes: Shapes,
+    clock: Clock,
+    copy: float,
+    repeat: int,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Measured]:
+    runs = {backend: OperatorRun(backend, shapes, clock.device, dtype) for backend in backends}
+    n_bytes = sum(map(math.prod, shapes)) * dtype.itemsize
     found: dict[str, Measured] = {backend: {} for backend in backends}
     for name, (_, moves) in OPERATORS.items():
         for backend, seconds in _seconds(runs, name, clock, repeat).items():

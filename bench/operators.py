@@ -14,6 +14,8 @@ from bsam_fused.report.contestant import Shapes
 RADII = [Radius(0.05)]
 SGD = [SGDScalars(1e-3, 0.9, 0.0, 5e-4, False, False)]
 ADAM = [AdamScalars(1e-3, 0.9, 0.999, 1e-8, 0.0, False, False)]
+SEED = 0
+"""Of stochastic rounding."""
 _UP_TO_UPDATE = ("pass", "square_norm", "ascend", "pass", "descend", "pass", "square_norm of g_min")
 
 
@@ -45,15 +47,16 @@ class OperatorRun:
         backend: the name of the one to run.
         shapes: of the parameters.
         device: where they are.
+        dtype: theirs; 16 bits are rounded stochastically.
 
     Raises:
         RuntimeError: the backend cannot be had there, with the reason.
     """
 
-    def __init__(self, backend: str, shapes: Shapes, device: torch.device) -> None:
+    def __init__(self, backend: str, shapes: Shapes, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         build = dispatch.choose(backend, device).build
-        self.params = [torch.rand(shape, device=device).requires_grad_() for shape in shapes]
-        self.flat: FlatParams = build(self.params, [(0, i) for i in range(len(self.params))], None)
+        self.params = [torch.rand(shape, dtype=dtype, device=device).requires_grad_() for shape in shapes]
+        self.flat: FlatParams = build(self.params, [(0, i) for i in range(len(self.params))], SEED)
 
     def run(self, name: str) -> None:
         """Run an operator, or make and read the gradients of a pass."""

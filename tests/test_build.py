@@ -42,6 +42,16 @@ def run_setup(source, *command, without_torch=False, **env):
     return processes.run([sys.executable, "-c", code], timeout=900, cwd=source, env={**os.environ, **env})
 
 
+def test_headers_may_lie_where_the_compiler_looks_for_them(tmp_path, monkeypatch):
+    """As `make gpu-carry` brings them to a machine that has none of its own."""
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "none"))
+    monkeypatch.delenv("CPATH", raising=False)
+    assert "Python.h is missing" in build_script.cpu_obstacle()
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CPATH", os.pathsep.join(["", "/nowhere", str(tmp_path)]))
+    assert build_script.cpu_obstacle() is None
+
+
 @pytest.mark.parametrize("build", ["auto", "cpu", "cuda", "none"])
 def test_metadata_needs_no_torch(source, build):
     result = run_setup(source, "egg_info", without_torch=True, BSAM_FUSED_BUILD=build)

@@ -1,12 +1,13 @@
-"""Build, tests, benchmarks and sanitizer on a machine with an NVIDIA GPU: `make gpu`.
+"""Build, check, measure and test on a machine with an NVIDIA GPU: `make gpu`; bench/gpu/README.md has the calls.
 
-python -m bench.gpu [--commit HASH]
+python -m bench.gpu [--stages NAME,...] [--seconds N] [--out FOLDER] [--commit HASH]
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,8 +17,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # they need torch
     from bench.gpu.stages import Outcome, Stage
 
-SECONDS = 470
-"""For all stages together."""
 SHOWN = 15
 """Lines of a failed stage's log that are printed."""
 
@@ -28,16 +27,21 @@ def obstacle() -> str | None:
         return f"{sys.executable} has no torch; PYTHON=... names another Python"
     import torch
 
+    from bench.gpu.device import REHEARSAL
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a missing driver: said below
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() and not os.environ.get(REHEARSAL):
             return f"torch {torch.__version__} sees no NVIDIA GPU"
     return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all stages; returns the exit status: 1 where one of them failed, or where there is no GPU."""
+    """Run stages; returns the exit status: 1 where one failed, or where there is no GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--stages", default="call1", help="names of stages and calls; default: %(default)s")
+    parser.add_argument("--seconds", type=float, help="for all of them together; default: 570")
+    parser.add_argument("--out", type=Path, help="where record, page and logs go; default: build/gpu")
     parser.add_argument("--commit", help="of the source, where this is no git checkout")
     options = parser.parse_args(arguments)
     why = obstacle()
@@ -45,40 +49,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"make gpu: {why}: nothing was run, nothing was written", file=sys.stderr)
         return 1
 
-    from bench.gpu import record, stages
+    from bench.gpu import plan, record, tools
+    from bench.gpu.stages import ROOT
 
-    path = record.results_path()
-    return run(stages.plan(path, record.logs()), path, options.commit)
+    os.environ.update({**tools.toolkit(), **tools.headers()})  # of all stages: Triton compiles, too
+
+    try:
+        names = plan.names(options.stages)
+    except ValueError as error:
+        parser.error(str(error))
+    name, build = record.new_name(), ROOT / "build" / "gpu"
+    path, logs = (options.out or build).resolve() / f"{name}.json", build / f"{name}-logs"
+    stages = plan.stages(path, logs)
+    return run([stages[it] for it in names], path, logs, options.seconds or plan.SECONDS, options.commit)
 
 
-def run(plan: Sequence[Stage], path: Path, commit: str | None = None) -> int:
-    """Run the stages of a plan into the record at ``path``, which is begun anew; returns the exit status."""
-    from bench.gpu import page, record, stages
+def run(stages: Sequence[Stage], path: Path, logs: Path, seconds: float, commit: str | None = None) -> int:
+    """Run stages into a record that begins at ``path``, and an archive of the logs beside it; returns the status."""
+    from bench.gpu import files, page, plan, record
+    from bench.gpu.stages import run_all
 
-    path.unlink(missing_ok=True)
     record.Record(path, commit).save()
-    for stage in plan:
-        stage.log.unlink(missing_ok=True)
+    logs.mkdir(parents=True, exist_ok=True)
 
-    def note(stage: Stage, outcome: Outcome, seconds: float) -> None:
-        results = record.Record(path)  # read again: the benchmarks add to it
-        results.content["stages"][stage.name] = {**outcome._asdict(), "seconds": seconds}
+    def keep() -> None:
+        files.archive(logs, path.with_name(f"{logs.name}.tar.gz"))
+
+    def note(stage: Stage, outcome: Outcome, took: float) -> None:
+        results = record.Record(path)  # read again: the stages add to it
+        results.content["stages"][stage.name] = {**outcome._asdict(), "seconds": took}
         results.save()
+        keep()
         print(_line(stage.name, **results.content["stages"][stage.name]), flush=True)
-        if not outcome.ok and stage.log.exists():
-            print(*stage.log.read_text().splitlines()[-SHOWN:], sep="\n", flush=True)
+        log = logs / f"{stage.name}.log"
+        if outcome.how == "failed" and log.exists():
+            print(*log.read_text().splitlines()[-SHOWN:], sep="\n", flush=True)
 
-    well = stages.run_all(plan, SECONDS, note)
+    well = run_all(stages, seconds - plan.CLOSING, logs, note, keep)
     content = record.Record(path).content
     met, missed = page.targets_met(content)
-    print(f"\nmake gpu: {content['about']['device']}; {path}; logs in {record.logs()}")
+    print(f"\nmake gpu: {content['about']['device']}; {path}")
     print(*(_line(name, **stage) for name, stage in content["stages"].items()), sep="\n")
-    print(f"targets: {met} met, {len(missed)} missed", *missed, sep="\n  ")
+    print(f"bars: {met} met, {len(missed)} missed", *missed, sep="\n  ")
     return 0 if well else 1
 
 
-def _line(name: str, ok: bool, said: str, seconds: float) -> str:
-    return f"  {'ok' if ok else 'FAILED':<7} {name:<11} {seconds:4.0f} s  {said}"
+def _line(name: str, how: str, said: str, seconds: float) -> str:
+    return f"  {how.upper() if how == 'failed' else how:<9} {name:<18} {seconds:4.0f} s  {said}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What a run on a GPU has found so far: a JSON file, and a page beside it. Written anew after every finding."""
+"""What a run on a GPU has found so far: a JSON file of its own, and the page of the day. Written after every finding.
+
+A run never writes another one's file: nothing that was found earlier can be lost.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,19 @@ import importlib.metadata
 import json
 import os
 import re
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.gpu.page import page
+from bench.gpu import page
+from bench.gpu.device import current
+from bench.gpu.files import write
 from bsam_fused.report.machine import this_machine
 
 RESULTS = Path(__file__).parents[1] / "results"
+SECTIONS = ("stages", "operators", "steps", "training", "tests", "kernels", "compared")
 
 
 class Record:
@@ -33,44 +38,31 @@ class Record:
         if path.exists():
             self.content: dict[str, Any] = json.loads(path.read_text())
         else:
-            self.content = {"about": about(commit), "stages": {}, "operators": {}, "steps": {}, "training": {}}
+            self.content = {"about": about(commit), **{section: {} for section in SECTIONS}}
 
     def save(self) -> None:
-        """Write the JSON and the page, and copies of both into the folder $OUT, where that is set."""
-        text = json.dumps(self.content, indent=1, ensure_ascii=False) + "\n"
-        for folder in {self.path.parent, logs()} if "OUT" in os.environ else {self.path.parent}:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / self.path.name, text)
-            _write(folder / self.path.with_suffix(".md").name, page(self.content))
+        """Write the JSON, and the page of all runs of the day: those of `RESULTS`, and those beside it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write(self.path, json.dumps(self.content, indent=1, ensure_ascii=False) + "\n")
+        page.write_day(page.day_of(self.path), [RESULTS, self.path.parent], self.path.parent)
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file at once, so that a run that is killed leaves the last one whole."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
-
-
-def results_path() -> Path:
-    """Return where a run on this device begun today keeps its record."""
-    device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    return RESULTS / f"{device}-{_now().date().isoformat()}.json"
-
-
-def logs() -> Path:
-    """Return the folder for logs: $OUT, which comes back from a lent machine, else one that git ignores."""
-    return Path(os.environ.get("OUT") or RESULTS.parents[1] / "build" / "gpu")
+def new_name() -> str:
+    """Return the name of a run that begins now: DEVICE-DATE-TIME."""
+    device = re.sub(r"[^a-z0-9]+", "-", current().name.lower()).strip("-")
+    return f"{device}-{_now():%Y-%m-%d-%H%M%S}"
 
 
 def about(commit: str | None = None) -> dict[str, Any]:
-    """Return what figures depend on: device, driver, versions, commit, date."""
+    """Return what figures depend on: device, versions, commit, date."""
     machine = asdict(this_machine())
     return {
         "date": _now().isoformat(timespec="seconds"),
-        **_device(),
-        "driver": _driver(),
+        "device": current().name,
+        **current().about,
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
+        "cores": os.cpu_count(),
         **machine,
         "git_commit": machine["git_commit"] or commit,
     }
@@ -78,28 +70,6 @@ def about(commit: str | None = None) -> dict[str, Any]:
 
 def _now() -> datetime.datetime:
     return datetime.datetime.now(datetime.timezone.utc)
-
-
-def _device() -> dict[str, Any]:
-    if not torch.cuda.is_available():
-        return {"device": "no GPU"}
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return {
-        "device": properties.name,
-        "compute_capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_gb": round(properties.total_memory / 1e9, 1),
-        "l2_mb": round(properties.L2_cache_size / 1e6, 1),
-    }
-
-
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.split()[0] if done.stdout.split() else None
 
 
 def _version(package: str) -> str | None:

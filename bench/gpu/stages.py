@@ -1,210 +1,165 @@
-"""The stages of `make gpu`: commands, each with its own time limit, and what their ends mean."""
+"""Stages: commands, each with its own share of the time, and what their ends mean."""
 
 from __future__ import annotations
 
+import ctypes
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Literal, NamedTuple
+
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
 
 ROOT = Path(__file__).parents[2]
 LEAST_SECONDS = 5.0
 """What must be left of the time for a stage to be begun."""
-ERRORS_FOUND = 86
-"""The exit status by which the sanitizer says so."""
+TICK = 10.0
+"""Seconds between two looks at a stage that runs."""
+SPARE = 3
+"""Seconds of its limit that a stage is not told of: by then it has ended by itself."""
 NOT_FOUND = 127
 """The exit status of a command that is not there, as shells have it."""
-REFUSAL = "Device not supported"
-"""How the sanitizer says that it cannot work on a machine at all."""
+
+How = Literal["ok", "failed", "left out"]
 
 
 class Outcome(NamedTuple):
     """How a stage ended."""
 
-    ok: bool
+    how: How
     said: str
     """In one line."""
 
 
-Judge = Callable[[int, str], Outcome]
-"""(exit status, output) -> outcome."""
+Judge = Callable[["int | None", str], Outcome]
+"""(exit status, None where it was stopped; output) -> outcome."""
 
 
-def by_status(status: int, output: str) -> Outcome:
+def by_status(status: int | None, output: str) -> Outcome:
     """Judge a command that says by its exit status whether it did its work."""
-    return Outcome(True, "done") if status == 0 else Outcome(False, f"exit status {status}")
+    if status is None:
+        return Outcome("failed", "stopped: its time was up")
+    return Outcome("ok", "done") if status == 0 else Outcome("failed", f"exit status {status}")
+
+
+def as_far_as_it_came(status: int | None, output: str) -> Outcome:
+    """Judge a command that notes its findings one by one, for which there may never be time enough."""
+    return Outcome("ok", "as far as the time went") if status is None else by_status(status, output)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command."""
+    """A command; "{seconds}" in it stands for the time that it has."""
 
     name: str
     command: Sequence[str]
     limit: float
-    """Seconds."""
-    log: Path
-    """Where its output is added to."""
+    """Seconds that it has; more where others before it left some."""
     judge: Judge = by_status
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    needs: str | None = None
+    """It is left out where this stage did not end well."""
+    only_after_failure_of: str | None = None
+    """It is left out where this stage did not fail."""
+    folder: Path = ROOT
+    """Where it runs; it is left out where that is not there."""
 
 
-def run_all(stages: Iterable[Stage], seconds: float, note: Callable[[Stage, Outcome, float], None]) -> bool:
-    """Run every stage, whatever became of those before, and ``note`` how it ended and the seconds that it took.
+def run_all(
+    stages: Sequence[Stage],
+    seconds: float,
+    logs: Path,
+    note: Callable[[Stage, Outcome, float], None],
+    tick: Callable[[], None] = lambda: None,
+) -> bool:
+    """Run stages in turn, whatever became of those before.
+
+    Args:
+        stages: in order.
+        seconds: for all of them together.
+        logs: a folder; a stage's output goes to NAME.log there.
+        note: is told how each ended, and the seconds that it took.
+        tick: is called every `TICK` seconds meanwhile.
 
     Returns:
-        Whether all of them ended well, within so many ``seconds`` together.
+        Whether none failed. Those that were left out, or for which there was no time, did not.
     """
-    end, well = time.monotonic() + seconds, True
-    for stage in stages:
+    end, ended = time.monotonic() + seconds, dict[str, How]()
+    for i, stage in enumerate(stages):
         begin = time.monotonic()
-        limit = min(stage.limit, end - begin)
-        outcome = run(stage, limit) if limit >= LEAST_SECONDS else Outcome(False, "not begun: the time was up")
+        why = _why_not(stage, ended)
+        later = sum(other.limit for other in stages[i + 1 :] if _is_promised(other, ended))
+        limit = max(min(stage.limit, end - begin), end - begin - later)
+        if why is None and limit < LEAST_SECONDS:
+            why = "not begun: the time was up"
+        outcome = Outcome("left out", why) if why else run(stage, limit, logs, tick)
+        ended[stage.name] = outcome.how
         note(stage, outcome, time.monotonic() - begin)
-        well &= outcome.ok
-    return well
+    return "failed" not in ended.values()
 
 
-def run(stage: Stage, limit: float) -> Outcome:
+def _why_not(stage: Stage, ended: Mapping[str, How]) -> str | None:
+    """Return why a stage is left out, after others have ended so; None where it is not, as far as can be known."""
+    if stage.needs in ended and ended[stage.needs] != "ok":
+        return f"{stage.needs} was not ok"
+    first = stage.only_after_failure_of
+    if first in ended and ended[first] != "failed":
+        return f"{first} did not fail"
+    return None if stage.folder.is_dir() else f"there is no {stage.folder.relative_to(ROOT)}"
+
+
+def _is_promised(stage: Stage, ended: Mapping[str, How]) -> bool:
+    """Return whether time is kept for a stage; one for after a failure has the time of those that it takes away."""
+    first = stage.only_after_failure_of
+    return _why_not(stage, ended) is None and (first is None or ended.get(first) == "failed")
+
+
+def run(stage: Stage, limit: float, logs: Path, tick: Callable[[], None] = lambda: None) -> Outcome:
     """Run a stage for ``limit`` seconds at the most."""
-    stage.log.parent.mkdir(parents=True, exist_ok=True)
-    with stage.log.open("a+", errors="replace") as log:
-        log.write(f"$ {' '.join(stage.command)}\n")
+    logs.mkdir(parents=True, exist_ok=True)
+    command = [word.replace("{seconds}", str(max(1, int(limit) - SPARE))) for word in stage.command]
+    with (logs / f"{stage.name}.log").open("w+", errors="replace") as log:
+        log.write(f"$ {' '.join(command)}\n")
         log.flush()
         begin = log.tell()
         try:
-            status = _run(stage, limit, log)
-        except subprocess.TimeoutExpired:
-            return Outcome(False, f"stopped after {limit:.0f} s")
+            status = _run(stage, command, limit, log, tick)
         except FileNotFoundError:
             status = NOT_FOUND
         log.seek(begin)
         return stage.judge(status, log.read())
 
 
-def _run(stage: Stage, limit: float, log: IO[str]) -> int:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+def _run(stage: Stage, command: Sequence[str], limit: float, log: IO[str], tick: Callable[[], None]) -> int | None:
+    path = os.pathsep.join(filter(None, [str(stage.folder), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
-        stage.command,
-        cwd=ROOT,
+        command,
+        cwd=stage.folder,
         env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **stage.environment},
         stdout=log,
         stderr=subprocess.STDOUT,
-        preexec_fn=os.setpgrp,  # its children end with it; no session of its own, which would outlive this one
+        preexec_fn=_begin,
     )
+    end = time.monotonic() + limit
     try:
-        return process.wait(limit)
+        while (left := end - time.monotonic()) > 0:
+            try:
+                return process.wait(min(left, TICK))
+            except subprocess.TimeoutExpired:
+                tick()
+        return None
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
-# ---- what is run
-
-
-def plan(record: Path, logs: Path) -> list[Stage]:
-    """Return the stages of `make gpu`; ``record``: the file that the benchmarks add to."""
-    python, junit = sys.executable, logs / "tests.xml"
-    return [
-        Stage(
-            "build",
-            [python, "setup.py", "build_ext", "--inplace"],
-            limit=240,
-            log=logs / "build.log",
-            environment={"BSAM_FUSED_BUILD": "cuda", **_toolkit()},
-        ),
-        Stage("backend", [python, "-c", _WHY_NO_BACKEND], limit=60, log=logs / "build.log"),
-        Stage(
-            "tests",
-            [python, "-m", "pytest", "-q", "-m", "cuda", f"--junitxml={junit}", *_PYTEST],
-            limit=210,
-            log=logs / "tests.log",
-            judge=partial(judge_tests, junit),
-        ),
-        Stage(
-            "benchmarks",
-            [python, "-m", "bench.gpu.measure", f"--record={record}"],
-            limit=180,
-            log=logs / "benchmarks.log",
-        ),
-        Stage(
-            "training",
-            [python, "-m", "bench.gpu.training", f"--record={record}"],
-            limit=100,
-            log=logs / "training.log",
-        ),
-        *(_sanitizer(tool, options, logs / "sanitizer.log") for tool, options in _TOOLS.items()),
-    ]
-
-
-_WHY_NO_BACKEND = "import sys, bsam_fused.ops.dispatch as d; sys.exit(d.unavailable('cuda', 'cuda'))"
-# Modules whose tests need none of CUDA may need what is not installed there.
-_PYTEST = ("-p", "no:cacheprovider", "--continue-on-collection-errors")
-
-
-def _toolkit() -> dict[str, str]:
-    """Return where the CUDA toolkit is, unless the environment says: an nvcc on PATH may be a script elsewhere."""
-    home = Path("/usr/local/cuda")
-    return {"CUDA_HOME": str(home)} if "CUDA_HOME" not in os.environ and home.is_dir() else {}
-
-
-def judge_tests(junit: Path, status: int, output: str) -> Outcome:
-    """Judge pytest by its report: all tests that ran passed, and some did."""
-    if not junit.exists():
-        return Outcome(False, f"exit status {status}, no report")
-    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
-    report = ElementTree.parse(junit)
-    junit.unlink()  # and no later run takes it for its own
-    for suite in report.getroot().iter("testsuite"):
-        for name in counts:
-            counts[name] += int(suite.get(name, 0))
-    failed = counts["failures"] + counts["errors"]
-    passed = counts["tests"] - failed - counts["skipped"]
-    return Outcome(status == 0 and passed > 0, f"{passed} passed, {failed} failed, {counts['skipped']} skipped")
-
-
-# Torch's own kernels are watched only where what they initialise must be known.
-_OURS = ("--kernel-name", "kns=bsam")
-_TOOLS: dict[str, tuple[str, ...]] = {
-    "memcheck": (*_OURS, "--report-api-errors", "no"),  # torch asks for driver functions that may be missing
-    "racecheck": _OURS,
-    "initcheck": (),
-}
-
-
-def _sanitizer(tool: str, options: Sequence[str], log: Path) -> Stage:
-    options = ["--tool", tool, *options, "--error-exitcode", str(ERRORS_FOUND), "--print-limit", "20"]
-    return Stage(
-        tool,
-        [_find_sanitizer(), *options, sys.executable, "-m", "bench.gpu.sanitize"],
-        limit=60,
-        log=log,
-        judge=judge_sanitizer,
-        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else memory past a tensor's end is the cache's
-    )
-
-
-def _find_sanitizer() -> str:
-    """Return compute-sanitizer's path, on PATH or with the toolkit, or its name where there is none."""
-    name, home = "compute-sanitizer", {**os.environ, **_toolkit()}.get("CUDA_HOME", "")
-    return shutil.which(name) or shutil.which(name, path=f"{home}/bin") or name
-
-
-def judge_sanitizer(status: int, output: str) -> Outcome:
-    """Judge compute-sanitizer; that it is not there, or refuses a machine, is no failure."""
-    if status == NOT_FOUND:
-        return Outcome(True, "left out: compute-sanitizer is not installed")
-    if REFUSAL in output:
-        return Outcome(True, f"left out: it cannot run on this machine ({REFUSAL})")
-    summaries = [line.strip("= ") for line in output.splitlines() if "SUMMARY" in line]
-    said = summaries[-1] if summaries else "no summary"
-    return Outcome(status == 0, said if status in {0, ERRORS_FOUND} else f"exit status {status}; {said}")
+def _begin() -> None:
+    """End with this process, and one's children with oneself; no session of its own, which would outlive this one."""
+    os.setpgrp()
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,51 @@
+"""What of the CUDA toolkit there is: where, and how its tools say that they cannot work here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from bench.gpu.stages import NOT_FOUND, Outcome
+
+ERRORS_FOUND = 86
+"""The exit status by which the sanitizer says so."""
+REFUSAL = "Device not supported"
+"""How the sanitizer says that it cannot work on a machine at all."""
+CARRIED = Path(__file__).parents[2] / "build" / "carry"
+"""What `make gpu-carry` has brought."""
+
+
+def toolkit() -> dict[str, str]:
+    """Return where the CUDA toolkit is, unless the environment says: an nvcc on PATH may be a script elsewhere."""
+    home = Path("/usr/local/cuda")
+    return {"CUDA_HOME": str(home)} if "CUDA_HOME" not in os.environ and home.is_dir() else {}
+
+
+def headers() -> dict[str, str]:
+    """Return where compilers also look for headers: for Python's, where they were carried along."""
+    carried = [str(CARRIED / "include")] if (CARRIED / "include" / "Python.h").exists() else []
+    return {"CPATH": os.pathsep.join(filter(None, [os.environ.get("CPATH"), *carried]))} if carried else {}
+
+
+def find(name: str) -> str:
+    """Return a tool's path, on PATH or with the toolkit, or its name where there is none."""
+    home = {**os.environ, **toolkit()}.get("CUDA_HOME", "")
+    return shutil.which(name) or shutil.which(name, path=f"{home}/bin") or name
+
+
+def judge_sanitizer(status: int | None, output: str) -> Outcome:
+    """Judge compute-sanitizer; that it is not there, refuses a machine, or does not end in time, is no failure."""
+    if status == NOT_FOUND:
+        return Outcome("left out", "compute-sanitizer is not installed")
+    if REFUSAL in output:
+        return Outcome("left out", f"compute-sanitizer cannot run on this machine ({REFUSAL})")
+    found = [line.strip("= ") for line in output.splitlines() if line.startswith("========= ")]
+    errors = [line for line in found if line.startswith(("Invalid", "Error", "Race", "Uninitialized", "Potential"))]
+    if status is None:
+        return Outcome("failed", errors[0]) if errors else Outcome("ok", "nothing found until its time was up")
+    summaries = [line for line in found if "SUMMARY" in line]
+    said = summaries[-1] if summaries else "no summary"
+    if status in {0, ERRORS_FOUND}:
+        return Outcome("ok" if status == 0 else "failed", said)
+    return Outcome("failed", f"exit status {status}; {said}")
