@@ -27,7 +27,7 @@ TRAINERS_VENV := .venv-trainers
 # torchvision does not import beside the torch that is pinned; these go together.
 TRAINERS := torch==2.14.1 torchvision==0.29.1 timm==1.0.31 fastai==2.8.12
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
-SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py
+SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py $(wildcard bsam_fused/extension/*.py)
 
 .PHONY: report test test-triton interrupts test-recipes test-trainers fuzz bench bench-check performance lint types format cuda-build-check gpu clean
 
@@ -98,7 +98,7 @@ $(BUILT): $(VENV)/.installed $(SOURCES)
 $(TRAINERS_VENV)/.installed: constraints.txt
 	$(PYTHON) -m venv $(TRAINERS_VENV)
 	grep -vE '^(torch|triton)==' constraints.txt >$(TRAINERS_VENV)/constraints.txt
-	$(TRAINERS_VENV)/bin/pip install -q -c $(TRAINERS_VENV)/constraints.txt pip setuptools wheel ninja numpy pytest scikit-learn $(TRAINERS)
+	$(TRAINERS_VENV)/bin/pip install -q -c $(TRAINERS_VENV)/constraints.txt pip setuptools wheel numpy pytest scikit-learn $(TRAINERS)
 	touch $@
 
 $(TRAINERS_VENV)/.built: $(TRAINERS_VENV)/.installed $(SOURCES)
@@ -111,7 +111,7 @@ cuda-build-check: $(CUDA_VENV)/.installed
 $(CUDA_VENV)/.installed: constraints.txt
 	$(PYTHON) -m venv $(CUDA_VENV)
 	grep -vE '^(torch|setuptools)==' constraints.txt >$(CUDA_VENV)/constraints.txt
-	$(CUDA_VENV)/bin/pip install -q -c $(CUDA_VENV)/constraints.txt $(CUDA_TORCH) pip wheel ninja numpy build
+	$(CUDA_VENV)/bin/pip install -q -c $(CUDA_VENV)/constraints.txt $(CUDA_TORCH) pip wheel numpy build
 	touch $@
 
 gpu:

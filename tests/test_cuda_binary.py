@@ -5,7 +5,6 @@ import itertools
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,15 +12,12 @@ from typing import NamedTuple
 
 import processes
 import pytest
-from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from setup import NVCC_FLAGS
+from bsam_fused.extension.flags import NVCC_FLAGS
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "cuda.cu"
 NVCC = shutil.which("nvcc")
-FLAGS = [*COMMON_NVCC_FLAGS, *NVCC_FLAGS, "-Xptxas=-v", "-cubin"]  # what a build has, and the report
+FLAGS = [*NVCC_FLAGS, "-Xptxas=-v", "-cubin"]  # what a build has, and the report
 ARCHITECTURES = ["sm_80", "sm_90"]
 DTYPES = ["float", "double", "BFloat16", "Float16"]
 # How many 16-byte vectors a kernel reads and writes for each one of a parameter. A branch with accesses of its own
