@@ -118,4 +118,4 @@ gpu:
 	$(PYTHON) -m bench.gpu $(if $(COMMIT),--commit $(COMMIT))
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) $(TRAINERS_VENV) build dist report *.egg-info bsam_fused/*.so
+	rm -rf $(VENV) $(CUDA_VENV) $(TRAINERS_VENV) build dist report *.egg-info bsam_fused/*.so bsam_fused/left_out.json

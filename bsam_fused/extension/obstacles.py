@@ -38,7 +38,7 @@ def cpu_obstacle() -> Obstacle | None:
         import torch  # noqa: F401
     except ImportError:
         return Obstacle(
-            "torch cannot be imported in this build (pip's isolated build has none)",
+            "no torch to build with, as in pip's isolated build",
             "run `bsam-fused build` once all is installed, or install with --no-build-isolation",
         )
     command = compiler()[0]
