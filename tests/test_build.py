@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 import processes
@@ -36,6 +37,15 @@ def run_setup(source, *command, without_torch=False, **env):
     arguments = f"sys.argv = ['setup.py', *{list(command)}]"
     code = f"import sys, runpy; {hide}{arguments}; runpy.run_path('setup.py', run_name='__main__')"
     return processes.run([sys.executable, "-c", code], timeout=900, cwd=source, env={**os.environ, **env})
+
+
+def test_headers_may_lie_where_the_compiler_looks_for_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "none"))
+    monkeypatch.delenv("CPATH", raising=False)
+    assert "Python.h is missing" in str(obstacles.cpu_obstacle())
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CPATH", os.pathsep.join(["", "/nowhere", str(tmp_path)]))
+    assert obstacles.cpu_obstacle() is None
 
 
 def built(folder):

@@ -44,7 +44,8 @@ def cpu_obstacle() -> Obstacle | None:
     command = compiler()[0]
     if shutil.which(command) is None:
         return Obstacle(f"no C++ compiler ({command}) on PATH", "install one (Debian, Ubuntu: apt install g++)")
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+    folders = [sysconfig.get_path("include"), *os.environ.get("CPATH", "").split(os.pathsep)]
+    if not any(Path(folder, "Python.h").exists() for folder in folders if folder):
         return Obstacle("Python.h is missing", "install Python's headers (Debian, Ubuntu: apt install python3-dev)")
     return None
 
