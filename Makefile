@@ -33,7 +33,7 @@ TRAINERS_VENV := .venv-trainers
 # torchvision does not import beside the torch that is pinned; these go together.
 TRAINERS := torch==2.14.1 torchvision==0.29.1 timm==1.0.31 fastai==2.8.12
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
-SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py
+SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py $(wildcard bsam_fused/extension/*.py)
 
 .PHONY: report picture test test-triton interrupts test-recipes test-trainers fuzz bench bench-check performance lint types format cuda-build-check gpu gpu-carry gpu-rehearsal clean
 
@@ -110,7 +110,7 @@ $(BUILT): $(VENV)/.report $(SOURCES)
 $(TRAINERS_VENV)/.installed: constraints.txt
 	$(PYTHON) -m venv $(TRAINERS_VENV)
 	grep -vE '^(torch|triton)==' constraints.txt >$(TRAINERS_VENV)/constraints.txt
-	$(TRAINERS_VENV)/bin/pip install -q -c $(TRAINERS_VENV)/constraints.txt pip setuptools wheel ninja numpy pytest scikit-learn $(TRAINERS)
+	$(TRAINERS_VENV)/bin/pip install -q -c $(TRAINERS_VENV)/constraints.txt pip setuptools wheel numpy pytest scikit-learn $(TRAINERS)
 	touch $@
 
 $(TRAINERS_VENV)/.built: $(TRAINERS_VENV)/.installed $(SOURCES)
@@ -124,7 +124,7 @@ cuda-build-check: $(CUDA_VENV)/.installed $(BUILT)
 $(CUDA_VENV)/.installed: constraints.txt
 	$(PYTHON) -m venv $(CUDA_VENV)
 	grep -vE '^(torch|setuptools)==' constraints.txt >$(CUDA_VENV)/constraints.txt
-	$(CUDA_VENV)/bin/pip install -q -c $(CUDA_VENV)/constraints.txt $(CUDA_TORCH) pip wheel ninja numpy build
+	$(CUDA_VENV)/bin/pip install -q -c $(CUDA_VENV)/constraints.txt $(CUDA_TORCH) pip wheel numpy build
 	touch $@
 
 gpu:
@@ -142,4 +142,4 @@ gpu-rehearsal: $(READY)
 	$(BIN)/python -m pytest -q -m rehearsal
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) $(TRAINERS_VENV) build dist report *.egg-info bsam_fused/*.so
+	rm -rf $(VENV) $(CUDA_VENV) $(TRAINERS_VENV) build dist report *.egg-info bsam_fused/*.so bsam_fused/left_out.json

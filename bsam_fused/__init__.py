@@ -1,11 +1,16 @@
 """Sharpness-aware optimizers whose own work runs in a handful of fused kernels."""
 
-from bsam_fused import batchnorm, graphs, losses, schedules, sharpness
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from bsam_fused._version import __version__
-from bsam_fused.optim.base import SharpnessAware
-from bsam_fused.optim.bsam import BSAM
-from bsam_fused.optim.sam import ASAM, SAM
-from bsam_fused.optim.sharpness import Sharpness
+
+if TYPE_CHECKING:
+    from bsam_fused import batchnorm, graphs, losses, schedules, sharpness
+    from bsam_fused.optim.base import SharpnessAware
+    from bsam_fused.optim.bsam import BSAM
+    from bsam_fused.optim.sam import ASAM, SAM
+    from bsam_fused.optim.sharpness import Sharpness
 
 __all__ = [
     "ASAM",
@@ -20,3 +25,21 @@ __all__ = [
     "schedules",
     "sharpness",
 ]
+
+_HOMES = {"ASAM": "sam", "BSAM": "bsam", "SAM": "sam", "Sharpness": "sharpness", "SharpnessAware": "base"}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Import what is first asked for: torch takes seconds, and neither `--help` nor a build without it needs it."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name in _HOMES:
+            found = getattr(importlib.import_module(f"{__name__}.optim.{_HOMES[name]}"), name)
+        else:
+            found = importlib.import_module(f"{__name__}.{name}")
+        globals()[name] = found
+        return found
+
+    def __dir__() -> list[str]:
+        return __all__

@@ -1,18 +1,12 @@
-"""The command line: `bsam-fused info`, `bsam-fused report`; also `python -m bsam_fused`."""
+"""The command line: `bsam-fused info`, `build`, `report`; also `python -m bsam_fused`. torch waits for a command."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Iterator
 
-import torch
-
-from bsam_fused.ops import dispatch, native_flat
+from bsam_fused._version import __version__
 from bsam_fused.report import command, ctrl_c
-
-_DEVICE_TYPES = {"cuda": "cuda", "triton": "cuda", "cpp": "cpu", "torch": "cpu"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     try:
-        return command.run(options) if options.command == "report" else _info()
+        return options.run(options)
     except KeyboardInterrupt:
         print("bsam-fused: interrupted", file=sys.stderr)
         return ctrl_c.STATUS
@@ -38,61 +32,34 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bsam-fused", description="Fused sharpness-aware optimizers.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="say what is installed, which backends work here, and if not, why")
+    parser.add_argument("--version", action="version", version=f"bsam_fused {__version__}")
+    commands = parser.add_subparsers(required=True)
+    info = commands.add_parser("info", help="say what is installed, which backends work here, and if not, why")
+    info.add_argument("--json", action="store_true", help="for programs")
+    info.set_defaults(run=_info)
+    _add_build(commands.add_parser("build", help="compile the fused kernels for the torch that is installed"))
     command.add_to(commands)
     return parser
 
 
-# ---- info
+def _add_build(build: argparse.ArgumentParser) -> None:
+    kernels = build.add_mutually_exclusive_group()
+    kernels.add_argument("--cpu", action="store_const", const="cpu", dest="kernels", help="without CUDA kernels")
+    kernels.add_argument(
+        "--cuda", action="store_const", const="cuda", dest="kernels", help="with CUDA kernels, or fail"
+    )
+    every = "CUDA kernels for all GPUs, not for this machine's alone (TORCH_CUDA_ARCH_LIST names others)"
+    build.add_argument("--all-architectures", action="store_true", help=every)
+    build.set_defaults(run=_build, kernels="auto")
 
 
-def _info() -> int:
-    from bsam_fused.report.machine import this_machine
+def _info(options: argparse.Namespace) -> int:
+    from bsam_fused.commands import info
 
-    machine = this_machine()
-    versions = [
-        ("bsam_fused", machine.bsam_fused),
-        ("Python", machine.python),
-        ("torch", machine.torch),
-        ("CPU", f"{machine.cpu}; torch threads: {machine.threads}"),
-        ("CUDA", _cuda()),
-    ]
-    backends = [(backend, _availability(backend)) for backend in dispatch.BACKENDS]
-    requested = os.environ.get(dispatch.VARIABLE)
-    for title, lines in [
-        ("Versions", versions),
-        ("Backends", backends),
-        ("Chosen by backend='auto'", [*_choices(), (dispatch.VARIABLE, requested or "not set")]),
-    ]:
-        print(title)
-        for name, text in lines:
-            print(f"  {name:<19} {text}")
-    return 0
+    return info.run(as_json=options.json)
 
 
-def _cuda() -> str:
-    if torch.version.cuda is None:
-        return "this torch is built without CUDA"
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return f"{torch.version.cuda}; {', '.join(names) or 'no device'}"
+def _build(options: argparse.Namespace) -> int:
+    from bsam_fused.commands import build
 
-
-def _availability(backend: str) -> str:
-    reason = dispatch.unavailable(backend, _DEVICE_TYPES[backend])
-    if reason:
-        return f"not available: {reason}"
-    module = native_flat.load()[0]
-    if backend == "cpp" and module is not None:
-        return f"available; {module.instruction_set()}, built for torch {module.torch_version}"
-    return "available"
-
-
-def _choices() -> Iterator[tuple[str, str]]:
-    """Yield what runs for tensors on each kind of device there is, and why; or why nothing does."""
-    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
-        try:
-            choice = dispatch.choose("auto", torch.device(device))
-            yield f"{device} tensors", f"{choice.backend} ({choice.why})"
-        except (RuntimeError, ValueError) as error:
-            yield f"{device} tensors", f"none: {error}"
+    return build.run(options.kernels, all_architectures=options.all_architectures)

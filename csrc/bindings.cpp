@@ -92,7 +92,6 @@ void update(const std::vector<py::object>& flats, const std::vector<at::Tensor>&
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "bsam_fused's compiled kernels";
-  m.attr("version") = BSAM_FUSED_VERSION;
   m.attr("torch_version") = TORCH_VERSION;
   m.def("instruction_set", bsam::instruction_set);
 

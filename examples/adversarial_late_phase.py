@@ -9,8 +9,9 @@ from statistics import fmean
 
 import torch
 from torch import Tensor, nn
-from training import BASE, DATA, LOSS, error, network, panels, save, train
+from training import BASE, DATA, LOSS, error, network, panels, picture, save, train
 
+PICTURE = picture(__file__, __doc__)
 EPSILON = 0.1
 """How far an attack may change a pixel, of [0, 1]."""
 EPOCHS, SEEDS = 20, (0, 1)
@@ -51,4 +52,4 @@ axes.plot(shares, natural, marker=".", label="natural")
 axes.set(xlabel="share of the epochs with adversarial training", ylabel="test error, %", ylim=(0, None))
 axes.grid(alpha=0.3)
 axes.legend(frameon=False)
-save(figure, __file__)
+save(figure, PICTURE)

@@ -6,11 +6,12 @@ python examples/bisam_flips.py
 """
 
 import torch.nn.functional as F
-from training import BASE, BATCH, DATA, panels, save, trained
+from training import BASE, BATCH, DATA, panels, picture, save, trained
 
 from bsam_fused import SAM
 from bsam_fused.losses import bisam_log_loss, bisam_tanh_loss
 
+PICTURE = picture(__file__, __doc__)
 LOSSES = {"cross-entropy": F.cross_entropy, "BiSAM (log)": bisam_log_loss, "BiSAM (tanh)": bisam_tanh_loss}
 radii = [0.05, 0.1, 0.2, 0.5, 1.0]
 net = trained("SAM", epochs=5)
@@ -40,4 +41,4 @@ for name, counts in flips.items():
 axes.set(xlabel="ρ", ylabel="predictions flipped, % of the test images", xscale="log")
 axes.grid(alpha=0.3)
 axes.legend(frameon=False)
-save(figure, __file__)
+save(figure, PICTURE)

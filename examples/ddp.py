@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 examples/ddp.py
 """
 
+import argparse
 import os
 
 import torch
@@ -13,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from bsam_fused import BSAM
 from bsam_fused.report.learning import network
 from bsam_fused.report.training.tasks import digits
+
+argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 if torch.cuda.is_available():
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

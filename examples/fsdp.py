@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 examples/fsdp.py
 """
 
+import argparse
 import os
 import tempfile
 
@@ -17,6 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from bsam_fused import SAM
 from bsam_fused.report.learning import network
 from bsam_fused.report.training.tasks import digits
+
+argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 if torch.cuda.is_available():
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -5,11 +5,12 @@ python examples/gradient_conflict.py
 
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from training import BASE, EPOCHS, LOADER, LOSS, RHO, STEPS, network, panels, save, train
+from training import BASE, EPOCHS, LOADER, LOSS, RHO, STEPS, network, panels, picture, save, train
 
 from bsam_fused import BSAM, sharpness
 from bsam_fused.schedules import decayed_radius
 
+PICTURE = picture(__file__, __doc__)
 radii = torch.linspace(0, 5 * RHO, 21).tolist()
 over_training, against_radius = {}, {}
 for name, decay in (("with decay", "lr"), ("without", "none")):
@@ -30,4 +31,4 @@ for name, decay in (("with decay", "lr"), ("without", "none")):
 figure, (left, right) = panels(2, 4.5)
 sharpness.plot_conflict(radii, against_radius, left).set_title("after training")
 sharpness.plot_conflict(range(1, EPOCHS + 1), over_training, right, xlabel="epoch").set_title("at the ρ_min in use")
-save(figure, __file__)
+save(figure, PICTURE)

@@ -4,10 +4,11 @@ python examples/landscape.py
 """
 
 import torch
-from training import LOSS, OPTIMIZERS, QUARTER, panels, save, trained
+from training import LOSS, OPTIMIZERS, QUARTER, panels, picture, save, trained
 
 from bsam_fused import sharpness
 
+PICTURE = picture(__file__, __doc__)
 steps = torch.linspace(-1, 1, 21).tolist()
 planes = {}
 for name in OPTIMIZERS:
@@ -22,4 +23,4 @@ levels = torch.linspace(lowest, highest, 25).tolist()  # the same for all
 figure, axes = panels(3, 4.6)
 for panel, (name, plane) in zip(axes, planes.items(), strict=True):
     sharpness.plot_landscape((steps, steps), plane, panel, levels).set_title(name)
-save(figure, __file__)
+save(figure, PICTURE)

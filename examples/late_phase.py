@@ -10,11 +10,12 @@ python examples/late_phase.py
 from functools import cache
 from statistics import fmean
 
-from training import BASE, LOSS, QUARTER, STEPS, error, network, panels, save, train
+from training import BASE, LOSS, QUARTER, STEPS, error, network, panels, picture, save, train
 
 from bsam_fused import SAM, sharpness
 from bsam_fused.schedules import LatePhase
 
+PICTURE = picture(__file__, __doc__)
 EPOCHS, SEEDS = 20, (0, 1)
 shares = [0.0, 0.1, 0.25, 0.5, 1.0]
 
@@ -52,4 +53,4 @@ right.set(xlabel="share of the steps with SAM", ylabel="largest eigenvalue of th
 for panel in (left, right):
     panel.grid(alpha=0.3)
     panel.legend(frameon=False)
-save(figure, __file__)
+save(figure, PICTURE)

@@ -6,10 +6,11 @@ python examples/sharpness_over_training.py
 """
 
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from training import EPOCHS, LOADER, LOSS, OPTIMIZERS, RHO, STEPS, error, network, panels, save, train
+from training import EPOCHS, LOADER, LOSS, OPTIMIZERS, RHO, STEPS, error, network, panels, picture, save, train
 
 from bsam_fused import sharpness
 
+PICTURE = picture(__file__, __doc__)
 epochs = range(1, EPOCHS + 1)
 measured = {}
 for name, build in OPTIMIZERS.items():
@@ -30,4 +31,4 @@ for name, build in OPTIMIZERS.items():
 figure, axes = panels(3)
 for panel in sharpness.plot_sharpness(epochs, measured, axes):
     panel.set_yscale("symlog", linthresh=1e-3)
-save(figure, __file__)
+save(figure, PICTURE)

@@ -5,9 +5,11 @@ python examples/spectrum.py
 
 import sys
 
-from training import LOSS, OPTIMIZERS, QUARTER, error, panels, save, trained
+from training import LOSS, OPTIMIZERS, QUARTER, error, panels, picture, save, trained
 
 from bsam_fused import sharpness
+
+PICTURE = picture(__file__, __doc__)
 
 
 def show(products: int) -> None:
@@ -26,4 +28,4 @@ for name in OPTIMIZERS:
     )
 figure, axes = panels(1, 5.5)
 sharpness.plot_spectrum(spectra, axes)
-save(figure, __file__)
+save(figure, PICTURE)

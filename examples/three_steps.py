@@ -3,11 +3,14 @@
 python examples/three_steps.py
 """
 
+import argparse
+
 import torch
 from torch import nn
 
 from bsam_fused import BSAM
 
+argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(20, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 5))
 optimizer = BSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.05, model=model)

@@ -1,5 +1,7 @@
-"""What the examples share: a small network on scikit-learn's digits, its training, and how a picture is saved."""
+"""What the examples share: a small network on scikit-learn's digits, its training, and where a picture is saved."""
 
+import argparse
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,8 +91,32 @@ def panels(columns: int, width: float = 4.0) -> tuple[Figure, Any]:
     return figure, figure.subplots(1, columns)
 
 
-def save(figure: Figure, script: str) -> None:
-    """Write the picture of a script into docs/, under the script's name."""
-    path = Path(__file__).parents[1] / "docs" / Path(script).with_suffix(".png").name
+def picture(script: str, about: str) -> Path:
+    """Return where a script's picture goes, by --out; ends where it would replace a file that git tracks.
+
+    Args:
+        script: its file; the picture has its name.
+        about: its docstring, shown by --help.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="for the picture (default: here)")
+    folder = parser.parse_args().out
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / Path(script).with_suffix(".png").name
+    if _tracked(path):
+        parser.error(f"{path} is tracked by git: choose another folder by --out")
+    return path
+
+
+def _tracked(path: Path) -> bool:
+    command = ["git", "ls-files", "--error-unmatch", path.name]
+    try:
+        return subprocess.run(command, cwd=path.parent, capture_output=True).returncode == 0
+    except FileNotFoundError:  # no git
+        return False
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture."""
     figure.savefig(path, dpi=110, metadata={"Software": None})
     print(f"Written: {path}")

@@ -10,10 +10,11 @@ import copy
 
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from training import BASE, LOADER, LOSS, QUARTER, STEPS, network, panels, save, train, trained
+from training import BASE, LOADER, LOSS, QUARTER, STEPS, network, panels, picture, save, train, trained
 
 from bsam_fused import SAM, sharpness
 
+PICTURE = picture(__file__, __doc__)
 EPOCHS = 20
 minimum = trained("SGD").state_dict()
 losses, curvatures, ends = {}, {}, {}
@@ -53,4 +54,4 @@ valley.set(title="in the same valley", xlabel="0: SGD's minimum, 1: SAM's", ylab
 for panel in (escape, curvature):
     panel.grid(alpha=0.3)
     panel.legend(frameon=False)
-save(figure, __file__)
+save(figure, PICTURE)

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from torch.utils import cpp_extension
 
-import bsam_fused
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -25,7 +23,6 @@ def module():
         extra_cflags=[
             *("-O2", "-ffp-contract=off", "-fvisibility=hidden", "-fopenmp", "-Wno-unknown-pragmas"),
             "-DBSAM_FUSED_CUDA",
-            rf"-DBSAM_FUSED_VERSION=\"{bsam_fused.__version__}\"",
         ],
         build_directory=str(build),
     )

@@ -1,24 +1,21 @@
-"""The build decides what it can do, and a machine without the extension is told what adds it."""
+"""The build decides what it can do, with which flags, and keeps the reason of what it leaves out."""
 
 import os
 import re
 import shutil
 import sys
 import sysconfig
-import types
-import warnings
 from pathlib import Path
 
 import processes
 import pytest
 import torch
 from setuptools import Distribution, Extension
-from torch.utils import cpp_extension
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import bsam_fused
 import setup as build_script
+from bsam_fused.extension import compiling, flags, obstacles, places
 from bsam_fused.ops import dispatch, native_flat
 
 ROOT = Path(__file__).parents[1]
@@ -43,13 +40,17 @@ def run_setup(source, *command, without_torch=False, **env):
 
 
 def test_headers_may_lie_where_the_compiler_looks_for_them(tmp_path, monkeypatch):
-    """As `make gpu-carry` brings them to a machine that has none of its own."""
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "none"))
     monkeypatch.delenv("CPATH", raising=False)
-    assert "Python.h is missing" in build_script.cpu_obstacle()
+    assert "Python.h is missing" in str(obstacles.cpu_obstacle())
     (tmp_path / "Python.h").touch()
     monkeypatch.setenv("CPATH", os.pathsep.join(["", "/nowhere", str(tmp_path)]))
-    assert build_script.cpu_obstacle() is None
+    assert obstacles.cpu_obstacle() is None
+
+
+def built(folder):
+    """The package as built: lib/, or where an extension was meant to be lib.<platform>/."""
+    return next(folder.glob("lib*/bsam_fused"))
 
 
 @pytest.mark.parametrize("build", ["auto", "cpu", "cuda", "none"])
@@ -63,17 +64,18 @@ def test_without_torch_auto_builds_pure_python(source, tmp_path):
     result = run_setup(source, "build", "--build-base", str(tmp_path), without_torch=True, BSAM_FUSED_BUILD="auto")
     assert result.returncode == 0, result.stderr
     assert "pure-Python package" in result.stderr
-    assert "pip install --no-build-isolation ." in result.stderr
-    assert (tmp_path / "lib" / "bsam_fused" / "py.typed").exists()
+    assert "run `bsam-fused build` once all is installed" in result.stderr
+    assert (built(tmp_path) / "py.typed").exists()
+    assert "no torch to build with" in places.left_out(built(tmp_path)).extension
     assert not list(tmp_path.rglob("*.so"))
 
 
 @pytest.mark.parametrize(
     ("build", "env", "without_torch", "reason"),
     [
-        ("cpu", {}, True, "torch cannot be imported"),
+        ("cpu", {}, True, "no torch to build with"),
         ("cpu", {"CXX": "/no/compiler"}, False, "no C\\+\\+ compiler \\(/no/compiler\\)"),
-        ("cuda", {}, True, "torch cannot be imported"),
+        ("cuda", {}, True, "no torch to build with"),
         ("cuda", {"CUDA_HOME": "/no/toolkit"}, False, "(built without CUDA|no nvcc in /no/toolkit/bin): install"),
         ("fast", {}, False, "must be none, cpu, cuda or auto"),
     ],
@@ -96,6 +98,30 @@ def test_without_a_compiler_auto_builds_pure_python(source, tmp_path):
     result = run_setup(source, "build", "--build-base", str(tmp_path), BSAM_FUSED_BUILD="auto", CXX="/no/compiler")
     assert result.returncode == 0, result.stderr
     assert "no C++ compiler" in result.stderr
+    assert places.left_out(built(tmp_path)).extension == "no C++ compiler (/no/compiler) on PATH"
+
+
+def test_what_was_built_of_other_sources_is_deleted(tmp_path):
+    """So that neither a checkout nor a wheel of it gathers them; what is for another torch or Python stays."""
+    built = places.file_name("2.13.0")
+    stay = [built, places.file_name("2.12.1"), built.replace(".so", ".pyd"), "left_out.json"]
+    for name in [*stay, built.replace(places.digest(), "before")]:
+        (tmp_path / name).touch()
+    build_script.forget_other_sources(tmp_path, built)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(stay)
+
+
+def test_the_sources_travel_whole(source, tmp_path):
+    """What the installed package builds from is told by its content, so a file of an earlier build would count."""
+    stale = tmp_path / "lib" / "bsam_fused" / "csrc" / "stale.h"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    run_setup(source, "build", "--build-base", str(tmp_path), BSAM_FUSED_BUILD="none")
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (ROOT / "csrc", stale.parent)
+    )
+    assert ours == theirs
+    assert places.left_out(built(tmp_path)).extension == "BSAM_FUSED_BUILD=none"
 
 
 def test_without_cuda_auto_builds_for_the_cpu_and_says_why(source, tmp_path):
@@ -106,35 +132,41 @@ def test_without_cuda_auto_builds_for_the_cpu_and_says_why(source, tmp_path):
 
 
 def test_with_a_failing_compiler_auto_builds_pure_python(source, tmp_path):
-    result = run_setup(source, "build", "--build-base", str(tmp_path), BSAM_FUSED_BUILD="auto", CXX="false")
+    folders = ["--build-base", str(tmp_path), "--build-temp", str(tmp_path / "temp")]
+    result = run_setup(source, "build", *folders, BSAM_FUSED_BUILD="auto", CXX="false")
     assert result.returncode == 0, result.stderr
-    assert "the cpu build failed, going on without" in result.stderr
+    assert "the cpu build failed, going on without: false ended with status 1; log: " in result.stderr
     assert not list(tmp_path.rglob("*.so"))
+    assert places.left_out(built(tmp_path)).extension == "compiling failed: false ended with status 1"
+    assert "$ false" in (tmp_path / "temp" / "build.log").read_text()
 
 
-def test_when_cuda_fails_to_compile_auto_goes_on_with_less(monkeypatch):
+def test_when_cuda_fails_to_compile_auto_goes_on_with_less(monkeypatch, tmp_path):
     tried = []
 
-    def fail(self):
-        tried.append(self.extensions[0].sources)
-        raise RuntimeError("does not compile")
+    def fail(library, objects, cuda, tell):
+        tried.append(cuda)
+        raise compiling.BuildError("does not compile")
 
-    monkeypatch.setattr(cpp_extension.BuildExtension, "build_extensions", fail)
+    monkeypatch.setattr(compiling, "build", fail)
+    monkeypatch.setattr(build_script, "cuda", lambda: "the toolkit")
     monkeypatch.setattr(build_script, "BUILD", "auto")
     monkeypatch.setattr(build_script, "KIND", "cuda")
-    monkeypatch.setattr(build_script, "extension", lambda kind: Extension("native", [kind]))
-    command = build_script.build_ext_command()(Distribution())
-    command.extensions = [Extension("native", ["cuda"])]
+    command = build_script.BuildExt(Distribution())
+    command.extensions = [Extension("native", [])]
+    command.build_lib, command.build_temp, command.inplace = str(tmp_path), str(tmp_path), False
+    command.left_out = places.LeftOut()
     command.build_extensions()
-    assert tried == [["cuda"], ["cpu"]]
+    assert tried == ["the toolkit", None]
     assert command.extensions == []
+    assert command.left_out == places.LeftOut(*2 * ["compiling failed: does not compile"])
 
 
 @pytest.mark.parametrize(
     ("build", "no_cpu", "no_cuda", "decision"),
     [
-        ("none", "no torch", "no nvcc", ("none", None)),
-        ("cpu", None, "no nvcc", ("cpu", None)),
+        ("none", "no torch", "no nvcc", ("none", "BSAM_FUSED_BUILD=none")),
+        ("cpu", None, "no nvcc", ("cpu", "BSAM_FUSED_BUILD=cpu")),
         ("cpu", "no torch", None, ("none", "no torch")),
         ("cuda", None, None, ("cuda", None)),
         ("cuda", None, "no nvcc", ("none", "no nvcc")),
@@ -145,9 +177,10 @@ def test_when_cuda_fails_to_compile_auto_goes_on_with_less(monkeypatch):
     ],
 )
 def test_what_is_built(monkeypatch, build, no_cpu, no_cuda, decision):
-    monkeypatch.setattr(build_script, "cpu_obstacle", lambda: no_cpu)
-    monkeypatch.setattr(build_script, "cuda_obstacle", lambda: no_cuda)
-    assert build_script.decide(build) == decision
+    monkeypatch.setattr(obstacles, "cpu_obstacle", lambda: no_cpu and obstacles.Obstacle(no_cpu))
+    monkeypatch.setattr(obstacles, "find_toolkit", lambda: obstacles.Obstacle(no_cuda) if no_cuda else Path("toolkit"))
+    kind, obstacle = build_script.decide(build)
+    assert (kind, obstacle and obstacle.why) == decision
 
 
 @pytest.mark.parametrize(
@@ -157,134 +190,153 @@ def test_what_is_built(monkeypatch, build, no_cpu, no_cuda, decision):
 def test_a_torch_that_no_cuda_kernel_can_serve_is_named(monkeypatch, cuda, hip, reason):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.version, "hip", hip)
-    assert f"torch {torch.__version__} {reason}" in build_script.cuda_obstacle()
+    assert f"torch {torch.__version__} {reason}" in str(obstacles.find_toolkit())
+
+
+def make_toolkit(home, top=None, known="sm_80 sm_90 sm_100"):
+    """A CUDA toolkit of which nothing works but what its nvcc says of itself: 13.0, its folder, what it knows."""
+    (home / "bin").mkdir(parents=True)
+    (home / "include").mkdir()
+    (home / "include" / "cuda_runtime.h").touch()
+    nvcc = home / "bin" / "nvcc"
+    said = {
+        "--version": "Cuda compilation tools, release 13.0, V13.0.88",
+        "--list-gpu-code": known,
+        "--dryrun": f"#$ TOP={top or home}/bin/..",
+    }
+    cases = "".join(
+        f"{option}) echo '{text}' {'>&2' if option == '--dryrun' else ''};; " for option, text in said.items()
+    )
+    nvcc.write_text(f"#!/bin/sh\ncase $1 in {cases} esac\n")
+    nvcc.chmod(0o755)
+    return home
 
 
 @pytest.fixture
-def toolkit(tmp_path):
-    """A CUDA toolkit of which nothing works but the version that its nvcc reports, 13.0."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "include").mkdir()
-    (tmp_path / "include" / "cuda_runtime.h").touch()
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
-    nvcc.chmod(0o755)
-    return tmp_path
+def toolkit(tmp_path, monkeypatch):
+    """A toolkit that CUDA_HOME names."""
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.delenv(compiling.ARCHITECTURES_VARIABLE, raising=False)
+    return make_toolkit(tmp_path / "cuda")
 
 
 def test_a_toolkit_of_torchs_major_version_will_do(toolkit):
-    assert build_script.toolkit_obstacle(str(toolkit), "13.0") is None
-    assert build_script.toolkit_obstacle(str(toolkit), "13.2") is None
+    assert obstacles.find_toolkit_for("13.0") == toolkit
+    assert obstacles.find_toolkit_for("13.2") == toolkit
 
 
 def test_a_toolkit_of_another_major_version_is_named(toolkit):
-    assert "is of CUDA 13.0, torch of CUDA 12.8" in build_script.toolkit_obstacle(str(toolkit), "12.8")
+    assert "is of CUDA 13.0, torch of CUDA 12.8" in str(obstacles.find_toolkit_for("12.8"))
 
 
-def test_a_toolkit_that_lacks_a_part_is_told(toolkit):
-    assert "no nvcc: install the CUDA 13.0 toolkit" in build_script.toolkit_obstacle(None, "13.0")
+def test_a_toolkit_that_lacks_a_part_is_told(toolkit, monkeypatch):
     (toolkit / "include" / "cuda_runtime.h").unlink()
-    assert f"no cuda_runtime.h under {toolkit}: set CUDA_HOME" in build_script.toolkit_obstacle(str(toolkit), "13.0")
+    assert f"no cuda_runtime.h under {toolkit}: set CUDA_HOME" in str(obstacles.find_toolkit_for("13.0"))
     (toolkit / "bin" / "nvcc").unlink()
-    assert f"no nvcc in {toolkit}/bin: install" in build_script.toolkit_obstacle(str(toolkit), "13.0")
+    assert f"no nvcc in {toolkit}/bin: install the CUDA 13.0" in str(obstacles.find_toolkit_for("13.0"))
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setattr(obstacles, "_compilers", lambda: iter([]))
+    assert "no nvcc: install the CUDA 13.0 toolkit" in str(obstacles.find_toolkit_for("13.0"))
+
+
+def test_an_nvcc_on_path_that_is_a_script_leads_to_its_toolkit(tmp_path, monkeypatch):
+    """As /usr/local/bin/nvcc on CI's machine: the folder above it has no headers."""
+    home = make_toolkit(tmp_path / "toolkit")
+    (tmp_path / "bin").mkdir()
+    wrapper = tmp_path / "bin" / "nvcc"
+    wrapper.write_text(f'#!/bin/sh\nexec {home}/bin/nvcc "$@"\n')
+    wrapper.chmod(0o755)
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
+    assert obstacles.find_toolkit_for("13.0") == home
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))  # nor need it be right
+    assert obstacles.find_toolkit_for("13.0") == home
+
+
+def test_the_usual_places_are_tried(tmp_path, monkeypatch):
+    """A toolkit of pip's packages, and conda's, on a machine whose PATH has no nvcc."""
+    pip, conda = make_toolkit(tmp_path / "nvidia" / "cu13"), make_toolkit(tmp_path / "conda")
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("CONDA_PREFIX", str(conda))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    found = list(obstacles.toolkits())
+    assert found.index(conda) < found.index(pip)
 
 
 def test_each_kind_of_build_has_its_sources():
-    cpu, cuda = (set(build_script.sources(kind)) for kind in ("cpu", "cuda"))
-    assert cuda == {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.suffix in {".cpp", ".cu"}}
-    assert cuda - cpu == {"csrc/cuda.cu", "csrc/cuda_flat_params.cpp"}
+    cpu, cuda = ({path.name for path in compiling.sources(with_cuda)} for with_cuda in (False, True))
+    assert cuda == {path.name for path in (ROOT / "csrc").iterdir() if path.suffix in {".cpp", ".cu"}}
+    assert cuda - cpu == {"cuda.cu", "cuda_flat_params.cpp"}
 
 
 @pytest.mark.parametrize(
-    ("supported", "codes"),
+    ("known", "wanted"),
     [
-        ("sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", ["sm_80", "sm_90", "sm_100", "compute_100"]),
-        ("sm_50 sm_80 sm_90", ["sm_80", "sm_90", "compute_90"]),
+        ("sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", ["8.0", "9.0", "10.0+PTX"]),
+        ("sm_50 sm_80 sm_90", ["8.0", "9.0+PTX"]),
     ],
 )
-def test_architectures_are_those_that_nvcc_knows(supported, codes):
-    flags = build_script.architecture_flags(supported.replace(" ", "\n"))
-    assert [flag.partition(",code=")[2] for flag in flags] == codes
-    assert all(re.fullmatch(r"-gencode=arch=compute_(\d+),code=(sm|compute)_\1", flag) for flag in flags)
+def test_architectures_are_those_that_nvcc_knows(tmp_path, monkeypatch, known, wanted):
+    monkeypatch.delenv(compiling.ARCHITECTURES_VARIABLE, raising=False)
+    toolkit = make_toolkit(tmp_path / "cuda", known=known)
+    assert compiling.architectures(toolkit) == wanted
+    assert compiling.architectures_of(toolkit, [(9, 0), (9, 0)]) == ["9.0"]
+    assert compiling.architectures_of(toolkit, [(9, 0), (12, 1)]) == wanted  # PTX serves what nvcc does not know yet
 
 
-def test_torchs_own_list_of_architectures_comes_first(monkeypatch):
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
-    assert build_script.nvcc_flags() == build_script.NVCC_FLAGS
-    assert not any("arch" in flag for flag in build_script.NVCC_FLAGS)  # torch would then add none
+def test_architectures_as_nvcc_is_told():
+    assert compiling.architecture_flags(["8.6", "9.0+PTX"]) == [
+        "-gencode=arch=compute_86,code=sm_86",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+
+
+def test_torchs_own_list_of_architectures_comes_first(monkeypatch, toolkit):
+    monkeypatch.setenv(compiling.ARCHITECTURES_VARIABLE, "8.6;9.0+PTX")
+    assert compiling.architectures(toolkit) == ["8.6", "9.0+PTX"]
+    monkeypatch.setenv(compiling.ARCHITECTURES_VARIABLE, "Hopper")
+    with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST: Hopper is no compute capability"):
+        compiling.architectures(toolkit)
+
+
+def test_the_cuda_build_finds_toolkit_headers_and_runtime(toolkit):
+    """In the layouts of NVIDIA's installer, of conda and of pip's packages, whose runtime has no plain .so."""
+    (toolkit / "lib").mkdir()
+    (toolkit / "lib" / "libcudart.so.13").touch()
+    cuda = compiling.Cuda(toolkit, ["9.0"])
+    compiled = compiling.cxx_command(Path("a.cpp"), Path("a.o"), cuda)
+    assert f"-isystem{toolkit}/include" in compiled
+    assert "-DBSAM_FUSED_CUDA=1" in compiled
+    linked = compiling.link_command([Path("a.o")], Path("a.so"), cuda)
+    assert {f"{toolkit}/lib/libcudart.so.13", "-ltorch_cuda", "-lc10_cuda"} <= set(linked)
+    assert not any("cuda" in word for word in compiling.link_command([Path("a.o")], Path("a.so"), None))
+    (toolkit / "targets").mkdir()
+    (toolkit / "include").rename(toolkit / "targets" / "include")
+    (toolkit / "targets").rename(toolkit / "x86_64-linux")
+    (toolkit / "targets").mkdir()
+    (toolkit / "x86_64-linux").rename(toolkit / "targets" / "x86_64-linux")
+    assert f"-isystem{toolkit}/targets/x86_64-linux/include" in compiling.cxx_command(Path("a.cpp"), Path("a.o"), cuda)
 
 
 def test_no_fast_math():
-    assert "-ffp-contract=off" in build_script.CXX_FLAGS
-    assert "-fmad=false" in build_script.NVCC_FLAGS
-    assert not any("fast" in flag for flag in build_script.CXX_FLAGS + build_script.NVCC_FLAGS)
+    assert "-ffp-contract=off" in flags.CXX_FLAGS
+    assert "-fmad=false" in flags.NVCC_FLAGS
+    assert not any("fast" in flag for flag in flags.CXX_FLAGS + flags.NVCC_FLAGS)
 
 
 def test_jobs_are_capped_by_memory(monkeypatch):
+    monkeypatch.delenv("MAX_JOBS", raising=False)
     pages = {"SC_AVPHYS_PAGES": 0, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(os, "sysconf", pages.__getitem__)
-    assert build_script.jobs() == 1
+    assert compiling.jobs() == 1
     pages["SC_AVPHYS_PAGES"] = 2**40
-    assert build_script.jobs() == len(os.sched_getaffinity(0))
-
-
-@pytest.fixture
-def another_name(monkeypatch, tmp_path):
-    """The loader, looking for a module of another name, in a folder of ours too."""
-    monkeypatch.setattr(bsam_fused, "__path__", [*bsam_fused.__path__, str(tmp_path)])
-    monkeypatch.setattr(native_flat, "module_name", lambda: "_native_torch9_9")
-    native_flat.load.cache_clear()
-    yield tmp_path
-    native_flat.load.cache_clear()
-
-
-def test_a_library_for_another_torch_is_named_with_the_mend(another_name):
-    module, reason = native_flat.load()
-    assert module is None
-    major, minor = torch.__version__.split(".")[:2]
-    assert f"built for torch {major}.{minor}, but torch {torch.__version__} is running" in reason
-    assert native_flat.COMMAND in reason
-
-
-def test_a_library_that_does_not_load_is_no_undefined_symbol_in_the_face(another_name):
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    (another_name / f"_native_torch9_9{suffix}").write_bytes(b"\x7fELF nothing that loads")
-    module, reason = native_flat.load()
-    assert module is None
-    assert "does not load" in reason
-    assert native_flat.COMMAND in reason
-
-
-def test_a_library_of_another_version_is_refused(monkeypatch):
-    monkeypatch.setattr(native_flat.importlib, "import_module", lambda name: types.SimpleNamespace(version="0.0.0"))
-    module, reason = native_flat.load.__wrapped__()
-    assert module is None
-    assert "of bsam_fused 0.0.0" in reason
-
-
-def test_without_the_extension_training_runs_and_says_once_why(another_name):
-    p = torch.nn.Parameter(torch.ones(3))
-
-    def train():
-        opt = bsam_fused.BSAM([p], lr=0.1)
-        for call in opt._calls:
-            p.grad = torch.ones(3)
-            getattr(opt, call)()
-        return opt
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        opt = train()
-        train()
-    assert not torch.equal(p, torch.ones(3))
-    ours = [str(w.message) for w in caught if "bsam_fused" in str(w.message)]
-    assert len(ours) == 1
-    assert native_flat.COMMAND in ours[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert opt.backends["cpu"].startswith("torch (auto's choice for cpu tensors; without cpp: ")
-    with pytest.raises(RuntimeError, match=r"backend='cpp' for tensors on cpu: the C\+\+ extension is built for torch"):
-        bsam_fused.BSAM([p], lr=0.1, backend="cpp")
+    assert compiling.jobs() == len(os.sched_getaffinity(0))
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert compiling.jobs() == 3
 
 
 def test_dispatch_prefers_the_compiled_one():

@@ -1,5 +1,6 @@
 """`bsam-fused info` tells every user what to do next; `report` refuses in one line."""
 
+import json
 import os
 import re
 import sys
@@ -9,6 +10,7 @@ import processes
 import pytest
 import torch
 
+import bsam_fused
 from bsam_fused import cli
 from bsam_fused.ops import dispatch, native_flat
 
@@ -25,8 +27,8 @@ def _no_backend_asked_for(monkeypatch):
 def info(capsys):
     """Run `info`; return what it printed."""
 
-    def run():
-        assert cli.main(["info"]) == 0
+    def run(*options):
+        assert cli.main(["info", *options]) == 0
         return capsys.readouterr().out
 
     return run
@@ -35,7 +37,7 @@ def info(capsys):
 @pytest.fixture
 def no_extension(monkeypatch):
     """As after an installation without a compiler."""
-    reason = f"the C++ extension is not built; run: {native_flat.COMMAND}"
+    reason = "the C++ extension is not built; run: bsam-fused build"
     monkeypatch.setattr(native_flat, "load", lambda: (None, reason))
     return reason
 
@@ -58,15 +60,60 @@ def test_info_tells_how_the_extension_was_built(info):
     module = native_flat.load()[0]
     text = info()
     assert f"{module.instruction_set()}, built for torch {module.torch_version}" in line(text, "cpp")
-    assert " cpp (auto's choice" in line(text, "cpu")
+    assert f"built for torch {module.torch_version}: {module.__file__}" in line(text, "cpp")
+    assert line(text, "cpu").endswith(" cpp")
 
 
 def test_info_without_the_extension_gives_the_reason_and_the_command(info, no_extension, recwarn):
     text = info()
     assert f"not available: {no_extension}" in line(text, "cpp")
-    assert native_flat.COMMAND in line(text, "cpp")
-    assert " torch (auto's choice" in line(text, "cpu")
+    assert line(text, "cpu").endswith(" torch")
     assert not recwarn.list
+
+
+def test_info_gives_each_reason_once(info, no_extension, monkeypatch):
+    """On a machine with a GPU two backends wait for the same build, and auto's choice tells of it, too."""
+    monkeypatch.setattr(native_flat, "why_no_cuda", lambda: no_extension)
+    text = info()
+    assert text.count(no_extension) == 1
+    assert line(text, "cuda").endswith(no_extension)
+    assert line(text, "cpp").endswith("not available: as cuda")
+
+
+def test_info_for_programs(info):
+    known = json.loads(info("--json"))
+    assert known["versions"]["torch"] == torch.__version__
+    assert known["backends"]["cpp"] is None
+    assert known["backends"]["cuda"] == dispatch.unavailable("cuda", "cuda")
+    assert known["extension"]["file"] == native_flat.load()[0].__file__
+    assert known["chosen"]["cpu"] == "cpp"
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"), [("--version", f"bsam_fused {bsam_fused.__version__}"), ("--help", "info,build,report")]
+)
+def test_what_needs_no_torch_does_not_wait_for_it(argument, says):
+    """torch takes seconds to import; `python -X importtime` shows the rest in a tenth of one."""
+    code = f"import sys; sys.modules['torch'] = None; from bsam_fused.cli import main; main([{argument!r}])"
+    done = processes.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": ROOT})
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout
+
+
+def test_every_public_name_is_there():
+    """They are imported when they are first asked for."""
+    names = f"{{name: getattr(bsam_fused, name).__name__ for name in dir(bsam_fused) if name != {'__version__'!r}}}"
+    done = processes.run(
+        [sys.executable, "-c", f"import bsam_fused; print({names})"], env={**os.environ, "PYTHONPATH": ROOT}
+    )
+    assert done.returncode == 0, done.stderr
+    found = eval(done.stdout)
+    assert set(found) | {"__version__"} == set(bsam_fused.__all__)
+    assert {full.rpartition(".")[2] for full in found.values()} == set(found)
+    with pytest.raises(AttributeError, match="module 'bsam_fused' has no attribute 'SAMM'"):
+        bsam_fused.SAMM  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'SAMM'"):
+        from bsam_fused import SAMM  # noqa: F401
 
 
 @pytest.mark.parametrize(

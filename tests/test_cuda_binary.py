@@ -5,7 +5,6 @@ import itertools
 import re
 import shutil
 import subprocess
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -13,15 +12,12 @@ from typing import NamedTuple
 import processes
 import pytest
 import sass
-from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from setup import NVCC_FLAGS
+from bsam_fused.extension.flags import NVCC_FLAGS
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "cuda.cu"
 NVCC = shutil.which("nvcc")
-FLAGS = [*COMMON_NVCC_FLAGS, *NVCC_FLAGS, "-Xptxas=-v", "-cubin"]  # what a build has, and the report
+FLAGS = [*NVCC_FLAGS, "-Xptxas=-v", "-cubin"]  # what a build has, and the report
 ARCHITECTURES = ["sm_80", "sm_90"]
 SLOWER = ["sm_100"]  # with --whole
 DTYPES = ["float", "double", "BFloat16", "Float16"]

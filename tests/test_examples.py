@@ -2,6 +2,8 @@
 
 import os
 import re
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +19,41 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.
 def test_picture(script):
     assert (ROOT / "docs" / f"{script}.png").stat().st_size < 150_000
     assert f"({script}.png)" in (ROOT / "docs" / "which.md").read_text()
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *sorted(WITHOUT - {"training"})])
+def test_help(script, monkeypatch, capsys, tmp_path, one_thread):
+    """Before anything is trained or written."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "examples" / f"{script}.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert f"examples/{script}.py" in out
+    assert ("--out DIR" in out) == (script in SCRIPTS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_goes_where_it_is_told_and_never_over_a_tracked_one(monkeypatch, capsys, tmp_path, one_thread):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from training import picture
+
+    def path(*arguments):
+        monkeypatch.setattr(sys, "argv", ["landscape.py", *arguments])
+        return picture("examples/landscape.py", "about")
+
+    monkeypatch.chdir(tmp_path)
+    assert path() == Path("landscape.png")
+    assert path("--out", "new/folder") == Path("new/folder/landscape.png")
+    assert Path("new/folder").is_dir()
+    for command in (["init", "-q"], ["add", "landscape.png"]):
+        Path("landscape.png").touch()
+        subprocess.run(["git", *command], check=True, cwd=tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        path()
+    assert "landscape.png is tracked by git: choose another folder by --out" in capsys.readouterr().err
+    assert path("--out", "new") == Path("new/landscape.png")
 
 
 @pytest.mark.parametrize("script", ["ddp", "fsdp"])

@@ -1,6 +1,7 @@
 """The Triton backend's host side: what it imports, why it cannot be had, how often it launches and writes tables."""
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import sys
 import textwrap
@@ -33,25 +34,39 @@ def test_no_kernels_are_imported_before_they_are_used():
     assert processes.run([sys.executable, "-c", textwrap.dedent(code)]).returncode == 0
 
 
+PINS = {"": [], "new": ['triton==3.7.1; platform_system == "Linux"'], "old": ["filelock", "triton==3.2.0; x"]}
+
+
 @pytest.mark.parametrize(
-    ("device", "found", "version", "why"),
+    ("device", "gpu", "version", "pin", "why"),
     [
-        ("cpu", True, "3.7.1", r"works on CUDA tensors, not on cpu"),
-        ("mps", True, "3.7.1", r"works on CUDA tensors, not on mps"),
-        ("cuda", False, "", r"not installed: pip install 'bsam_fused\[triton\]'"),
-        ("cuda", True, "3.3.1", r"triton 3.3.1 is older than 3.4"),
-        ("cuda", True, "3.10.0", r"torch sees no GPU"),
+        ("cpu", True, "3.7.1", "", "triton works on CUDA tensors, not on cpu"),
+        ("mps", True, "3.7.1", "", "triton works on CUDA tensors, not on mps"),
+        ("cuda", False, "3.7.1", "", "torch sees no GPU"),
+        ("cuda", False, None, "new", "torch sees no GPU"),  # where none of the advice would help
+        ("cuda", True, None, "", "triton is not installed: pip install 'triton>=3.4'"),
+        ("cuda", True, None, "new", "triton is not installed: pip install triton==3.7.1"),
+        ("cuda", True, "3.3.1", "new", "triton 3.3.1 is older than 3.4: pip install triton==3.7.1"),
+        (
+            "cuda",
+            True,
+            "3.2.0",
+            "old",
+            f"triton 3.2.0 is older than 3.4, and torch {torch.__version__} needs triton 3.2.0",
+        ),
     ],
 )
-def test_why_it_cannot_be_had(monkeypatch, device, found, version, why):
+def test_why_it_cannot_be_had(monkeypatch, device, gpu, version, pin, why):
+    """The advice never breaks torch's pin, as torch's own metadata have it."""
     import triton
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(triton, "__version__", version)
-    if not found:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(importlib.metadata, "requires", {"torch": PINS[pin]}.get)
+    if version is None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(AssertionError, match=why):
-        raise AssertionError(triton_flat.why_not.__wrapped__(torch.device(device)))
+    assert triton_flat.why_not.__wrapped__(torch.device(device)).split(": a newer")[0] == why
 
 
 def test_a_missing_way_to_launch_is_told(monkeypatch):

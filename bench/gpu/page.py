@@ -155,9 +155,7 @@ def training(name: str, found: Content) -> str:
     targets = [(it["name"], f"{it['value']:.2f} %", it["target"]) for it in found["figures"] if it["target"]]
     size = f"Batch {found['batch_size']}; one pass {found['base_pass_ms']:.2f} ms; over: 1, 2 or 3 x that pass. "
     size += f"Means over the middle half of the steps. {around(found)}"
-    return "
-
-".join([title, size, table((*heads, "launches"), rows), table(("figure", "", "bar"), targets)])
+    return "\n\n".join([title, size, table((*heads, "launches"), rows), table(("figure", "", "bar"), targets)])
 
 
 def _implementation(it: Content) -> Sequence[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import shutil
+import importlib.machinery
+import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,48 +15,72 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bsam_fused._version import __version__
+from bsam_fused.extension import obstacles, places
 from bsam_fused.ops import contract
 
-COMMAND = "pip install --no-build-isolation --no-deps --force-reinstall ."
-"""Builds the extension, in the source directory, for the torch that is installed."""
+
+def folders() -> tuple[Path, Path]:
+    """Return where the library may lie, what `bsam-fused build` built for exactly this torch before the package's."""
+    return places.cached(torch.__version__, torch.version.cuda), places.PACKAGE
 
 
-def module_name() -> str:
-    """Return the extension's name for the running torch; setup.py names what it builds likewise."""
-    major, minor = torch.__version__.split("+")[0].split(".")[:2]
-    return f"_native_torch{major}_{minor}"
-
-
-def _why_missing(package: Path) -> str:
-    others = sorted({path.name.split(".")[0] for path in package.glob("_native_torch*")} - {module_name()})
-    if others:
-        built = ", ".join(name.removeprefix("_native_torch").replace("_", ".") for name in others)
-        return f"built for torch {built}, but torch {torch.__version__} is running"
-    if next(package.glob("_native_torch*"), None) is not None:
-        return "built for another Python"
-    if shutil.which("c++") is None:
-        return "not built, and no C++ compiler is on PATH (Debian, Ubuntu: apt install g++)"
-    return "not built (pip's isolated build sees no torch; or BSAM_FUSED_BUILD=none)"
+def libraries() -> list[Path]:
+    """Return the libraries for this torch and Python, of the sources that lie here; the first that loads is used."""
+    found = [folder / places.file_name(torch.__version__) for folder in folders()]
+    return [library for library in found if library.exists()]
 
 
 @functools.cache
 def load() -> tuple[ModuleType | None, str]:
     """Return the compiled module and "", or None and the reason with the command that mends it."""
-    package = Path(__file__).parents[1]
-    mend = f"in bsam_fused's source directory: {COMMAND}"
-    try:
-        module = importlib.import_module(f"bsam_fused.{module_name()}")
-    except ModuleNotFoundError:
-        return None, f"the C++ extension is {_why_missing(package)}; {mend}"
-    except ImportError as error:
-        return None, f"the C++ extension does not load ({error}); rebuild it, {mend}"
-    if module.version != __version__:
-        return (
-            None,
-            f"the C++ extension is of bsam_fused {module.version}, not {__version__}; rebuild it, {mend}",
-        )
-    return module, ""
+    why = ""
+    for library in libraries():
+        try:
+            return opened(library), ""
+        except ImportError as error:
+            why = why or f"does not load ({error})"
+    failed = places.left_out(folders()[0]).extension is not None
+    return None, f"the C++ extension {why or _why_missing()}; {_mend(obstacles.cpu_obstacle(), failed)}"
+
+
+def opened(library: Path) -> ModuleType:
+    """Return the module in a library.
+
+    Raises:
+        ImportError: it does not load.
+    """
+    name = f"bsam_fused.{places.module_name(torch.__version__)}"
+    loader = importlib.machinery.ExtensionFileLoader(name, str(library))
+    spec = importlib.machinery.ModuleSpec(name, loader, origin=str(library))
+    spec.has_location = True  # and so __file__
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    sys.modules[name] = module
+    return module
+
+
+def _why_missing() -> str:
+    cache, package = folders()
+    failed = places.left_out(cache).extension
+    if failed:
+        return f"is not built ({failed}, at the last `{places.COMMAND}`)"
+    every = f"{places.PREFIX}*"
+    here = list(package.glob(every))
+    torches = {path.parent.name.split("-")[1] for path in cache.parent.glob(f"*/{every}")}
+    torches |= {places.torch_of(path) for path in here if not torch.__version__.startswith(f"{places.torch_of(path)}.")}
+    if torches:
+        return f"is built for torch {', '.join(sorted(torches))}, but torch {torch.__version__} is running"
+    if here or any(places.cache_root().glob(f"*/*/*/{every}")):
+        return "is built for another Python, or of other sources than this bsam_fused has"
+    left_out = places.left_out(package).extension
+    return f"is not built ({left_out}, when bsam_fused was installed)" if left_out else "is not built"
+
+
+def _mend(obstacle: obstacles.Obstacle | None, failed: bool = False) -> str:
+    """Return the way out: the command, and what comes before it where something is in its way, or was."""
+    if obstacle is None:
+        return f"{'once that is mended, ' if failed else ''}run: {places.COMMAND}"
+    return f"{obstacle.mend}, then run: {places.COMMAND}" if obstacle.mend else obstacle.why
 
 
 @functools.cache
@@ -63,25 +88,24 @@ def why_no_cuda(device: torch.device) -> str:
     """Return why the CUDA kernels cannot run on a CUDA device, "" if they can; the only device that it uses."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU"
     module, reason = load()
     if module is None:
         return reason
     if not hasattr(module, "CudaFlatParams"):
-        return (
-            "the C++ extension is built without CUDA kernels; with nvcc on PATH, in bsam_fused's source directory: "
-            f"BSAM_FUSED_BUILD=cuda {COMMAND}"
-        )
-    if not torch.cuda.is_available():
-        return "torch sees no NVIDIA GPU"
+        why = places.left_out(Path(str(module.__file__)).parent).cuda
+        return f"the C++ extension is built without CUDA kernels ({why}); {_mend_cuda()}"
     with torch.cuda.device(device):  # torch's, which leaves no context on the device that it comes back to
         obstacle = module.cuda_obstacle()
     if obstacle:
-        major, minor = torch.cuda.get_device_capability(device)
-        return (
-            f"the CUDA kernels do not run on {torch.cuda.get_device_name(device)} ({obstacle}); in bsam_fused's source "
-            f"directory: TORCH_CUDA_ARCH_LIST={major}.{minor} BSAM_FUSED_BUILD=cuda {COMMAND}"
-        )
+        return f"the CUDA kernels do not run on {torch.cuda.get_device_name(device)} ({obstacle}); {_mend_cuda()}"
     return ""
+
+
+def _mend_cuda() -> str:
+    toolkit = obstacles.find_toolkit()
+    return _mend(toolkit if isinstance(toolkit, obstacles.Obstacle) else obstacles.cpu_obstacle())
 
 
 def cpu_flat_params(

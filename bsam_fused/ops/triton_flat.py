@@ -8,8 +8,10 @@ a kind of launch.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -44,22 +46,37 @@ def why_not(device: torch.device) -> str:
     """Return why the Triton kernels cannot work on tensors on ``device``, "" if they can; it uses no other one."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"triton works on CUDA tensors, not on {device.type}"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU"
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install 'bsam_fused[triton]'"
+        return f"triton is not installed{_triton_of_torch()}"
     import triton
 
-    if [*map(int, triton.__version__.split(".")[:2])] < [*map(int, OLDEST.split("."))]:
-        return f"triton {triton.__version__} is older than {OLDEST}: pip install 'triton>={OLDEST}'"
+    if _older(triton.__version__):
+        return f"triton {triton.__version__} is older than {OLDEST}{_triton_of_torch()}"
     if device.type == "cpu":
         return ""
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
     try:
         with torch.cuda.device(device):
             triton.runtime.driver.active.get_current_target()
     except Exception as error:  # no C compiler for its launchers, a driver too old, ...: all have other types
         return f"triton finds no way to launch kernels here ({error})"
     return ""
+
+
+def _older(version: str) -> bool:
+    return [*map(int, version.split(".")[:2])] < [*map(int, OLDEST.split("."))]
+
+
+def _triton_of_torch() -> str:
+    """Return what to install: the triton that torch asks for, as any other would break its pin."""
+    requirements = "\n".join(importlib.metadata.requires("torch") or ())
+    pin = re.search(r"^([\w-]*triton[\w-]*)==([\w.+]+)", requirements, re.MULTILINE)
+    if pin is None:
+        return f": pip install 'triton>={OLDEST}'"
+    if _older(pin[2]):
+        return f", and torch {torch.__version__} needs triton {pin[2]}: a newer torch brings a newer one"
+    return f": pip install {pin[0]}"
 
 
 class _Table:

@@ -6,8 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from bsam_fused.report import ctrl_c
 
 MODELS = ("digits", "resnet18", "resnet50", "wrn28_10", "pyramidnet110", "vit_b_16", "gpt2", "tiny500")
@@ -39,6 +37,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     add("--seeds", type=_positive, default=3, metavar="N", help="runs of each optimizer there")
     add("--threads", type=_positive, default=1, metavar="N", help="of torch on the CPU, where steps are timed")
     add("--out", type=Path, default=Path("report"), metavar="DIR", help="for index.html and report.json")
+    report.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -60,6 +59,8 @@ def _positive(text: str) -> int:
 
 
 def _make(options: argparse.Namespace) -> int:
+    import torch
+
     try:
         from bsam_fused.report.make import Options, make
         from bsam_fused.report.models import Refused
