@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
-from typing import Any, ClassVar, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from bsam_fused import callers, checks, distributed
@@ -20,6 +20,7 @@ from bsam_fused.ops import contract, dispatch
 from bsam_fused.ops.contract import ASCENT, MAX, MIN, Radius
 from bsam_fused.optim import fused, groups, hooks, metrics, scaling, shown, trainers
 from bsam_fused.optim.flats import Flats
+from bsam_fused.optim.options import clipping_norm
 from bsam_fused.optim.phases import Phase, Phased
 from bsam_fused.optim.sharpness import Sharpness
 
@@ -38,7 +39,7 @@ class SharpnessAware(Phased):
     Subclasses name their calls, and add the ones of their own.
     """
 
-    _last_slot: ClassVar[int]
+    _last_slot: int
     """Where the sums keep the last pass's gradient: MAX, or MIN."""
     _from_saved = True
     _lacking = False  # a pass of this step that was read had no gradient at all
@@ -49,27 +50,17 @@ class SharpnessAware(Phased):
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
         options: dict[str, Any],
         base_kwargs: dict[str, Any],
-        *,
-        norm_eps: float,
-        max_grad_norm: float | None,
-        rounding: groups.Rounding,
-        seed: int,
-        master_weights: bool,
-        sync: distributed.Sync,
-        same_randomness: bool,
-        model: nn.Module | None,
-        backend: dispatch.Backend,
+        common: dict[str, Any],
     ) -> None:
-        masters = checks.flag("master_weights", master_weights)
-        self._flats = Flats(groups.check_rounding(rounding, seed), masters, sync == "last")
-        self.norm_eps = checks.non_negative("norm_eps", norm_eps)
-        groups.check_max_norm(max_grad_norm)
-        self.max_grad_norm = max_grad_norm
-        self.model = model
-        self.sync = sync
-        self.same_randomness = checks.flag("same_randomness", same_randomness)
+        seed = common["seed"] if common["rounding"] == "stochastic" else None
+        self._flats = Flats(seed, common["master_weights"], common["sync"] == "last")
+        self.norm_eps: float = common["norm_eps"]
+        self.max_grad_norm: float | None = common["max_grad_norm"]
+        self.model = common["model"]
+        self.sync = common["sync"]
+        self.same_randomness = common["same_randomness"]
         _ = self._group  # raises where there must be one
-        self.backend = backend
+        self.backend: dispatch.Backend = common["backend"]
         self.active = True
         self.sharpness: Sharpness | None = None
         if isinstance(base_optimizer, SharpnessAware) or (
@@ -79,9 +70,9 @@ class SharpnessAware(Phased):
                 "base_optimizer is sharpness-aware itself: pass the optimizer that makes the update, such as SGD"
             )
         base = self.base_optimizer = groups.build_base(type(self), params, base_optimizer, base_kwargs, options)
-        if model is not None:
-            groups.check_model(model, self._parameters())
-            distributed.refuse_fsdp1(model)
+        if self.model is not None:
+            groups.check_model(self.model, self._parameters())
+            distributed.refuse_fsdp1(self.model)
         ours = {self._key(option): value for option, value in options.items()}
         self._known = []
         owned = base.param_groups, base.state
@@ -305,7 +296,7 @@ class SharpnessAware(Phased):
         """Make the base optimizer's step from w with d = g, or skip it where ‖g‖ is not finite."""
         self._notice()
         self.sharpness = None
-        max_norm = groups.check_max_norm(self.max_grad_norm)
+        max_norm = clipping_norm(self.max_grad_norm)
         rule = self._fused_rule()
         if rule is None and max_norm == math.inf:
             self._flats.hand_over()
@@ -387,7 +378,7 @@ class SharpnessAware(Phased):
             self._notice()
             rule = self._fused_rule()
             scalars = [rule.scalars(group) for group in self._groups] if rule else []
-            max_norm = groups.check_max_norm(self.max_grad_norm)
+            max_norm = clipping_norm(self.max_grad_norm)
             self._read_gradients()
             self._sum_last_gradients(max_norm if self._group is None else math.inf)
             self._flats.poison(self._last_slot, loss)

@@ -14,7 +14,7 @@ from bsam_fused.distributed import Sync
 from bsam_fused.ops.contract import MAX, MIN, Radius
 from bsam_fused.ops.dispatch import Backend
 from bsam_fused.optim.base import Closure, R, SharpnessAware
-from bsam_fused.optim.groups import Rounding
+from bsam_fused.optim.options import Rounding, common
 from bsam_fused.optim.phases import Phase
 from bsam_fused.optim.sam import Base
 from bsam_fused.schedules import GIVEN_LR, LARGEST_LR, decayed_radius, largest_lr, note_lr, scheduled_lr
@@ -102,21 +102,7 @@ class BSAM(SharpnessAware):
             "adaptive": adaptive,
             "eta": eta,
         }
-        super().__init__(
-            params,
-            base_optimizer,
-            options,
-            base_kwargs,
-            norm_eps=norm_eps,
-            max_grad_norm=max_grad_norm,
-            rounding=rounding,
-            seed=seed,
-            master_weights=master_weights,
-            sync=sync,
-            same_randomness=same_randomness,
-            model=model,
-            backend=backend,
-        )
+        super().__init__(params, base_optimizer, options, base_kwargs, common(locals()))
 
     def descend(self) -> None:
         """After backward at w_max: the weights become w_min = w − ρ_min T² g / (‖T g‖ + norm_eps).

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable, Iterator
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,6 @@ from bsam_fused.optim import names, trainers
 from bsam_fused.schedules import GIVEN_LR, LARGEST_LR
 
 Group = dict[str, Any]
-Rounding = Literal["stochastic", "nearest"]
-
 FORMAT = 1
 """Of our state dicts; those of 0.1 have none, and read as 1. To be raised where an older version would misread them."""
 
@@ -212,14 +209,8 @@ def _check_beside(given: Group, theirs: Group, options: set[str], index: int) ->
             )
 
 
-def check_model(model: Any, params: Iterable[Tensor]) -> None:
-    """Raise where ``model`` is no module, or one that has none of ``params``: another's buffers would be guarded.
-
-    Raises:
-        TypeError, ValueError: so it is.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: pass the nn.Module whose buffers to guard")
+def check_model(model: nn.Module, params: Iterable[Tensor]) -> None:
+    """Raise ValueError where ``model`` has none of ``params``: another's buffers would be guarded."""
     trained = {id(p) for p in params}
     if not any(id(p) in trained for p in model.parameters()):
         raise ValueError(
@@ -246,25 +237,6 @@ def check_parameters(group: Group, index: int, others: Iterable[Tensor]) -> None
         if id(param) in seen:
             raise ValueError(f"{contract.describe(param, (index, i))} appears twice: list each parameter once")
         seen.add(id(param))
-
-
-def check_max_norm(value: Any) -> float:
-    """Return ``max_grad_norm`` as a float, None as infinity.
-
-    Raises:
-        ValueError: it is not positive, infinite, NaN, or no number.
-    """
-    return math.inf if value is None else checks.positive("max_grad_norm", value, ", or None for no clipping")
-
-
-def check_rounding(rounding: Rounding, seed: int) -> int | None:
-    """Return the seed of stochastic rounding, None for rounding to nearest.
-
-    Raises:
-        ValueError: ``rounding`` is no way to round, or ``seed`` no 32-bit integer ≥ 0.
-    """
-    seed = checks.integer("seed", seed, 0, 2**32)
-    return seed if checks.choice("rounding", rounding, Rounding) == "stochastic" else None
 
 
 def check_saved(group: Group, index: int) -> None:

@@ -31,13 +31,13 @@ class Phased(Persistent):
     A phase is noted before its first write and left after its last one, so `restore` knows what there may be to do.
     """
 
-    _calls: ClassVar[tuple[str, ...]]
+    _calls: tuple[str, ...]
     """The phases' calls in order, one after each backward pass; the last is "step"."""
     _NUMBERED: ClassVar[tuple[str, ...]] = ("first_step", "second_step", "third_step")
     """The names by which SAM users know them."""
     _PHASES: ClassVar[tuple[Phase, ...]] = (Phase.REST, Phase.ASCENDED, Phase.DESCENDED)
 
-    _keeps_g: ClassVar[bool]
+    _keeps_g: bool
     """Whether the direction needs g, the gradient at w."""
 
     active: bool

@@ -13,7 +13,7 @@ from bsam_fused.distributed import Sync
 from bsam_fused.ops.contract import MAX
 from bsam_fused.ops.dispatch import Backend
 from bsam_fused.optim.base import Closure, R, SharpnessAware
-from bsam_fused.optim.groups import Rounding
+from bsam_fused.optim.options import Rounding, common
 
 Base = type[torch.optim.Optimizer] | torch.optim.Optimizer
 
@@ -83,21 +83,7 @@ class SAM(SharpnessAware):
         **base_kwargs: Any,
     ) -> None:
         options = {"rho": rho, "adaptive": adaptive, "eta": eta}
-        super().__init__(
-            params,
-            base_optimizer,
-            options,
-            base_kwargs,
-            norm_eps=norm_eps,
-            max_grad_norm=max_grad_norm,
-            rounding=rounding,
-            seed=seed,
-            master_weights=master_weights,
-            sync=sync,
-            same_randomness=same_randomness,
-            model=model,
-            backend=backend,
-        )
+        super().__init__(params, base_optimizer, options, base_kwargs, common(locals()))
 
     @overload
     def step(self, closure: None = None, *, ascent_closure: None = None) -> None: ...
@@ -181,20 +167,5 @@ class ASAM(SAM):
         backend: Backend = "auto",
         **base_kwargs: Any,
     ) -> None:
-        super().__init__(
-            params,
-            base_optimizer,
-            rho=rho,
-            adaptive=True,
-            eta=eta,
-            norm_eps=norm_eps,
-            max_grad_norm=max_grad_norm,
-            rounding=rounding,
-            seed=seed,
-            master_weights=master_weights,
-            sync=sync,
-            same_randomness=same_randomness,
-            model=model,
-            backend=backend,
-            **base_kwargs,
-        )
+        shared = common(locals())
+        super().__init__(params, base_optimizer, rho=rho, adaptive=True, eta=eta, **shared, **base_kwargs)
