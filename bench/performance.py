@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from bench import on_cpu, one_operator, scaling
+from bench import freeing, on_cpu, one_operator, scaling
 from bench.cases import SHAPES, cpu_case
 from bench.figures import spread
 from bench.performance_page import page
@@ -48,6 +48,7 @@ def measure(shapes: Sequence[str]) -> Iterator[dict[str, Any]]:
             "busy_cores": _busy_cores(),
         },
         "scaling": _scaling(),
+        "freeing": _freeing(),
         "training": [_training(name, steps) for name, steps in TRAINED.items()],
         "operators": {name: _operators(name) for name in OPERATORS_ON if name in shapes},
         "steps": [],
@@ -103,6 +104,12 @@ def _operators(name: str) -> dict[str, Any]:
 def _scaling() -> dict[str, Any]:
     found = scaling.measure()
     print(scaling.told(found), flush=True)
+    return found
+
+
+def _freeing() -> dict[str, Any]:
+    found = freeing.measure()
+    print(freeing.told(found), flush=True)
     return found
 
 

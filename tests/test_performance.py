@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import compare, guard, performance, scaling
+from bench import compare, freeing, guard, performance, scaling
 from bench.cases import SHAPES
 from bench.figures import Figure
 from bench.performance_page import page
@@ -35,7 +35,7 @@ def test_the_page_hides_nothing(figures):
     assert "Not measured: any GPU" in text
     missed = [it for case in figures["steps"] for it in case["figures"] if it["target"].endswith("missed")]
     missed += [it for it in figures["scaling"]["figures"] if it["target"].endswith("missed")]
-    said = text[text.index("## Bars missed") :].split("##")[1]
+    said = text[text.index("## Bars") :].split("##")[1]
     assert said.count("\n| ") - 2 == len(missed)
     for case in figures["steps"]:
         for row in case["rows"].values():
@@ -95,18 +95,34 @@ def test_verdicts_are_those_of_the_rows(figures):
 
 
 def test_fits_find_what_was_put_in():
-    assert scaling.fit_line({n: 30 + 0.4 * n for n in scaling.TENSORS}) == pytest.approx((0.4, 30))
     assert scaling.fit_power({n: 0.01 * n**1.2 for n in scaling.ELEMENTS}) == pytest.approx(1.2)
     assert scaling.fit_power({10: 1.0}) is None
 
 
-def test_scaling_in_small(capsys):
-    found = scaling.measure((4, 8), (100, 10**15))
-    assert set(found["by_tensors_us"]) == {4, 8}
+def test_scaling_in_small(monkeypatch):
+    """Bars are where they are meant to be: from so many tensors on, against each of torch's."""
+    monkeypatch.setattr(scaling, "HOST_STEPS", 2)
+    found = scaling.measure((4, 12, 61), (100, 10**15))
+    assert set(found["by_tensors_ms"]) == {4, 12, 61}
     assert found["left_out_elements"] == [10**15]
-    text = scaling.told(found)
-    assert "host time, a tensor" in text
-    assert "<= 0.50" in text
+    judged = [it["name"].split(", one")[0] for it in found["figures"] if "<= 1.00" in it["target"]]
+    assert judged == [
+        f"{n} tensors: BSAM / torch's fused {base}" for n, base in [(12, "AdamW"), (61, "AdamW"), (61, "SGD")]
+    ]
+    for it in found["figures"]:
+        count, _, name = it["name"].partition(" tensors: BSAM / ")
+        ms = found["by_tensors_ms"][int(count)]
+        assert it["value"] == pytest.approx(ms[scaling.OWN]["median"] / ms[name]["median"])
+    assert "61 tensors of 64" in scaling.told(found)
+
+
+def test_freeing_in_small():
+    """Each way in processes of its own, which say how glibc is set."""
+    found = freeing.measure(elements=1000, rounds=1)
+    assert [*found["ways"]] == ["glibc's defaults", "memory kept"]
+    for each in found["ways"].values():
+        assert all(0 < ms["p25"] <= ms["median"] <= ms["p75"] for ms in each.values())
+    assert "memory kept" in freeing.told(found)
 
 
 # ---- the guard
