@@ -1,5 +1,6 @@
 """`bsam-fused build`: into the cache, found from there, whatever lies in the package; failures give their reason."""
 
+import contextlib
 import shlex
 import shutil
 import sys
@@ -286,7 +287,7 @@ def test_cuda_kernels_are_for_this_machines_gpu(monkeypatch, gpus, options, want
 def test_without_a_gpu_nothing_about_cuda_kernels_is_advised(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert native_flat.why_no_cuda.__wrapped__() == "torch sees no NVIDIA GPU"
+    assert native_flat.why_no_cuda.__wrapped__(torch.device("cuda")) == "torch sees no NVIDIA GPU"
 
 
 @pytest.mark.parametrize(
@@ -298,17 +299,18 @@ def test_without_a_gpu_nothing_about_cuda_kernels_is_advised(monkeypatch):
     ],
 )
 def test_with_a_gpu_the_way_to_cuda_kernels_is_told(monkeypatch, cache, kernels, toolkit, why):
-    module = types.SimpleNamespace(__file__=str(cache / "native.so"), cuda_obstacle=lambda device: "no kernel image")
+    module = types.SimpleNamespace(__file__=str(cache / "native.so"), cuda_obstacle=lambda: "no kernel image")
     if kernels:
         module.CudaFlatParams = object
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     places.LeftOut(cuda="no nvcc").write(cache)
-    for name, value in {"is_available": True, "current_device": 0, "get_device_name": "a GPU"}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(native_flat, "load", lambda: (module, ""))
     monkeypatch.setattr(obstacles, "find_toolkit", lambda: toolkit)
     with pytest.raises(AssertionError, match=why):
-        raise AssertionError(native_flat.why_no_cuda.__wrapped__())
+        raise AssertionError(native_flat.why_no_cuda.__wrapped__(torch.device("cuda")))
 
 
 def test_without_the_extension_training_runs_and_says_once_why(package):

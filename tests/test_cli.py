@@ -73,7 +73,7 @@ def test_info_without_the_extension_gives_the_reason_and_the_command(info, no_ex
 
 def test_info_gives_each_reason_once(info, no_extension, monkeypatch):
     """On a machine with a GPU two backends wait for the same build, and auto's choice tells of it, too."""
-    monkeypatch.setattr(native_flat, "why_no_cuda", lambda: no_extension)
+    monkeypatch.setattr(native_flat, "why_no_cuda", lambda _: no_extension)
     text = info()
     assert text.count(no_extension) == 1
     assert line(text, "cuda").endswith(no_extension)

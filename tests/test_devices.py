@@ -45,11 +45,9 @@ def test_cuda_kernels_are_looked_for_on_the_tensors_device(gpus, monkeypatch):
     monkeypatch.setattr(native_flat, "load", lambda: (module, ""))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7 + device.index, 0))
     monkeypatch.setattr(native_flat, "why_no_cuda", native_flat.why_no_cuda.__wrapped__)
     why = dispatch.unavailable("cuda", ELSEWHERE)
     assert "do not run on GPU 1 (no kernel image)" in why
-    assert "TORCH_CUDA_ARCH_LIST=8.0" in why
     assert (asked, gpus.device) == ([1], 0)
 
 

@@ -20,6 +20,7 @@ NVCC_FLAGS = [
     "-O3",
     "-DNDEBUG",
     "-std=c++17",  # whatever torch's own: cuda.cu includes none of its headers
+    "--expt-relaxed-constexpr",  # std::array in kernels
     "-fmad=false",  # nvcc's -ffp-contract=off
     "--threads=2",  # architectures are compiled side by side
     "-Xcompiler=-fPIC,-fvisibility=hidden",
