@@ -1,6 +1,6 @@
 # make report   train on digits with wrong labels; show what sharpness-aware steps are for and what they cost; opens as report/index.html
 # make picture  docs/report.png from that report, of a quiet machine
-# make test     the tests
+# make test     the tests, a file at a time in each of two processes
 # make test-triton   those of the Triton kernels, in Triton's interpreter
 # make interrupts    what an interrupt leaves, at every line, after every call and of 500 real signals (SEED=... repeats their order)
 # make test-recipes  the snippets of docs/recipes.md
@@ -44,7 +44,8 @@ picture: $(BUILT)
 	$(BIN)/python -m bench.picture report/report.json docs/report.png
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not interpreter and not recipe and not interrupts and not rehearsal"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile \
+		-m "not interpreter and not recipe and not interrupts and not rehearsal"
 
 # What depends on the kernels; the rest is the same code for all backends written in Python.
 INTERPRETED := $(addprefix tests/test_,against_reference.py golden.py rounding.py master_weights.py interrupts.py)
@@ -99,7 +100,7 @@ $(VENV)/.report: constraints.txt
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.report
-	$(BIN)/pip install -q -c constraints.txt pytest pytest-benchmark hypothesis ruff clang-format build triton \
+	$(BIN)/pip install -q -c constraints.txt pytest pytest-benchmark pytest-xdist hypothesis ruff clang-format build triton \
 		lightning transformers accelerate schedulefree peft skorch tensorboard mypy 'pyright[nodejs]'
 	touch $@
 

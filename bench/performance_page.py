@@ -116,8 +116,8 @@ def _number(figure: Content) -> str:
 def _training(trained: Sequence[Content]) -> Iterable[str]:
     yield (
         "## Whole training steps\n\nMeasured by `bsam-fused report`: forward and backward passes, and the optimizer "
-        "between them. Overheads are over 1, 2 or 3 × the pass of the base optimizer alone; the step's "
-        "includes what passes vary."
+        "between them; means over the middle half of the steps. Overheads are over 1, 2 or 3 × the pass of the base "
+        "optimizer alone; the step's includes what passes vary."
     )
     for it in trained:
         rows = [
@@ -199,7 +199,8 @@ def _host(found: Content) -> str:
 
 
 def _spread(ms: Content, factor: float = 1) -> str:
-    median, low, high = (f"{factor * ms[key]:,.3g}" for key in ("median", "p25", "p75"))
+    values = [factor * ms[key] for key in ("median", "p25", "p75")]
+    median, low, high = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values)
     return f"{median} ({low} to {high})"
 
 
