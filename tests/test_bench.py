@@ -114,7 +114,7 @@ def test_the_pytest_benchmark_command(tmp_path):
     """Rounds are those that were measured in turns, and the JSON has the rest of the row."""
     out = tmp_path / "bench.json"
     command = [sys.executable, "-m", "pytest", "-q", "bench", "-k", "tiny500-sam-sgd or (ascend and tiny500)"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_XDIST_WORKER": ""}  # else there are no benchmarks
     done = processes.run([*command, "-p", "no:cacheprovider", f"--benchmark-json={out}"], cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {each["name"]: each for each in json.loads(out.read_text())["benchmarks"]}
