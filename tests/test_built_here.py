@@ -165,7 +165,10 @@ def test_an_installed_package_has_its_sources_within(monkeypatch, package):
 def test_after_an_upgrade_of_torch_the_way_on_is_told(cache, torch_version, cuda, compiler):
     """A build for another release, and for the same one with another CUDA."""
     library(places.cached(torch_version, cuda), torch_version=torch_version)
-    expected = f"is built for torch {torch_version}, but torch {torch.__version__} is running; run: bsam-fused build"
+    of_cuda = f" with CUDA {cuda}" if cuda else ""
+    expected = (
+        f"is built for torch {torch_version}{of_cuda}, but torch {torch.__version__} is running; run: bsam-fused build"
+    )
     assert expected in reason()
     assert build("--cpu") == 0
     assert loaded_from() == cache
@@ -231,7 +234,9 @@ def test_without_a_compiler_the_reason_is_told_and_kept(monkeypatch, package, ca
     places.LeftOut(extension="no C++ compiler (c++) on PATH").write(package)
     install = "install one (Debian, Ubuntu: apt install g++)"
     then = f"; {install}, then run: bsam-fused build"
-    assert reason().endswith(f"is not built (no C++ compiler (c++) on PATH, when bsam_fused was installed){then}")
+    now = "no C++ compiler (/no/compiler) on PATH: "
+    then_now = f"; {now}{install}, then run: bsam-fused build"
+    assert reason().endswith(f"is not built (no C++ compiler (c++) on PATH, when bsam_fused was installed){then_now}")
     assert build() == 1
     assert f"no C++ compiler (/no/compiler) on PATH: {install}" in capsys.readouterr().err
     assert f"(no C++ compiler (/no/compiler) on PATH, at the last `bsam-fused build`){then}" in reason()
@@ -262,11 +267,83 @@ def test_cuda_kernels_that_are_asked_for_are_there_or_it_fails(monkeypatch, comp
     assert places.left_out(cache).cuda == "no nvcc"
 
 
+def test_what_is_in_the_way_now_is_told_beside_the_reason_of_then(monkeypatch, package):
+    """Of an isolated pip: `install one` of what?"""
+    places.LeftOut(extension="no torch to build with").write(package)
+    monkeypatch.setenv("CXX", "nope")
+    assert (
+        "(no torch to build with, when bsam_fused was installed); no C++ compiler (nope) on PATH: install" in reason()
+    )
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"later": 1}', "\0"])
+def test_what_nobody_can_read_is_as_nothing(package, cache, text):
+    for folder in (package, cache):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "left_out.json").write_text(text)
+    assert "is not built; run: bsam-fused build" in reason()
+
+
 @pytest.mark.parametrize(
-    ("gpus", "options", "wanted"),
-    [([(9, 0)], [], ["9.0"]), ([(9, 0)], ["--all-architectures"], ["all"]), ([], [], ["all"])],
+    ("name", "value", "says"),
+    [
+        ("MAX_JOBS", "abc", "MAX_JOBS=abc: must be a number"),
+        ("CXX", '"', 'CXX=": No closing quotation'),
+        ("CXX", "ccache nope -m64", "no C++ compiler"),
+    ],
 )
-def test_cuda_kernels_are_for_this_machines_gpu(monkeypatch, gpus, options, wanted):
+def test_a_variable_that_makes_no_sense_is_named(monkeypatch, compiler, capsys, name, value, says):
+    monkeypatch.setenv(name, value)
+    assert build("--cpu") == 1
+    assert says in capsys.readouterr().err
+    reason()
+
+
+def test_the_compiler_of_kernels_is_the_compiler_itself(monkeypatch):
+    monkeypatch.setenv("CXX", "ccache /usr/bin/g++ -m64")
+    command = compiling.nvcc_command(Path("cuda.cu"), Path("cuda.o"), compiling.Cuda(Path("toolkit"), ["9.0"]))
+    assert "-ccbin=/usr/bin/g++" in command
+
+
+@pytest.mark.parametrize("how", ["fails", "is no program"])
+def test_a_broken_nvcc_is_an_obstacle(monkeypatch, tmp_path, how):
+    nvcc = tmp_path / "bin" / "nvcc"
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").touch()
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\nexit 3\n")
+    nvcc.chmod(0o755 if how == "fails" else 0o644)
+    assert f"nvcc in {tmp_path}/bin does not run" in str(obstacles.toolkit_obstacle(tmp_path, "13.0"))
+
+
+def test_without_cuda_kernels_where_only_these_fail(monkeypatch, cache, capsys):
+    def fail_with_cuda(library_, objects, cuda, tell):
+        if cuda:
+            (objects / places.LOG).touch()
+            raise compiling.BuildError("ptxas error")
+        library(library_.parent)
+
+    monkeypatch.setattr(obstacles, "find_toolkit", lambda: Path("toolkit"))
+    monkeypatch.setattr(compiling, "architectures", lambda toolkit: ["9.0"])
+    monkeypatch.setattr(compiling, "build", fail_with_cuda)
+    assert build("--cuda") == 1
+    assert build() == 0
+    assert "ptxas error" in capsys.readouterr().out
+    assert loaded_from() == cache
+    assert places.left_out(cache) == places.LeftOut(cuda="compiling failed: ptxas error")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "named", "wanted"),
+    [
+        ([(9, 0)], [], "", ["9.0"]),
+        ([(9, 0)], ["--all-architectures"], "", ["all"]),
+        ([], [], "", ["all"]),
+        ([(9, 0)], [], "8.6", ["all"]),  # `architectures` has those that are named
+    ],
+)
+def test_cuda_kernels_are_for_this_machines_gpu(monkeypatch, gpus, options, named, wanted):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", named)
     built_for = []
     monkeypatch.setattr(obstacles, "find_toolkit", lambda: Path("toolkit"))
     monkeypatch.setattr(compiling, "architectures", lambda toolkit: ["all"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import sys
@@ -38,7 +39,7 @@ def run(kernels: Kernels, *, all_architectures: bool) -> int:
         cuda = _cuda(all_architectures) if kernels != "cpu" else obstacles.Obstacle("bsam-fused build --cpu")
         if kernels == "cuda" and isinstance(cuda, obstacles.Obstacle):
             return _refused(f"no CUDA kernels: {cuda}")
-        return _build(folder, cuda)
+        return _build(folder, cuda, kernels)
     except ValueError as error:
         return _refused(str(error))
     except OSError as error:
@@ -50,14 +51,17 @@ def _cuda(all_architectures: bool) -> compiling.Cuda | obstacles.Obstacle:
     if isinstance(toolkit, obstacles.Obstacle):
         return toolkit
     gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    alone = bool(gpus) and not all_architectures
+    alone = gpus and not all_architectures and not os.environ.get(compiling.ARCHITECTURES_VARIABLE)
     return compiling.Cuda(
         toolkit, compiling.architectures_of(toolkit, gpus) if alone else compiling.architectures(toolkit)
     )
 
 
-def _build(folder: Path, cuda: compiling.Cuda | obstacles.Obstacle) -> int:
-    """Build in a folder beside, then rename: whoever looks finds a whole library, of whichever build came last."""
+def _build(folder: Path, cuda: compiling.Cuda | obstacles.Obstacle, kernels: Kernels) -> int:
+    """Build in a folder beside, then rename: whoever looks finds a whole library, of whichever build came last.
+
+    Where "auto" fails with CUDA kernels, it goes on without them.
+    """
     start = time.monotonic()
     _say(
         f"bsam_fused {__version__} for torch {torch.__version__}, Python {platform.python_version()}: {_kernels(cuda)}"
@@ -70,6 +74,9 @@ def _build(folder: Path, cuda: compiling.Cuda | obstacles.Obstacle) -> int:
             native_flat.opened(library)
         except (compiling.BuildError, ImportError) as error:
             log = Path(shutil.copy(Path(scratch, places.LOG), folder))
+            if kernels == "auto" and isinstance(cuda, compiling.Cuda):
+                _say(f"With CUDA kernels it failed ({error}; log: {log}); going on without them")
+                return _build(folder, obstacles.Obstacle(f"compiling failed: {error}"), kernels)
             end = "\n".join(log.read_text().splitlines()[-_LOG_LINES:])
             return _failed(folder, f"{error}; log: {log}", f"{error}\n\n{end}\n\nThe whole log: {log}")
         places.LeftOut(cuda=cuda.why if isinstance(cuda, obstacles.Obstacle) else None).write(folder)

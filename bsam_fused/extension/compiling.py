@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bsam_fused.extension import places
 from bsam_fused.extension.flags import CXX_FLAGS, LINK_FLAGS, NVCC_FLAGS
-from bsam_fused.extension.obstacles import ask_nvcc, compiler, cuda_headers
+from bsam_fused.extension.obstacles import ask_nvcc, compiler, compiler_itself, cuda_headers
 
 GIB_A_JOB = 2.0
 """What compiling one file against torch's headers takes at the most; cuda.cu takes less."""
@@ -48,7 +48,7 @@ def architectures(toolkit: Path) -> list[str]:
     """Return those of TORCH_CUDA_ARCH_LIST, else 8.0, 9.0 and 10.0 as far as nvcc knows them, PTX of the last.
 
     Raises:
-        ValueError: the list has something else than compute capabilities.
+        ValueError: the list has something else than compute capabilities, or nvcc knows none of these.
     """
     wanted = os.environ.get(ARCHITECTURES_VARIABLE, "").replace(";", " ").split()
     for architecture in wanted:
@@ -59,6 +59,8 @@ def architectures(toolkit: Path) -> list[str]:
     if wanted:
         return wanted
     known = [number for number in ("8.0", "9.0", "10.0") if _knows(toolkit, number)]
+    if not known:
+        raise ValueError(f"{toolkit}/bin/nvcc knows neither 8.0, 9.0 nor 10.0: name others in {ARCHITECTURES_VARIABLE}")
     return [*known[:-1], f"{known[-1]}+PTX"]
 
 
@@ -118,8 +120,7 @@ def _torchs_standard() -> str:
 
 def nvcc_command(source: Path, compiled: Path, cuda: Cuda) -> list[str]:
     """Return the command that compiles CUDA kernels."""
-    host = compiler()[-1]  # without a ccache before
-    flags = [*NVCC_FLAGS, *architecture_flags(cuda.architectures), f"-ccbin={host}"]
+    flags = [*NVCC_FLAGS, *architecture_flags(cuda.architectures), f"-ccbin={compiler_itself()}"]
     return [str(cuda.toolkit / "bin" / "nvcc"), *flags, "-c", str(source), "-o", str(compiled)]
 
 
@@ -140,9 +141,16 @@ def _cuda_runtime(toolkit: Path) -> list[Path]:
 
 
 def jobs() -> int:
-    """Return how many files to compile at once: MAX_JOBS, else the CPUs, as far as free memory carries them."""
-    if os.environ.get("MAX_JOBS"):
-        return max(1, int(os.environ["MAX_JOBS"]))
+    """Return how many files to compile at once: MAX_JOBS, else the CPUs, as far as free memory carries them.
+
+    Raises:
+        ValueError: MAX_JOBS is no such number.
+    """
+    asked = os.environ.get("MAX_JOBS")
+    if asked:
+        if not asked.isdecimal() or int(asked) < 1:
+            raise ValueError(f"MAX_JOBS={asked}: must be a number of files to compile side by side, 1 or more")
+        return int(asked)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30

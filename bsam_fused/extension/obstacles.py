@@ -25,9 +25,25 @@ class Obstacle(NamedTuple):
         return f"{self.why}: {self.mend}" if self.mend else self.why
 
 
+WRAPPERS = {"ccache", "sccache", "distcc"}
+"""Commands that call the compiler that is their first argument."""
+
+
 def compiler() -> list[str]:
-    """Return the C++ compiler's command."""
-    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    """Return the C++ compiler's command.
+
+    Raises:
+        ValueError: CXX is no command.
+    """
+    try:
+        return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    except ValueError as error:
+        raise ValueError(f"CXX={os.environ['CXX']}: {error}") from error
+
+
+def compiler_itself() -> str:
+    """Return the C++ compiler's command without what calls it, and without options."""
+    return next((word for word in compiler() if Path(word).name not in WRAPPERS), "c++")
 
 
 def cpu_obstacle() -> Obstacle | None:
@@ -41,13 +57,23 @@ def cpu_obstacle() -> Obstacle | None:
             "no torch to build with, as in pip's isolated build",
             "run `bsam-fused build` once all is installed, or install with --no-build-isolation",
         )
-    command = compiler()[0]
-    if shutil.which(command) is None:
-        return Obstacle(f"no C++ compiler ({command}) on PATH", "install one (Debian, Ubuntu: apt install g++)")
+    obstacle = _compiler_obstacle()
+    if obstacle:
+        return obstacle
     folders = [sysconfig.get_path("include"), *os.environ.get("CPATH", "").split(os.pathsep)]
     if not any(Path(folder, "Python.h").exists() for folder in folders if folder):
         return Obstacle("Python.h is missing", "install Python's headers (Debian, Ubuntu: apt install python3-dev)")
     return None
+
+
+def _compiler_obstacle() -> Obstacle | None:
+    try:
+        commands = compiler()[0], compiler_itself()
+    except ValueError as error:
+        return Obstacle(str(error), "set it to a compiler's command, or not at all")
+    missing = [command for command in commands if shutil.which(command) is None]
+    mend = "install one (Debian, Ubuntu: apt install g++)"
+    return Obstacle(f"no C++ compiler ({missing[0]}) on PATH", mend) if missing else None
 
 
 # ---- CUDA
@@ -83,7 +109,10 @@ def toolkit_obstacle(home: Path, cuda: str) -> Obstacle | None:
     """Return why the toolkit in ``home`` cannot build for a torch of this CUDA version, None if it can."""
     if not cuda_headers(home):
         return Obstacle(f"no cuda_runtime.h under {home}", f"set CUDA_HOME to the folder of the CUDA {cuda} toolkit")
-    release = ask_nvcc(home, "--version").partition("release ")[2].partition(",")[0]
+    try:
+        release = ask_nvcc(home, "--version").partition("release ")[2].partition(",")[0]
+    except (OSError, subprocess.CalledProcessError) as error:
+        return Obstacle(f"nvcc in {home}/bin does not run ({error})", f"set CUDA_HOME to a CUDA {cuda} toolkit")
     if release.split(".")[0] != cuda.split(".")[0]:
         why = f"nvcc in {home}/bin is of CUDA {release}, torch of CUDA {cuda}"
         return Obstacle(why, "set CUDA_HOME to a toolkit like torch's")

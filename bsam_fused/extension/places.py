@@ -31,7 +31,8 @@ def sources_folder() -> Path:
 def digest() -> str:
     """Return what tells these sources, and the flags that they are compiled with, from all others."""
     told = hashlib.sha256(__version__.encode())
-    for path in [*sorted(sources_folder().glob("*")), Path(__file__).with_name("flags.py")]:
+    sources = sorted(path for path in sources_folder().iterdir() if path.is_file())
+    for path in [*sources, Path(__file__).with_name("flags.py")]:
         told.update(path.name.encode() + path.read_bytes())
     return told.hexdigest()[:12]
 
@@ -81,8 +82,8 @@ class LeftOut(NamedTuple):
 
 
 def left_out(folder: Path) -> LeftOut:
-    """Return what the build of ``folder`` left out, nothing where there was none."""
+    """Return what the build of ``folder`` left out, nothing where that cannot be read."""
     try:
         return LeftOut(**json.loads((folder / _LEFT_OUT).read_text()))
-    except FileNotFoundError:
+    except (OSError, ValueError, TypeError):  # none, or somebody else's
         return LeftOut()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +28,7 @@ def folders() -> tuple[Path, Path]:
 def libraries() -> list[Path]:
     """Return the libraries for this torch and Python, of the sources that lie here; the first that loads is used."""
     found = [folder / places.file_name(torch.__version__) for folder in folders()]
-    return [library for library in found if library.exists()]
+    return [library for library in found if os.access(library, os.R_OK)]
 
 
 @functools.cache
@@ -39,8 +40,9 @@ def load() -> tuple[ModuleType | None, str]:
             return opened(library), ""
         except ImportError as error:
             why = why or f"does not load ({error})"
+    why = f"the C++ extension {why or _why_missing()}"
     failed = places.left_out(folders()[0]).extension is not None
-    return None, f"the C++ extension {why or _why_missing()}; {_mend(obstacles.cpu_obstacle(), failed)}"
+    return None, f"{why}; {_mend(obstacles.cpu_obstacle(), why, failed)}"
 
 
 def opened(library: Path) -> ModuleType:
@@ -66,7 +68,8 @@ def _why_missing() -> str:
         return f"is not built ({failed}, at the last `{places.COMMAND}`)"
     every = f"{places.PREFIX}*"
     here = list(package.glob(every))
-    torches = {path.parent.name.split("-")[1] for path in cache.parent.glob(f"*/{every}")}
+    built_for = {path.parent.name.removeprefix("torch-") for path in cache.parent.glob(f"*/{every}")}
+    torches = {version.replace("-cuda-", " with CUDA ") for version in built_for}
     torches |= {places.torch_of(path) for path in here if not torch.__version__.startswith(f"{places.torch_of(path)}.")}
     if torches:
         return f"is built for torch {', '.join(sorted(torches))}, but torch {torch.__version__} is running"
@@ -76,11 +79,18 @@ def _why_missing() -> str:
     return f"is not built ({left_out}, when bsam_fused was installed)" if left_out else "is not built"
 
 
-def _mend(obstacle: obstacles.Obstacle | None, failed: bool = False) -> str:
-    """Return the way out: the command, and what comes before it where something is in its way, or was."""
+def _mend(obstacle: obstacles.Obstacle | None, told: str, failed: bool = False) -> str:
+    """Return the way out: the command, and what comes before it where something is in its way, or was.
+
+    Args:
+        obstacle: what is in its way now.
+        told: the reason that was told already, which may be the same.
+        failed: whether the last build failed.
+    """
     if obstacle is None:
         return f"{'once that is mended, ' if failed else ''}run: {places.COMMAND}"
-    return f"{obstacle.mend}, then run: {places.COMMAND}" if obstacle.mend else obstacle.why
+    before = obstacle.mend if obstacle.why in told else str(obstacle)
+    return f"{before}, then run: {places.COMMAND}" if obstacle.mend else obstacle.why
 
 
 @functools.cache
@@ -95,17 +105,17 @@ def why_no_cuda(device: torch.device) -> str:
         return reason
     if not hasattr(module, "CudaFlatParams"):
         why = places.left_out(Path(str(module.__file__)).parent).cuda
-        return f"the C++ extension is built without CUDA kernels ({why}); {_mend_cuda()}"
+        return f"the C++ extension is built without CUDA kernels ({why}); {_mend_cuda(str(why))}"
     with torch.cuda.device(device):  # torch's, which leaves no context on the device that it comes back to
         obstacle = module.cuda_obstacle()
     if obstacle:
-        return f"the CUDA kernels do not run on {torch.cuda.get_device_name(device)} ({obstacle}); {_mend_cuda()}"
+        return f"the CUDA kernels do not run on {torch.cuda.get_device_name(device)} ({obstacle}); {_mend_cuda('')}"
     return ""
 
 
-def _mend_cuda() -> str:
+def _mend_cuda(told: str) -> str:
     toolkit = obstacles.find_toolkit()
-    return _mend(toolkit if isinstance(toolkit, obstacles.Obstacle) else obstacles.cpu_obstacle())
+    return _mend(toolkit if isinstance(toolkit, obstacles.Obstacle) else obstacles.cpu_obstacle(), told)
 
 
 def cpu_flat_params(
