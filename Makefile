@@ -96,11 +96,11 @@ $(VENV)/.report: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt pip setuptools wheel
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt ninja numpy matplotlib jinja2 rich scikit-learn pytorch_optimizer
+	$(BIN)/pip install -q -c constraints.txt numpy matplotlib jinja2 rich scikit-learn pytorch_optimizer
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.report
-	$(BIN)/pip install -q -c constraints.txt pytest pytest-benchmark pytest-xdist hypothesis ruff clang-format build triton \
+	$(BIN)/pip install -q -c constraints.txt ninja pytest pytest-benchmark pytest-xdist hypothesis ruff clang-format build triton \
 		lightning transformers accelerate schedulefree peft skorch tensorboard mypy 'pyright[nodejs]'
 	touch $@
 

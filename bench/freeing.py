@@ -28,6 +28,8 @@ OPERATOR = "descend"
 ROUNDS = 3
 """Of a process each way, in turns."""
 STEPS = 10
+WARM_UP = 3
+"""Steps in which the heap grows to what it needs."""
 
 
 def measure(elements: int = ELEMENTS, rounds: int = ROUNDS) -> dict[str, Any]:
@@ -51,12 +53,12 @@ def here(elements: int) -> dict[str, list[float]]:
     """Return the seconds of the pass, which makes gradients, and of the operator, in this process."""
     clock, run = HostClock(), OperatorRun(SUBJECT, ((elements,),), HostClock.device)
     found: dict[str, list[float]] = {"pass": [], OPERATOR: []}
-    for _ in range(STEPS):
+    for _ in range(WARM_UP + STEPS):
         run.come_to("ascend")
         run.run("ascend")
         found["pass"].append(clock.busy(lambda: run.run("pass")))
         found[OPERATOR].append(clock.busy(lambda: run.run(OPERATOR)))
-    return found
+    return {name: seconds[WARM_UP:] for name, seconds in found.items()}
 
 
 def told(found: dict[str, Any]) -> str:

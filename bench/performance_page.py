@@ -7,6 +7,8 @@ from typing import Any
 
 from bench.cases import SHAPES
 from bench.gpu.page import table
+from bsam_fused.report import said
+from bsam_fused.report.rows import Row
 
 Content = Mapping[str, Any]
 
@@ -15,8 +17,8 @@ HEAD = """# Performance
 Made from `bench/results/cpu.json` by `python -m bench.performance --page-only`; do not edit. `make performance`
 measures everything anew and writes both files.
 
-**Not measured: any GPU.** No figure on this page comes from one, and none for a GPU is estimated anywhere: `make gpu`
-measures them where one is. Nor were other CPUs, other numbers of threads, or other dtypes than float32."""
+**Not measured: any GPU.** No figure on this page comes from one: `make gpu` (`bench/gpu/README.md`)
+measures them where one is. Nor were other CPUs, more threads, or other dtypes than float32."""
 
 METHOD = """## Method
 
@@ -117,7 +119,7 @@ def _training(trained: Sequence[Content]) -> Iterable[str]:
     yield (
         "## Whole training steps\n\nMeasured by `bsam-fused report`: forward and backward passes, and the optimizer "
         "between them; means over the middle half of the steps. Overheads are over 1, 2 or 3 × the pass of the base "
-        "optimizer alone; the step's includes what passes vary."
+        "optimizer alone; the step's includes what passes vary. *Within noise*: no larger than spreads make it."
     )
     for it in trained:
         rows = [
@@ -127,8 +129,8 @@ def _training(trained: Sequence[Content]) -> Iterable[str]:
                 f"{row['step_ms']:.2f}",
                 f"{row['optimizer_ms']:.2f}",
                 f"{row['gaps_ms']:.2f}",
-                f"{row['overhead_percent']:+.1f} %",
-                f"{row['optimizer_percent']:.1f} %",
+                said.overhead(Row(**row)),
+                said.own_overhead(Row(**row)),
             )
             for row in it["rows"]
         ]
