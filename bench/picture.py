@@ -42,7 +42,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         replaced = f"{report['benefit']['replaced_percent']:.0f} %"
         buys.set_title(f"trained with {replaced} of the labels replaced at random", fontsize=10)
         figures.draw_cost(costs, rows)
-        costs.set_title("a step: its passes + the optimizer's own work", fontsize=10)
+        costs.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=9)
         figure.savefig(path, dpi=110, metadata={"Software": None} if path.suffix == ".png" else None)
 
 

@@ -152,7 +152,9 @@ def test_report_refuses_a_directory_that_is_a_file(capsys, tmp_path):
     assert str(file) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [[], ["train"], ["report", "--epochs", "0"], ["report", "--threads", "x"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["train"], ["report", "--epochs", "0"], ["report", "--threads", "x"], ["report", "--device", "tpu"]]
+)
 def test_wrong_usage(argv, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(argv)

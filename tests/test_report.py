@@ -7,6 +7,8 @@ import re
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 import bsam_fused
 from bench import picture
 from bsam_fused import cli
+from bsam_fused.ops import native_flat
 from bsam_fused.report import learning, make, models, sweep, timing, write
 from bsam_fused.report.clock import HostClock
 from bsam_fused.report.contestant import Contestant, after_two_steps, coefficients
@@ -146,6 +149,48 @@ def test_a_failed_write_keeps_the_old_report(monkeypatch, tmp_path):
     assert (tmp_path / "index.html").read_text() == "old"
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that is there and takes no file from root")
+def test_where_nothing_can_be_written_nothing_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(make.Draft, "run", None)
+    assert cli.main(["report", "--model", "tiny500", "--out", "/proc/self"]) == 1
+    assert "--out /proc/self: " in capsys.readouterr().err
+
+
+def test_figures_are_shown_before_files_are_written(monkeypatch, tmp_path, capsys):
+    """A disk that filled up meanwhile must not take all of them."""
+
+    def full(*_):
+        raise models.Refused("no space left on device")
+
+    monkeypatch.setattr(write, "files", full)
+    assert cli.main(["report", "--out", str(tmp_path), "--model", f"{__name__}:own", "--steps", "1"]) == 1
+    printed = capsys.readouterr()
+    assert "BSAM, cpp" in printed.out
+    assert "Written" not in printed.out
+    assert "no space left" in printed.err
+
+
+def test_a_network_that_cannot_take_a_pass_is_heard_of_before_any_training(monkeypatch, tmp_path):
+    """BatchNorm takes no batch of one; minutes of training would be lost with the error."""
+    monkeypatch.setattr(runner, "run", None)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        cli.main(["report", "--out", str(tmp_path / "out"), "--batch-size", "1"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_that_cannot_be_captured_is_told_and_the_last_backend_there_is_the_one(monkeypatch):
+    work = models.workload("tiny500", 2, torch.device("cpu"), torch.float32)
+
+    def training():
+        return timing.Training(work, ["sam"], "sgd", BASES["sgd"], HostClock(), graph=True)
+
+    assert "SAM, cpp, graph" in training().absent
+    monkeypatch.setattr(timing, "graphed", lambda *_: lambda: None)
+    monkeypatch.setattr(native_flat, "load", lambda: (None, "not built"))
+    last = training().timed[-1]
+    assert (last.implementation, last.whole is not None) == ("torch, graph", True)
+
+
 # ---- models
 
 
@@ -179,6 +224,28 @@ def floats():
     return nn.Linear(4, 1), (torch.rand(3, 4), torch.rand(3, 1))
 
 
+ok = own  # with colons around it an emoji's name
+not_callable = 3
+without_signature = dict
+
+
+class Pair(NamedTuple):
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+def named():
+    return Fails(4, 2), (Pair(torch.rand(3, 4), torch.zeros(3).long()), torch.zeros(3).long())
+
+
+def frozen():
+    return nn.Linear(4, 2).requires_grad_(False), (torch.rand(3, 4), torch.zeros(3).long())
+
+
+def loss_by_name():
+    return nn.Linear(4, 1), (torch.rand(3, 4), torch.rand(3, 1)), "mse"
+
+
 def not_a_model():
     return "model", (0, 0)
 
@@ -198,9 +265,15 @@ def test_a_module_in_the_current_directory(tmp_path, monkeypatch):
     assert models.workload("in_no_package:build", None, torch.device("cpu"), torch.float32).inputs.shape == (4, 3)
 
 
-def test_a_users_model(tmp_path):
-    found = report(tmp_path, "--model", f"{__name__}:own", "--optimizer", "sam")
+def test_a_users_model(tmp_path, capsys):
+    found = report(tmp_path, "--model", f"{__name__}:ok", "--optimizer", "sam")
     assert (found["parameters"], found["batch"]) == (5, "inputs (3, 4)")
+    assert f"A training step of {__name__}:ok: inputs" in capsys.readouterr().out
+
+
+def test_inputs_may_be_a_namedtuple():
+    inputs = models.workload(f"{__name__}:named", None, torch.device("cpu"), torch.float64).inputs
+    assert (type(inputs), inputs.left.dtype, inputs.right.dtype) == (Pair, torch.float64, torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -211,17 +284,22 @@ def test_a_users_model(tmp_path):
         (["--model", f"{__name__}:nowhere"], "has no function 'nowhere'"),
         (["--model", f"{__name__}:nothing"], r"return (model, (inputs, targets))"),
         (["--model", f"{__name__}:not_a_model"], "is a str, not a torch.nn.Module"),
+        (["--model", ":f"], "--model :f: must be module:function"),
+        (["--model", ".x:f"], "--model .x:f: must be module:function"),
+        (["--model", f"{__name__}:not_callable"], "has no function 'not_callable'"),
+        (["--model", f"{__name__}:without_signature", "--batch-size", "2"], "has no parameter batch_size"),
+        (["--model", f"{__name__}:frozen"], "no parameters that require gradients"),
+        (["--model", f"{__name__}:loss_by_name"], "the loss, is a str, not a function"),
         (["--model", f"{__name__}:floats"], "its targets are torch.float32; return their loss, too"),
         (["--model", f"{__name__}:own", "--batch-size", "2"], "--batch-size 2"),
         (["--graph"], "--graph captures CUDA graphs: it needs --device cuda, not cpu"),
         (["--device", "cuda"], "--device cuda: "),
-        (["--device", "tpu"], "tpu"),
     ],
 )
 def test_wrong_options_are_named(tmp_path, capsys, arguments, said):
     if arguments == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert cli.main(["report", "--out", str(tmp_path), *arguments]) == 1
+    assert cli.main(["report", "--out", str(tmp_path / "out"), *arguments]) == 1
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -277,12 +355,6 @@ def test_an_earlier_report_is_replaced_and_that_is_said(tmp_path, capsys):
     found = report(tmp_path, "--model", f"{__name__}:own", "--optimizer", "sam")
     assert re.search(r"^Replaced: the report of 20.* on tiny500, cpu$", capsys.readouterr().out, re.MULTILINE)
     assert found["model"] == f"{__name__}:own"
-
-
-def test_graphs_name_what_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bsam_fused.graphs", None)
-    with pytest.raises(RuntimeError, match=r"bsam_fused\.graphs\.GraphedStep"):
-        timing.graphed(models.Workload(nn.Linear(1, 1), 0, 0), None)
 
 
 # ---- figures

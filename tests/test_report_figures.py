@@ -98,9 +98,20 @@ def test_an_overhead_is_printed_where_noise_is_smaller(overhead, noise, shown):
     assert (f"{abs(overhead):.1f} %" in " ".join(said.cost(content([row])))) is shown
 
 
-def test_a_busy_machine_is_told_of():
+def test_rough_times_are_told_of():
     assert not said.banner(content(measured(0.02)))
-    assert re.search(r"busy .* varied by [2-9]\d %", said.banner(content(measured(0.8))))
+    assert re.search(r"varied by [2-9]\d %.* may have been running", said.banner(content(measured(0.8))))
+    assert not said.banner(content(measured(0.8, steps=3))), "quartiles of three"
+
+
+def test_a_captured_step_has_no_work_of_its_own_to_tell():
+    """Its phases are not told from its passes: nothing is said of noise, and the row in pieces is the one to show."""
+    of_sgd = timed("sgd", ("step",), [[0.008, 0.001, 0.0]] * 5)
+    in_pieces = timed("SAM", ("ascend", "step"), [[0.008, 0.001, 0.008, 0.001, 0.0]] * 5)
+    whole = Timed("SAM", "cuda, graph", ("ascend", "step"), None, lambda: None, [Laps([0.017], 0.017)] * 5)
+    *_, pieces, graph = rows([of_sgd, in_pieces, whole])
+    assert said.own_overhead(graph) == said.own_work(graph) == "in one piece"
+    assert said.chosen(content([pieces, graph])) == [pieces]
 
 
 @pytest.mark.parametrize("width", [200, 80, 60, 40])

@@ -11,6 +11,8 @@ import processes
 import pytest
 import torch
 
+from bsam_fused.report.models import Refused
+from bsam_fused.report.training import __main__ as command
 from bsam_fused.report.training import runner
 from bsam_fused.report.training.runs import Run, plan, train
 from bsam_fused.report.training.tasks import digits, noisy_digits
@@ -40,6 +42,7 @@ def test_a_plan_has_every_seed_and_radius_once():
         (seed, *it) for seed in (0, 1) for it in [("SGD", None), ("SAM", 0.1), ("SAM", 0.2)]
     ]
     assert {run.epochs for run in found} == {40}
+    assert plan(["noisy_digits"], {"SGD": [None]}, [1, 1]) == plan(["noisy_digits"], {"SGD": [None]}, [1])
 
 
 def test_optimizers_differ_in_nothing_but_their_steps():
@@ -51,7 +54,7 @@ def test_optimizers_differ_in_nothing_but_their_steps():
     assert train(BSAM).training_loss != pytest.approx(sgd.training_loss, rel=1e-3)
 
 
-def test_rows_are_written_as_they_come_and_only_those_missing_are_made(tmp_path):
+def test_rows_are_written_as_they_come_and_only_those_missing_are_made(tmp_path, capsys):
     """In a process of its own, each is what it is here, to the last bit; a run that fails says why."""
     path = tmp_path / "rows.jsonl"
     with pytest.raises(RuntimeError, match=r"--task nowhere(.|\n)*KeyError: 'nowhere'"):
@@ -64,8 +67,15 @@ def test_rows_are_written_as_they_come_and_only_those_missing_are_made(tmp_path)
     here = train(BSAM)
     assert (bsam.training_loss, bsam.test_accuracy_percent) == (here.training_loss, here.test_accuracy_percent)
     assert (bsam.threads, bsam.passes, bsam.torch) == (1, 45, torch.__version__)
-    assert "--optimizer BSAM --seed 1 --epochs 1 --rho 0.3" in bsam.command
+    assert "--optimizer BSAM --seed 1 --epochs 1 --rho 0.3 --out " in bsam.command
+    path.write_text(path.read_text().rstrip())  # whole, but for its last line's end
     assert not list(runner.run([SGD, BSAM], path))
+    assert command.main(["--optimizer", "SGD", "--seed", "1", "1", "--epochs", "1", "--out", str(path)]) == 0
+    assert capsys.readouterr().out == f"1 rows are there already: {path}\n"
+    assert path.read_text().splitlines(keepends=True) == [json.dumps(asdict(row)) + "\n" for row in (sgd, bsam)]
+    path.write_text(path.read_text() + "a note")
+    with pytest.raises(Refused, match="line 3 "):
+        runner.written(path)
 
 
 def test_a_worker_ends_with_whoever_asked():
@@ -80,3 +90,43 @@ def test_a_worker_ends_with_whoever_asked():
         assert json.loads(worker.stdout.readline())["optimizer"] == "SGD"
         worker.stdin.close()
         assert worker.wait(10) == 0
+
+
+@pytest.mark.parametrize("content", ["a thesis", "a thesis\n", '{"a": 1}\n', '{"task": 1}', "[1]\n2", "\n"])
+def test_others_files_stay_as_they_are(tmp_path, capsys, content):
+    path = tmp_path / "thesis.txt"
+    path.write_text(content)
+    assert command.main(["--out", str(path)]) == 1
+    assert f"--out {path}: line 1 " in capsys.readouterr().err
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        (["--workers", "0"], "1 or more"),
+        (["--epochs", "-1"], "1 or more"),
+        (["--epochs", "abc"], "1 or more"),
+        (["--rho", "-0.1"], "0 or more"),
+        (["--rho", "nan"], "0 or more"),
+    ],
+)
+def test_wrong_usage_is_told(capsys, argument, said):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(argument)
+    assert f"argument {argument[0]}: must be {said}" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "run", None)
+    assert command.main(["--out", str(tmp_path)]) == 1
+    assert f"--out {tmp_path}: " in capsys.readouterr().err
+
+
+def test_an_interrupt_has_a_status_and_no_traceback(tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run", interrupted)
+    assert command.main(["--out", str(tmp_path / "rows.jsonl")]) == 130
+    assert capsys.readouterr().err.endswith(": interrupted\n")

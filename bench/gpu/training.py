@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for graph in (True, False):
         try:
             found = measure(network, device.make_clock(), batch_size, graph=graph)
+            failed |= any(name.endswith(", graph") for name in found["absent"])
         except Exception as error:
             failed, found = True, {"why": reason(error)}
         record.content["training"][options.network if graph else f"{options.network}, no graph"] = found

@@ -16,27 +16,27 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     report = commands.add_parser(
         "report",
         help="show what sharpness-aware training is for and what it costs, on digits, a built-in network or your own",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = report.add_argument
-    add("--model", default="digits", help=f"{', '.join(MODELS)}, or module:function, which returns (model, batch)")
+    add, said = report.add_argument, " (default: %(default)s)"
+    add(
+        "--model", default="digits", help=f"{', '.join(MODELS)}, or module:function, which returns (model, batch){said}"
+    )
     add("--optimizer", choices=["sam", "asam", "bsam"], action="append", help="may be repeated (default: sam and bsam)")
-    add("--base", choices=["sgd", "adamw"], default="sgd", help="base optimizer; sgd has momentum")
-    add("--device", default="cpu", help="cpu or cuda")
-    add("--batch-size", type=_positive, metavar="N", help="examples a batch (default: the network's own)")
-    add("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32", help="of the weights")
+    add("--base", choices=["sgd", "adamw"], default="sgd", help=f"base optimizer; sgd has momentum{said}")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help=f"where steps are timed{said}")
+    add("--batch-size", type=positive, metavar="N", help="examples a batch (default: the network's own)")
+    dtypes = ["float32", "float64", "bfloat16", "float16"]
+    add("--dtype", choices=dtypes, default="float32", help=f"of the weights whose steps are timed{said}")
     add("--compile", action="store_true", help="the network under torch.compile")
     add("--graph", action="store_true", help="also whole steps captured in a CUDA graph")
-    add("--steps", type=_positive, default=20, metavar="N", help="timed steps of each implementation")
-    add(
-        "--epochs",
-        type=_positive,
-        metavar="N",
-        help="of the training on noisy labels, with --model digits (default: 40)",
-    )
-    add("--seeds", type=_positive, default=3, metavar="N", help="runs of each optimizer there")
-    add("--threads", type=_positive, default=1, metavar="N", help="of torch on the CPU, where steps are timed")
-    add("--out", type=Path, default=Path("report"), metavar="DIR", help="for index.html and report.json")
+    add("--steps", type=positive, default=20, metavar="N", help=f"timed steps of each implementation{said}")
+    threads = f"of torch on the CPU, where steps are timed{said}"
+    add("--threads", type=positive, default=1, metavar="N", help=threads)
+    add("--out", type=Path, default=Path("report"), metavar="DIR", help=f"for index.html and report.json{said}")
+    about = "With --model digits alone, and always by SGD, SAM and BSAM over SGD, in float32 on the CPU."
+    training = report.add_argument_group("training on noisy labels", about)
+    training.add_argument("--epochs", type=positive, metavar="N", help="of each run (default: 40)")
+    training.add_argument("--seeds", type=positive, default=3, metavar="N", help=f"runs of each optimizer{said}")
     report.set_defaults(run=run)
 
 
@@ -51,11 +51,15 @@ def run(options: argparse.Namespace) -> int:
         return _make(options)
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
+def positive(text: str) -> int:
+    """Return a whole number of 1 or more.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
+    return int(text)
 
 
 def _make(options: argparse.Namespace) -> int:

@@ -106,9 +106,11 @@ def draw_cost(axes: Axes, rows: Sequence[Row]) -> None:
     axes.barh(names, passes, color=PASSES, height=0.6, label="forward and backward passes")
     own = [row.optimizer_ms for row in rows]
     bars = axes.barh(names, own, left=passes, color=METHODS["BSAM"], height=0.6, label="the optimizer's own work")
-    axes.bar_label(bars, [said.own_overhead(row) for row in rows], padding=3, fontsize=9)
+    over = [f"{said.own_overhead(row)}{' of the passes' if row.optimizer_is_seen else ''}" for row in rows]
+    axes.bar_label(bars, over, padding=3, fontsize=9)
     axes.set(xlabel="time of a training step, ms")
     _horizontal(axes)
+    axes.margins(x=0.55)  # room for words
 
 
 @_svg()
@@ -184,7 +186,7 @@ def losses(axes: Axes, report: Report) -> None:
 
 
 def _lines(axes: Axes, points: Sequence[Point], value: Callable[[Point], float]) -> None:
-    """Draw a line an implementation; of several algorithms the last, which costs most, in full and others dashed."""
+    """Draw a line an implementation; of several algorithms the last, which costs most, in full and others dotted."""
     axes.set(xlabel="parameters", xscale="log", yscale="log")
     _ticks(axes.xaxis, EngFormatter(sep=""))
     _ticks(axes.yaxis)

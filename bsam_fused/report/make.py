@@ -70,6 +70,8 @@ class Draft:
         self.workload = models.workload(options.model, options.batch_size, device, dtype)
         if options.compile:
             self.workload = timing.compiled(self.workload)
+        self.workload.a_pass()  # its own error comes before all measuring
+        self.workload.model.zero_grad()
         self.shapes = [tuple(p.shape) for p in self.workload.model.parameters() if p.requires_grad]
 
     def run(self, progress: Progress) -> None:
@@ -159,10 +161,11 @@ def make(out: Path, options: Options) -> bool:
 
     Raises:
         KeyboardInterrupt: the user interrupted it; what was measured until then is written, and says so.
-        Refused: an option that cannot be had, by name; ``out`` cannot be written to, or holds others' files.
+        Refused: before anything is measured: an option that cannot be had, by name; ``out`` cannot be written to, or
+            holds others' files. After all that is shown: it can no longer be written to.
     """
-    replaced = write.prepare(out)
     draft, interrupted = Draft(options), False
+    replaced = write.prepare(out)
     ctrl_c.defer()
     try:
         with Progress(console=Console(stderr=True), refresh_per_second=2) as progress:
@@ -171,8 +174,12 @@ def make(out: Path, options: Options) -> bool:
     except KeyboardInterrupt:
         interrupted = True
     report = draft.report(partial=interrupted)
-    write.files(report, out)
-    terminal.show(report, Console(markup=False), [*([replaced] if replaced else []), write.written(out)])
+    console = Console(markup=False, emoji=False)
+    try:
+        terminal.show(report, console)
+    finally:  # neither a full disk nor a closed pipe takes both
+        write.files(report, out)
+    terminal.say(console, [*([replaced] if replaced else []), write.written(out)])
     if interrupted:
         raise KeyboardInterrupt
     return report.agree
@@ -180,10 +187,7 @@ def make(out: Path, options: Options) -> bool:
 
 def _device(options: Options) -> torch.device:
     """Return the device that was asked for, if it is there."""
-    try:
-        device = torch.device(options.device)
-    except RuntimeError as error:
-        raise Refused(f"--device {options.device}: {error}") from error
+    device = torch.device(options.device)
     if options.graph and device.type != "cuda":
         raise Refused(f"--graph captures CUDA graphs: it needs --device cuda, not {options.device}")
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -28,6 +28,10 @@ class Workload(NamedTuple):
     targets: Any
     loss: Loss = functional.cross_entropy
 
+    def a_pass(self) -> None:
+        """Run forward and backward."""
+        self.loss(self.model(self.inputs), self.targets).backward()
+
 
 # ---- networks
 
@@ -250,8 +254,7 @@ def _built_in(name: str, batch_size: int | None) -> Workload:
 
 def _user(name: str, batch_size: int | None) -> Workload:
     make = _function(name)
-    accepts = "batch_size" in inspect.signature(make).parameters
-    if batch_size is not None and not accepts:
+    if batch_size is not None and not _takes_batch_size(make):
         raise Refused(f"--batch-size {batch_size}: {name}() has no parameter batch_size; leave the option out")
     returned = make(batch_size=batch_size) if batch_size is not None else make()
     try:
@@ -261,6 +264,10 @@ def _user(name: str, batch_size: int | None) -> Workload:
         raise Refused(f"--model {name}: return (model, (inputs, targets)), and a loss if not cross-entropy") from error
     if not isinstance(model, nn.Module):
         raise Refused(f"--model {name}: its first value is a {type(model).__name__}, not a torch.nn.Module")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise Refused(f"--model {name}: its model has no parameters that require gradients")
+    if not callable(found.loss):
+        raise Refused(f"--model {name}: its third value, the loss, is a {type(found.loss).__name__}, not a function")
     if not loss and isinstance(targets, Tensor) and targets.is_floating_point():
         # Cross-entropy would take them for probabilities of classes: of one class, a loss that is always 0.
         raise Refused(
@@ -273,6 +280,8 @@ def _user(name: str, batch_size: int | None) -> Workload:
 def _function(name: str) -> Callable[..., Any]:
     """Return the function that ``module:function`` names. What fails inside the module is its own error."""
     module, _, function = name.partition(":")
+    if not module or module.startswith("."):
+        raise Refused(f"--model {name}: must be module:function, the module by its full name")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # as `python -m` has it, and the installed command has not
@@ -283,15 +292,26 @@ def _function(name: str) -> Callable[..., Any]:
         if f"{module}.".startswith(f"{error.name}."):
             raise Refused(f"--model {name}: {error}; {advice}") from error
         raise
-    if not hasattr(found, function):
+    make = getattr(found, function, None)
+    if not callable(make):
         raise Refused(f"--model {name}: {found.__name__} has no function {function!r}; {advice}")
-    return getattr(found, function)
+    return make
+
+
+def _takes_batch_size(make: Callable[..., Any]) -> bool:
+    try:
+        return "batch_size" in inspect.signature(make).parameters
+    except ValueError:  # some of C have none
+        return False
 
 
 def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return a tensor, or tensors in a dict or list, on the device; floating point ones as ``dtype``."""
+    """Return a tensor, or tensors in a dict, list or tuple, on the device; floating point ones as ``dtype``."""
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() else None)
     if isinstance(value, dict):
         return {key: _moved(item, device, dtype) for key, item in value.items()}
-    return type(value)(_moved(item, device, dtype) for item in value) if isinstance(value, (list, tuple)) else value
+    if not isinstance(value, (list, tuple)):
+        return value
+    items = [_moved(item, device, dtype) for item in value]
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a namedtuple takes them apart

@@ -13,8 +13,10 @@ from statistics import fmean, quantiles
 from bsam_fused.report.clock import Laps
 from bsam_fused.report.timing import Timed
 
-BUSY_PERCENT = 10
-"""Passes that vary by more were not measured on a quiet machine."""
+ROUGH_PERCENT = 10
+"""Where passes vary by more, times are rough."""
+FEW = 4
+"""Steps: quartiles of fewer say nothing of how they vary."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Row:
     passes_ms: float
     passes_spread_ms: float
     phases_ms: dict[str, float]
-    """Call -> its time; "zero_grad" last."""
+    """Call -> its time; "zero_grad" last. Empty where the step is in one piece, whose time counts as its passes'."""
     gaps_ms: float
     """What of the step is in no piece of it: on a GPU, what it waits for the host."""
     optimizer_ms: float
@@ -86,8 +88,8 @@ def pass_ms(base: Timed) -> float:
 
 
 def vary_percent(rows: Sequence[Row]) -> float:
-    """Return by how much the passes of the worst row vary; 0 where there is none."""
-    return max((row.passes_vary_percent for row in rows), default=0.0)
+    """Return by how much the passes of the worst row vary; 0 where no row has enough steps."""
+    return max((row.passes_vary_percent for row in rows if row.steps >= FEW), default=0.0)
 
 
 def _middle(laps: Sequence[Laps]) -> list[Laps]:

@@ -6,9 +6,11 @@ from bsam_fused.report.benefit import Benefit, Outcome
 from bsam_fused.report.implementations import REFERENCE, WORDS
 from bsam_fused.report.learning import Learning
 from bsam_fused.report.results import Report
-from bsam_fused.report.rows import BUSY_PERCENT, Row, vary_percent
+from bsam_fused.report.rows import ROUGH_PERCENT, Row, vary_percent
 
 NOISE = "within noise"
+WHOLE = "in one piece"
+"""Of a captured step's own work: it cannot be told from the passes."""
 NEXT = "What now: bsam-fused report --model mymodule:build measures your own network; docs/report.md says more."
 
 
@@ -16,8 +18,8 @@ NEXT = "What now: bsam-fused report --model mymodule:build measures your own net
 
 
 def chosen(report: Report) -> list[Row]:
-    """Return, of each algorithm, the row that users get: that of the backend that matters, the last one."""
-    return list({row.algorithm: row for row in report.rows if row.passes > 1}.values())
+    """Return, of each algorithm, the row that users get: of those in pieces the last one, the backend that matters."""
+    return list({row.algorithm: row for row in report.rows if row.passes > 1 and row.phases_ms}.values())
 
 
 def overhead(row: Row) -> str:
@@ -26,13 +28,15 @@ def overhead(row: Row) -> str:
 
 
 def own_overhead(row: Row) -> str:
-    """Return the optimizer's overhead in percent, or that noise is larger."""
+    """Return the optimizer's overhead in percent, or why there is none to tell."""
+    if not row.phases_ms:
+        return WHOLE
     return f"+{row.optimizer_percent:.1f} %" if row.optimizer_is_seen else NOISE
 
 
 def own_work(row: Row) -> str:
-    """Return the optimizer's time and overhead, or that noise is larger."""
-    return f"{row.optimizer_ms:.3g} ms ({own_overhead(row)})" if row.optimizer_is_seen else NOISE
+    """Return the optimizer's time and overhead, or why there is none to tell."""
+    return f"{row.optimizer_ms:.3g} ms ({own_overhead(row)})" if row.optimizer_is_seen else own_overhead(row)
 
 
 def times(report: Report) -> dict[str, tuple[str, str, str, str]]:
@@ -61,13 +65,13 @@ def accuracy(outcome: Outcome) -> str:
 
 
 def banner(report: Report) -> str:
-    """Return the warning that the machine was busy; "" where it was not."""
+    """Return the warning that times are rough; "" where they are not."""
     varied = vary_percent(report.rows)
-    if varied <= BUSY_PERCENT:
+    if varied <= ROUGH_PERCENT:
         return ""
     return (
-        f"The machine was busy with something else: passes of one kind varied by {varied:.0f} % (the distance between "
-        f"their quartiles). Take the times below as rough, and measure again when it is quiet."
+        f"Passes of one kind varied by {varied:.0f} % (the distance between their quartiles): take the times below as "
+        f"rough; something else may have been running."
     )
 
 

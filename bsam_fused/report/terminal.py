@@ -19,8 +19,8 @@ FEWER = (
 """Columns for narrow terminals."""
 
 
-def show(report: Report, console: Console, last: Sequence[str]) -> None:
-    """Print what the page says, in its order. Args: last: the lines at the end."""
+def show(report: Report, console: Console) -> None:
+    """Print what the page says, in its order."""
     lines = []
     if report.benefit:
         lines += [said.task(report.benefit), *(f"  {said.outcome(found)}" for found in report.benefit.outcomes), ""]
@@ -28,16 +28,16 @@ def show(report: Report, console: Console, last: Sequence[str]) -> None:
         lines += [f"A training step of {report.model}: {report.batch}, {report.dtype}, on {report.device}."]
         lines += [f"  {name}: {words}" for name, words in said.who(report).items()]
         lines += [said.banner(report)] if said.banner(report) else []
-    _print(console, lines)
+    say(console, lines)
     if report.rows:
         table(report, console)
     lines = [*said.cost(report), *([said.verdict(report.learning)] if report.learning else [])]
     lines += [f"Not measured: {name}: {why}" for name, why in report.absent.items()]
     lines += ["Interrupted: the report is partial."] if report.partial else []
-    _print(console, [*lines, said.NEXT, *last])
+    say(console, [*lines, said.NEXT])
 
 
-def _print(console: Console, lines: Sequence[str]) -> None:
+def say(console: Console, lines: Sequence[str]) -> None:
     """Print lines whole: the terminal breaks them."""
     for line in lines:
         console.print(line, soft_wrap=True)

@@ -9,9 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bsam_fused.graphs import GraphedStep
 from bsam_fused.report import ctrl_c
 from bsam_fused.report.clock import Clock, Laps
-from bsam_fused.report.implementations import ALGORITHMS, Base, Build, implementations, reason
+from bsam_fused.report.implementations import ALGORITHMS, BACKENDS, Algorithm, Base, Build, implementations, reason
 from bsam_fused.report.models import Workload
 
 WARM_UP = 2
@@ -44,7 +45,7 @@ class Training:
         algorithms: names, of `ALGORITHMS`.
         base: the base optimizer.
         clock: what measures.
-        graph: whether to capture the last backend's steps in a CUDA graph, too.
+        graph: whether to capture the steps of the last backend that is there in a CUDA graph, too.
     """
 
     def __init__(
@@ -60,36 +61,37 @@ class Training:
             algorithm = ALGORITHMS[name]
             builds = implementations(algorithm, base, clock.device.type, workload.model)
             for implementation, build in builds.items():
-                self._add(algorithm.name, implementation, algorithm.calls, build)
+                self._add(algorithm, implementation, build)
             if graph:
-                self._add_graph(algorithm.name, list(builds)[-1])
+                self._add_graph(algorithm)
 
-    def _add(self, algorithm: str, implementation: str, calls: tuple[str, ...], build: Build) -> None:
+    def _add(self, algorithm: Algorithm, implementation: str, build: Build, *, graph: bool = False) -> None:
         timed = None
         try:
-            timed = Timed(algorithm, implementation, calls, build(self.params))
+            timed = Timed(algorithm.name, implementation, algorithm.calls, build(self.params))
+            if graph:
+                timed.whole = graphed(self.workload, timed.optimizer)
             for piece in self.pieces(timed):
                 piece()
             self.timed.append(timed)
         except (
             Exception
         ) as error:  # the others can be measured all the same; the network's own error comes with the base
-            self.absent[f"{algorithm}, {implementation}"] = reason(error)
+            self.absent[f"{algorithm.name}, {implementation}"] = reason(error)
             restore = getattr(timed and timed.optimizer, "restore", None)
             if restore is not None:
                 restore()
 
-    def _add_graph(self, algorithm: str, implementation: str) -> None:
-        of_backend = [it for it in self.timed if (it.algorithm, it.implementation) == (algorithm, implementation)]
-        for it in of_backend:
-            step = graphed(self.workload, it.optimizer)
-            self.timed.append(Timed(algorithm, f"{implementation}, graph", it.calls, it.optimizer, step))
+    def _add_graph(self, algorithm: Algorithm) -> None:
+        backends = BACKENDS[self.clock.device.type]
+        present = [it for it in self.timed if it.algorithm == algorithm.name and it.implementation in backends]
+        for last in present[-1:]:
+            self._add(algorithm, f"{last.implementation}, graph", lambda _, it=last: it.optimizer, graph=True)  # type: ignore[misc]
 
     def a_pass(self) -> None:
         """Run forward and backward on the batch, unless Ctrl-C came."""
         ctrl_c.look()
-        model, inputs, targets, loss = self.workload
-        loss(model(inputs), targets).backward()
+        self.workload.a_pass()
 
     def pieces(self, timed: Timed) -> list[Callable[[], object]]:
         """Return the pieces of a step: a pass, a call, a pass, a call, and at last clearing gradients."""
@@ -114,17 +116,7 @@ class Training:
 
 
 def graphed(workload: Workload, optimizer: Any) -> Callable[[], object]:
-    """Return a whole step as one captured CUDA graph.
-
-    Raises:
-        RuntimeError: this version has no `bsam_fused.graphs`.
-    """
-    try:
-        from bsam_fused.graphs import GraphedStep
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            "--graph needs bsam_fused.graphs.GraphedStep, which this version does not have: leave --graph out"
-        ) from error
+    """Return a whole step as one captured CUDA graph."""
     samples = (workload.inputs, workload.targets)
     step = GraphedStep(workload.model, workload.loss, optimizer, samples)
     return lambda: step(*samples)

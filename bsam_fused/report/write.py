@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -21,10 +22,12 @@ def prepare(out: Path) -> str:
     """Make the directory, and return what to tell of an earlier report that will be replaced; "" where there is none.
 
     Raises:
-        Refused: it cannot be made, or what would be replaced is no report.
+        Refused: it cannot be made or written to, or what would be replaced is no report.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=out):  # a folder that is there may not be one to write to
+            pass
     except OSError as error:
         raise Refused(f"--out {out}: {error}") from error
     there = [name for name in FILES if (out / name).exists()]

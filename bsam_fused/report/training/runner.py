@@ -15,6 +15,7 @@ from pathlib import Path
 
 import bsam_fused
 from bsam_fused.report import ctrl_c
+from bsam_fused.report.models import Refused
 from bsam_fused.report.training.runs import Row, Run
 
 PACKAGE = Path(bsam_fused.__file__).parent
@@ -28,17 +29,41 @@ def cores() -> int:
 
 
 def written(path: Path) -> list[Row]:
-    """Return the rows of a file of lines of JSON, none where there is no file.
+    """Return the rows of a file of lines of JSON, none where there is no file, and leave its last line ended.
 
-    A last line without its end, which a kill left, is cut off. A row of another commit counts as any other: whoever
+    A row that a kill cut short, after whole ones, is cut off. A row of another commit counts as any other: whoever
     wants all rows of one begins with another file.
+
+    Raises:
+        Refused: a line is no row; nothing of the file is changed.
     """
     if not path.exists():
         return []
-    whole = path.read_bytes().rpartition(b"\n")
-    if whole[2]:
-        os.truncate(path, len(whole[0] + whole[1]))
-    return [Row(**json.loads(line)) for line in whole[0].splitlines()]
+    lines = path.read_bytes().splitlines(keepends=True)
+    cut = lines.pop() if lines[1:] and _is_cut_short(lines[-1]) else b""
+    rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
+    if cut:
+        os.truncate(path, sum(map(len, lines)))
+    elif lines and not lines[-1].endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")
+    return rows
+
+
+def _is_cut_short(line: bytes) -> bool:
+    """Return whether a row was being written to it when a kill came."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return line.startswith(b"{") and not line.endswith(b"\n")
+    return False
+
+
+def _row(path: Path, number: int, line: bytes) -> Row:
+    try:
+        return Row(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise Refused(f"--out {path}: line {number} is not of a training run; name another file") from error
 
 
 def run(runs: Sequence[Run], path: Path | None = None, workers: int | None = None) -> Iterator[Row]:
@@ -50,6 +75,7 @@ def run(runs: Sequence[Run], path: Path | None = None, workers: int | None = Non
         workers: processes, of one thread each; None: as many as there are cores.
 
     Raises:
+        Refused: ``path`` holds something else than rows.
         RuntimeError: a run failed; its traceback is shown.
         KeyboardInterrupt: Ctrl-C came.
     """

@@ -19,6 +19,9 @@ from bsam_fused import BSAM, SAM
 from bsam_fused.report.machine import this_machine
 from bsam_fused.report.training.tasks import TASKS, Digits
 
+AGAIN = "again.jsonl"
+"""Where a row's command writes: in a file that has the row already nothing would be made."""
+
 
 class Optimizer(NamedTuple):
     """How an optimizer is built of a network and options, and its passes a step."""
@@ -58,7 +61,7 @@ class Run:
         ]
         options += [("--epochs", self.epochs), *([] if self.rho is None else [("--rho", self.rho)])]
         words = [str(word) for option in options for word in option]
-        return shlex.join(["python", "-m", "bsam_fused.report.training", *words])
+        return shlex.join(["python", "-m", "bsam_fused.report.training", *words, "--out", AGAIN])
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Row(Run):
 def plan(
     tasks: Iterable[str], radii: Mapping[str, Sequence[float | None]], seeds: Iterable[int], epochs: int | None = None
 ) -> list[Run]:
-    """Return tasks × optimizers × radii × seeds, a seed of each first.
+    """Return tasks × optimizers × radii × seeds, a seed of each first, and what is named twice once.
 
     Args:
         tasks: names, of `TASKS`.
@@ -98,13 +101,14 @@ def plan(
         seeds: of each.
         epochs: of each run; None: the task's own.
     """
-    return [
+    runs = (
         Run(task, optimizer, rho, seed, epochs or TASKS[task].epochs)
         for task in tasks
         for seed in seeds
         for optimizer, rhos in radii.items()
         for rho in rhos
-    ]
+    )
+    return list(dict.fromkeys(runs))
 
 
 def train(run: Run) -> Row:
