@@ -61,7 +61,9 @@ def begin() -> Device:
     patch.setattr(dispatch, "unavailable", lambda name, kind: None if name in STOOD_IN_FOR else unavailable(name, kind))
     host_graphs.stand_in(patch)
     patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, not generated
-    patch.setattr(timing, "implementations", lambda algorithm, base, _: implementations(algorithm, base, "cuda"))
+    patch.setattr(
+        timing, "implementations", lambda algorithm, base, _, *model: implementations(algorithm, base, "cuda", *model)
+    )
     return Device(
         NAME, {}, Clock, ("cpu", "torch"), _shapes, _case, network=lambda name, batch_size: ("digits", 4), at_most=1
     )

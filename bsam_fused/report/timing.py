@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bsam_fused.graphs import GraphedStep
+from bsam_fused.ops.dispatch import BACKENDS
 from bsam_fused.report import ctrl_c
 from bsam_fused.report.clock import Clock, Laps
-from bsam_fused.report.implementations import ALGORITHMS, BACKENDS, Algorithm, Base, Build, implementations, reason
+from bsam_fused.report.implementations import ALGORITHMS, Algorithm, Base, Build, implementations, reason
 from bsam_fused.report.models import Workload
 
 WARM_UP = 2
@@ -74,17 +75,14 @@ class Training:
             for piece in self.pieces(timed):
                 piece()
             self.timed.append(timed)
-        except (
-            Exception
-        ) as error:  # the others can be measured all the same; the network's own error comes with the base
+        except Exception as error:  # the others can be measured; the network's own error comes with the base
             self.absent[f"{algorithm.name}, {implementation}"] = reason(error)
             restore = getattr(timed and timed.optimizer, "restore", None)
             if restore is not None:
                 restore()
 
     def _add_graph(self, algorithm: Algorithm) -> None:
-        backends = BACKENDS[self.clock.device.type]
-        present = [it for it in self.timed if it.algorithm == algorithm.name and it.implementation in backends]
+        present = [it for it in self.timed if it.algorithm == algorithm.name and it.implementation in BACKENDS]
         for last in present[-1:]:
             self._add(algorithm, f"{last.implementation}, graph", lambda _, it=last: it.optimizer, graph=True)  # type: ignore[misc]
 
