@@ -70,6 +70,7 @@ class Draft:
         self.workload = models.workload(options.model, options.batch_size, device, dtype)
         if options.compile:
             self.workload = timing.compiled(self.workload)
+        ctrl_c.look()
         self.workload.a_pass()  # its own error comes before all measuring
         self.workload.model.zero_grad()
         self.shapes = [tuple(p.shape) for p in self.workload.model.parameters() if p.requires_grad]
