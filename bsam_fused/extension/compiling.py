@@ -140,6 +140,11 @@ def _cuda_runtime(toolkit: Path) -> list[Path]:
     return [path for name in ("lib64", "lib", "targets/*/lib") for path in toolkit.glob(f"{name}/libcudart.so*")][:1]
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def jobs() -> int:
     """Return how many files to compile at once: MAX_JOBS, else the CPUs, as far as free memory carries them.
 
@@ -151,12 +156,11 @@ def jobs() -> int:
         if not asked.isdecimal() or int(asked) < 1:
             raise ValueError(f"MAX_JOBS={asked}: must be a number of files to compile side by side, 1 or more")
         return int(asked)
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     except (ValueError, OSError):
-        return cpus
-    return max(1, min(cpus, int(free / GIB_A_JOB)))
+        return cores()
+    return max(1, min(cores(), int(free / GIB_A_JOB)))
 
 
 # ---- the build

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import bsam_fused
+from bsam_fused.extension.compiling import cores
 from bsam_fused.report import ctrl_c
 from bsam_fused.report.models import Refused
 from bsam_fused.report.training.runs import Row, Run
@@ -21,11 +22,6 @@ from bsam_fused.report.training.runs import Row, Run
 PACKAGE = Path(bsam_fused.__file__).parent
 LOOK = 0.2
 """Seconds between looks for Ctrl-C, while runs are under way."""
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def written(path: Path) -> list[Row]:
