@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from pathlib import Path
 
 from bench.gpu.stages import NOT_FOUND, Outcome
+from bsam_fused.extension import obstacles
 
 ERRORS_FOUND = 86
 """The exit status by which the sanitizer says so."""
@@ -17,9 +19,9 @@ CARRIED = Path(__file__).parents[2] / "build" / "carry"
 
 
 def toolkit() -> dict[str, str]:
-    """Return where the CUDA toolkit is, unless the environment says: an nvcc on PATH may be a script elsewhere."""
-    home = Path("/usr/local/cuda")
-    return {"CUDA_HOME": str(home)} if "CUDA_HOME" not in os.environ and home.is_dir() else {}
+    """Return where the CUDA toolkit is, unless the environment says: an older source's build does not look itself."""
+    found = obstacles.find_toolkit()
+    return {"CUDA_HOME": str(found)} if isinstance(found, Path) and obstacles.named_toolkit() is None else {}
 
 
 def headers() -> dict[str, str]:
@@ -28,10 +30,11 @@ def headers() -> dict[str, str]:
     return {"CPATH": os.pathsep.join(filter(None, [os.environ.get("CPATH"), *carried]))} if carried else {}
 
 
+@functools.cache
 def find(name: str) -> str:
-    """Return a tool's path, on PATH or with the toolkit, or its name where there is none."""
-    home = {**os.environ, **toolkit()}.get("CUDA_HOME", "")
-    return shutil.which(name) or shutil.which(name, path=f"{home}/bin") or name
+    """Return a tool's path, on PATH or with a toolkit, or its name where there is none."""
+    folders = [os.environ.get("PATH", ""), *(str(home / "bin") for home in obstacles.toolkits())]
+    return shutil.which(name, path=os.pathsep.join(folders)) or name
 
 
 def judge_sanitizer(status: int | None, output: str) -> Outcome:
