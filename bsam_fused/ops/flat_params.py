@@ -168,10 +168,9 @@ class PythonFlatParams(ABC):
         if kinds != self._kinds or list(map(Tensor.stride, self.params)) != self._layouts:
             contract.reject(self, next(i for i in range(len(self.params)) if self._changed(i)))
         now = {i: grad for i, grad in enumerate([p.grad for p in self.params]) if grad is not None}
-        made = list(now.values())
         if not self._are_usual(now):
             now = {i: grad if self._are_usual({i: grad}) else self._copied(i, grad) for i, grad in now.items()}
-        self._keep_until_read(made)
+        self._keep_until_read()
         addresses, weights = list(map(Tensor.data_ptr, now.values())), list(map(Tensor.data_ptr, self.params))
         if not (all(addresses) and all(weights)):
             for i, address in zip(now, addresses, strict=True):
@@ -185,16 +184,17 @@ class PythonFlatParams(ABC):
             self._packed[i].copy_(self.params[i].detach())
         self._now = now
 
-    def _keep_until_read(self, grads: Iterable[Tensor]) -> None:
-        """Have torch wait for this stream before it gives their memory to the stream that they came from.
+    def _keep_until_read(self) -> None:
+        """Have torch wait for this stream before it gives gradients' memory to the stream that they came from.
 
         They are let go of as soon as their launch is under way. Where backward ran on this stream, too, as is usual,
         torch does nothing.
         """
         if self.device.type == "cuda":
             here = torch.cuda.current_stream(self.device)
-            for grad in grads:
-                grad.record_stream(here)
+            for param in self.params:
+                if param.grad is not None:
+                    param.grad.record_stream(here)
 
     def _changed(self, i: int) -> bool:
         return _kind(self.params[i]) != self._kinds[i] or self.params[i].stride() != self._layouts[i]
