@@ -118,7 +118,7 @@ $(TRAINERS_VENV)/.built: $(TRAINERS_VENV)/.installed $(SOURCES)
 	BSAM_FUSED_BUILD=cpu $(TRAINERS_VENV)/bin/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-cuda-build-check: $(CUDA_VENV)/.installed $(BUILT)
+cuda-build-check: $(CUDA_VENV)/.installed $(READY)
 	$(BIN)/python -m pytest -q --whole tests/test_cuda_binary.py
 	.ci/cuda_build_check $(CUDA_VENV)/bin/python
 
