@@ -75,6 +75,7 @@ bench-check: $(READY)
 
 performance: $(READY)
 	$(BIN)/python -m bench.performance
+	$(BIN)/python -m bench.members
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

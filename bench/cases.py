@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -12,7 +12,17 @@ from bench.compiled import CompiledBSAM
 from bench.figures import Target, at_least, at_most
 from bsam_fused.report import models
 from bsam_fused.report.contestant import Shapes
-from bsam_fused.report.implementations import ALGORITHMS, BASES, PACKAGE, RHO, Algorithm, Base, Build, implementations
+from bsam_fused.report.implementations import (
+    ALGORITHMS,
+    BASES,
+    PACKAGE,
+    REFERENCE,
+    RHO,
+    Algorithm,
+    Base,
+    Build,
+    implementations,
+)
 
 
 def distilbert(classes: int = 2) -> Shapes:
@@ -90,6 +100,42 @@ def cpu_case(shapes: str, algorithm: str, base: str) -> Case:
     found = case(shapes, algorithm, base, "cpu", compiled=compiled)
     repeat = 30 if found.small else 5 if found.elements > LARGE else 15
     return Case(found.algorithm, found.base, found.shapes, found.builds, _targets(found), repeat)
+
+
+MEMBERS = ("extrapolated", "gsam", "wsam", "norms")
+"""Algorithms that are measured beside SAM."""
+OVER_SAM = "cpp / SAM's"
+"""The figure of an algorithm's own time over that of SAM."""
+
+
+def family(shapes: str, base: str, *, others: bool) -> list[Case]:
+    """Return SAM's case and its relatives', to be measured in turns, with the relatives' targets.
+
+    Args:
+        shapes: of `SHAPES`.
+        base: of `BASES`.
+        others: whether all who implement them are there, and not only cpp and what it is compared with.
+    """
+    cases = [case(shapes, algorithm, base, "cpu") for algorithm in ("sam", *MEMBERS)]
+    sam = cases[0]
+    repeat = 11 if others else 7
+    return [
+        replace(
+            found,
+            builds=found.builds if others else {name: found.builds[name] for name in (REFERENCE, "cpp")},
+            targets={} if found is sam else _targets_beside(found, sam),
+            repeat=repeat,
+        )
+        for found in cases
+    ]
+
+
+def _targets_beside(found: Case, sam: Case) -> dict[str, Target]:
+    return {
+        OVER_SAM: at_most(round(1.1 * found.moves / sam.moves, 2)),
+        f"{PACKAGE} / cpp": at_least(2),
+        "extra memory of cpp": at_most(found.algorithm.extra + 0.05),
+    }
 
 
 def _targets(found: Case) -> dict[str, Target]:

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 
 from bsam_fused.ops import dispatch
-from bsam_fused.ops.contract import ASCENT, MIN, AdamScalars, FlatParams, Radius, SGDScalars
+from bsam_fused.ops.contract import ASCENT, MIN, AdamScalars, FlatParams, Mixing, Radius, Rule, RuleNumber, SGDScalars
 from bsam_fused.report.contestant import Shapes
 
 RADII = [Radius(0.05)]
+BILATERAL = Mixing(Rule.BILATERAL, [RuleNumber()])
 SGD = [SGDScalars(1e-3, 0.9, 0.0, 5e-4, False, False)]
 ADAM = [AdamScalars(1e-3, 0.9, 0.999, 1e-8, 0.0, False, False)]
 SEED = 0
@@ -32,12 +33,13 @@ OPERATORS = {
     "square_norm": Operator(("pass",), 1),
     "ascend": Operator(("pass", "square_norm"), 4),
     "descend": Operator(("pass", "square_norm", "ascend", "pass"), 5),
+    "direction_sums": Operator(("pass", "square_norm", "ascend", "pass", "descend", "pass"), 2),
     "update_sgd": Operator(_UP_TO_UPDATE, 6),
     "update_adam": Operator(_UP_TO_UPDATE, 8),
     "restore": Operator(("pass", "square_norm", "ascend"), 2),
     "combine": Operator(_UP_TO_UPDATE, 5),
 }
-"""`combine` reads g + g_max, g_min and saved, and writes d and w."""
+"""`combine` reads g + g_max, g_min and saved, and writes d and w. Where only g is kept, operators move as much."""
 
 
 class OperatorRun:
@@ -56,7 +58,7 @@ class OperatorRun:
     def __init__(self, backend: str, shapes: Shapes, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         build = dispatch.choose(backend, device).build
         self.params = [torch.rand(shape, dtype=dtype, device=device).requires_grad_() for shape in shapes]
-        self.flat: FlatParams = build(self.params, [(0, i) for i in range(len(self.params))], SEED)
+        self.flat: FlatParams = build(self.params, [(0, i) for i in range(len(self.params))], SEED, False)
 
     def run(self, name: str) -> None:
         """Run an operator, or make and read the gradients of a pass."""
@@ -65,8 +67,9 @@ class OperatorRun:
             "pass": self._backward,
             "square_norm": lambda: flat.square_norm(ASCENT, RADII),
             "square_norm of g_min": lambda: flat.square_norm(MIN, RADII),
-            "ascend": lambda: flat.ascend(sums, RADII, 1e-12, True),
+            "ascend": lambda: flat.ascend(sums, RADII, 1e-12, BILATERAL),
             "descend": lambda: flat.descend(sums, RADII, 1e-12),
+            "direction_sums": flat.direction_sums,
             "update_sgd": lambda: flat.update_sgd(sums, SGD, True, math.inf),
             "update_adam": lambda: flat.update_adam(sums, ADAM, True, math.inf),
             "combine": lambda: flat.combine(sums, True, math.inf),

@@ -1,4 +1,4 @@
-"""Measures everything on this CPU and writes docs/performance.md: `make performance`.
+"""Measures everything on this CPU but `bench.members`, and writes docs/performance.md: `make performance`.
 
 python -m bench.performance [--page-only] [--shapes NAME]...
 """
@@ -30,6 +30,7 @@ from bsam_fused.report.machine import this_machine
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "cpu.json"
+FAMILY_RESULTS = ROOT / "bench" / "results" / "members.json"
 PAGE = ROOT / "docs" / "performance.md"
 TRAINED = {"digits": 50, "resnet18": 5}
 """Networks whose training steps are timed, and how many."""
@@ -39,14 +40,8 @@ OPERATORS_ON = ("resnet18", "wrn28_10")
 
 def measure(shapes: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Measure everything; yield what there is so far, for JSON, whenever there is more."""
-    module, _ = native_flat.load()
     found: dict[str, Any] = {
-        "about": {
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            **asdict(this_machine()),
-            "instruction_set": module.instruction_set() if module else None,
-            "busy_cores": _busy_cores(),
-        },
+        "about": about(),
         "scaling": _scaling(),
         "freeing": _freeing(),
         "training": [_training(name, steps) for name, steps in TRAINED.items()],
@@ -55,9 +50,25 @@ def measure(shapes: Sequence[str]) -> Iterator[dict[str, Any]]:
     }
     for name in shapes:
         for algorithm, base in CASES:
-            found["about"]["busy_cores"] = max(found["about"]["busy_cores"], _busy_cores())
+            note_busy_cores(found["about"])
             found["steps"].append(_steps(name, algorithm, base))
             yield found
+
+
+def about() -> dict[str, Any]:
+    """Return when and on what it is measured, for JSON."""
+    module, _ = native_flat.load()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **asdict(this_machine()),
+        "instruction_set": module.instruction_set() if module else None,
+        "busy_cores": _busy_cores(),
+    }
+
+
+def note_busy_cores(about: dict[str, Any]) -> None:
+    """Note, between measurements, the most cores that others kept busy so far."""
+    about["busy_cores"] = max(about["busy_cores"], _busy_cores())
 
 
 def _busy_cores(seconds: float = 1.0) -> float:
@@ -113,6 +124,17 @@ def _freeing() -> dict[str, Any]:
     return found
 
 
+def write(path: Path, found: dict[str, Any]) -> None:
+    """Write figures."""
+    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+
+def written_page() -> str:
+    """Return the page of the figures that there are."""
+    family = json.loads(FAMILY_RESULTS.read_text()) if FAMILY_RESULTS.exists() else None
+    return page(json.loads(RESULTS.read_text()), family)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.performance", description=__doc__.splitlines()[0])
@@ -122,8 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.page_only:
         torch.set_num_threads(on_cpu.THREADS)
         for found in measure(options.shapes or list(SHAPES)):
-            RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    PAGE.write_text(page(json.loads(RESULTS.read_text())))
+            write(RESULTS, found)
+    PAGE.write_text(written_page())
 
 
 if __name__ == "__main__":

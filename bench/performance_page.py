@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bench.cases import SHAPES
+from bench.cases import OVER_SAM, SHAPES
 from bench.gpu.page import table
 from bsam_fused.report import said
 from bsam_fused.report.rows import Row
@@ -43,7 +43,8 @@ BARS = """## Bars
 
 A whole BSAM step takes no more of the host's time than one of torch's fused AdamW from 10 tensors on, than one of its
 fused SGD from 60 on. From a million elements on, a step takes at most 1.15 (BSAM) or 1.2 times (SAM) its byte budget,
-and beats the loops, the `_foreach` version and `pytorch_optimizer` by a factor; the extra memory is what it says."""
+and beats the loops, the `_foreach` version and `pytorch_optimizer` by a factor; the extra memory is what it says. From
+10 M elements on SAM's relatives take at most 1.1 times what the bytes that they move say, by SAM's own time."""
 
 QUIET = 0.2
 """Cores that others may keep busy on a machine that does nothing else."""
@@ -53,8 +54,8 @@ TITLES = {"bsam": "BSAM", "sam": "SAM", "sgd": "SGD with momentum", "adamw": "Ad
 OTHERS = ("loops", "foreach", "compiled", "pytorch_optimizer", "torch")
 
 
-def page(content: Content) -> str:
-    """Return the whole page."""
+def page(content: Content, family: Content | None) -> str:
+    """Return the whole page; ``family``: what `bench.members` found, if it ran."""
     parts = [HEAD, _about(content["about"]), _bandwidth(content["steps"]), _host(content["scaling"])]
     parts += _training(content["training"])
     missing = [name for name in SHAPES if name not in {it["shapes"] for it in content["steps"]}]
@@ -63,7 +64,8 @@ def page(content: Content) -> str:
     groups = dict.fromkeys((it["algorithm"], it["base"]) for it in content["steps"])
     parts.append("## The optimizer's own step\n\nPasses excluded. Ratios: the other's time over that of cpp.")
     parts += [_group(content["steps"], *group) for group in groups]
-    parts += [_freeing(content["freeing"]), _bars(content)]
+    parts += [_freeing(content["freeing"]), _bars(content, family)]
+    parts += _family(family)
     parts += [_operators(content["operators"]), _scaling(content["scaling"]), METHOD]
     parts += ["## Every row", *(_details(content["steps"], *group) for group in groups)]
     return "\n\n".join(parts) + "\n"
@@ -95,14 +97,17 @@ def _bandwidth(cases: Sequence[Content]) -> str:
     )
 
 
-def _figures(content: Content) -> Iterable[tuple[str, Content]]:
+def _figures(content: Content, family: Content | None) -> Iterable[tuple[str, Content]]:
     for case in content["steps"]:
         yield from ((f"{case['algorithm']}-{case['base']}-{case['shapes']}", it) for it in case["figures"])
     yield from (("cost", it) for it in content["scaling"]["figures"])
+    for group in family["families"] if family else ():
+        for member in group["members"]:
+            yield from ((f"{member['name']}, {group['base']}, {group['shapes']}", it) for it in member["figures"])
 
 
-def _bars(content: Content) -> str:
-    judged = [(where, it) for where, it in _figures(content) if it["target"]]
+def _bars(content: Content, family: Content | None) -> str:
+    judged = [(where, it) for where, it in _figures(content, family) if it["target"]]
     missed = [(where, it) for where, it in judged if it["target"].endswith("missed")]
     rows = [(where, it["name"], _number(it), it["target"].removesuffix("missed").strip()) for where, it in missed]
     said = f"{BARS}\n\nOf {len(judged)} bars, {len(judged) - len(missed)} are met"
@@ -176,6 +181,38 @@ def _details(cases: Sequence[Content], algorithm: str, base: str) -> str:
     ]
     heads = ("shapes", "implementation", "ms", "quartiles", "MB to move", "of copy", "host, µs", "extra memory, N")
     return f"### {TITLES[algorithm]} over {TITLES[base]}\n\n" + table((*heads, "loops over it"), rows)
+
+
+def _family(family: Content | None) -> Iterable[str]:
+    yield "## SAM's relatives beside SAM"
+    if family is None:
+        yield "**Not measured yet**: `python -m bench.members`."
+        return
+    yield (
+        f"{_about(family['about'])}\n\n"
+        f"All take turns in one run, `python -m bench.members`. **{OVER_SAM}**: cpp's time over that of SAM's cpp; "
+        "its bar is 1.1 times the ratio of what they move. SAM on normalization layers perturbs the parameters of one "
+        "dimension alone, with them the biases."
+    )
+    for group in family["families"]:
+        others = [f"{name} / cpp" for name in OTHERS if any(name in it["step_ms"] for it in group["members"])]
+        heads = ("", "moves", "cpp, ms", OVER_SAM, "bar", *others, "extra memory of cpp")
+        rows = map(_relative, group["members"])
+        size = f"{group['tensors']} tensors, {group['elements'] / 1e6:.3g} M"
+        title = f"### {group['shapes']} over {TITLES[group['base']]}: {size}"
+        yield f"{title}\n\n" + table(heads, ([row.get(head, "") for head in heads] for row in rows))
+        for it in group["members"]:
+            yield from (f"Not measured: {it['name']}, {name}: {why}." for name, why in it["absent"].items())
+
+
+def _relative(member: Content) -> Mapping[str, str]:
+    """Return a row of the family's table, by its heads."""
+    cells = {"": member["name"], "moves": f"{member['moves']} N"}
+    for it in member["figures"]:
+        cells[it["name"]] = _number(it)
+        if it["name"] == OVER_SAM:
+            cells |= {"cpp, ms": _spread(member["step_ms"]["cpp"]), "bar": it["target"]}
+    return cells
 
 
 def _operators(found: Content) -> str:

@@ -1,4 +1,4 @@
-"""Whole steps of every implementation of an algorithm, side by side."""
+"""Whole steps of every implementation of algorithms, side by side."""
 
 from __future__ import annotations
 
@@ -68,10 +68,22 @@ def measure(
     warm_up: int = WARM_UP,
     between: Callable[[], object] = lambda: None,
 ) -> dict[str, Measured | Absent]:
-    """Measure a case: implementations take turns within each repetition, so that noise hits all alike.
+    """Measure a case, as `measure_all` does."""
+    return measure_all([case], clock, deadline, warm_up=warm_up, between=between)[0]
+
+
+def measure_all(
+    cases: Sequence[Case],
+    clock: Clock,
+    deadline: Deadline,
+    *,
+    warm_up: int = WARM_UP,
+    between: Callable[[], object] = lambda: None,
+) -> list[dict[str, Measured | Absent]]:
+    """Measure cases: all implementations take turns within each repetition, so that noise hits all alike.
 
     Args:
-        case: what to measure.
+        cases: what to measure, all of the same shapes, dtype and repetitions.
         clock: what measures; its device is where.
         deadline: by when all must be ready.
         warm_up: repetitions to throw away.
@@ -80,16 +92,21 @@ def measure(
     Raises:
         RuntimeError: the reference cannot be had.
     """
+    first = cases[0]
     with _no_collector():
-        curvatures = coefficients(case.shapes, case.dtype, clock.device)
-        ready, absent = _start(case, clock, curvatures, deadline)
-        for repetition in range(-warm_up, case.repeat):
-            for contestant, measured in ready.values():
+        curvatures = coefficients(first.shapes, first.dtype, clock.device)
+        started = [_start(case, clock, curvatures, deadline) for case in cases]
+        contestants = [each for ready, _ in started for each in ready.values()]
+        for repetition in range(-warm_up, first.repeat):
+            for contestant, measured in contestants:
                 times = clock.times(contestant.step)
                 if repetition >= 0:
                     measured.steps.append(times)
             between()
-    return {name: absent[name] if name in absent else ready[name][1] for name in case.builds}
+    return [
+        {name: absent[name] if name in absent else ready[name][1] for name in case.builds}
+        for case, (ready, absent) in zip(cases, started, strict=True)
+    ]
 
 
 @contextmanager

@@ -9,13 +9,20 @@ if TYPE_CHECKING:
     from bsam_fused import batchnorm, graphs, losses, schedules, sharpness
     from bsam_fused.optim.base import SharpnessAware
     from bsam_fused.optim.bsam import BSAM
+    from bsam_fused.optim.gsam import GSAM
+    from bsam_fused.optim.mixed import MixedSAM, PassSums
     from bsam_fused.optim.sam import ASAM, SAM
     from bsam_fused.optim.sharpness import Sharpness
+    from bsam_fused.optim.wsam import WSAM
 
 __all__ = [
     "ASAM",
     "BSAM",
+    "GSAM",
     "SAM",
+    "WSAM",
+    "MixedSAM",
+    "PassSums",
     "Sharpness",
     "SharpnessAware",
     "__version__",
@@ -26,7 +33,17 @@ __all__ = [
     "sharpness",
 ]
 
-_HOMES = {"ASAM": "sam", "BSAM": "bsam", "SAM": "sam", "Sharpness": "sharpness", "SharpnessAware": "base"}
+_HOMES = {
+    "ASAM": "sam",
+    "BSAM": "bsam",
+    "GSAM": "gsam",
+    "SAM": "sam",
+    "WSAM": "wsam",
+    "MixedSAM": "mixed",
+    "PassSums": "mixed",
+    "Sharpness": "sharpness",
+    "SharpnessAware": "base",
+}
 
 if not TYPE_CHECKING:
 

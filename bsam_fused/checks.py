@@ -46,6 +46,18 @@ def positive(name: str, value: Any, also: str = "") -> float:
     return number
 
 
+def below_one(name: str, value: Any, group: int | None = None) -> float:
+    """Return a number in [0, 1) as a float.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    number = _real(value)
+    if not 0 <= number < 1:
+        _refuse(name, value, f"a number in [0, 1){_not(value)}", group)
+    return number
+
+
 def integer(name: str, value: Any, least: int, below: float = math.inf, group: int | None = None) -> int:
     """Return an integer in [``least``, ``below``).
 

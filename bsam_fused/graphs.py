@@ -128,6 +128,8 @@ class GraphedStep:
             "max_grad_norm": self._optimizer.max_grad_norm,
             "model.training": self._model.training,
             "adaptive": [bool(group[key("adaptive")]) for group in groups],
+            "perturb": [bool(group[key("perturb")]) for group in groups],
+            "mix": getattr(self._optimizer, "mix", None),
             "whether there is momentum": [group.get("momentum", 0) != 0 for group in groups],
         }
 
@@ -136,7 +138,10 @@ class GraphedStep:
         optimizer._notice()
         if not self._buffers.is_in_place:
             self._refuse("the model's buffers were exchanged or moved")
-        if not optimizer._flats.fit(optimizer.param_groups) or _addresses(self._parameters) != self._addresses:
+        if (
+            not optimizer._flats.fit(optimizer.param_groups, optimizer._exempt())
+            or _addresses(self._parameters) != self._addresses
+        ):
             self._refuse("parameters were moved, thawed, or exchanged in param_groups")
         if not self._captured.is_of(list(optimizer._flats), optimizer.state):
             self._refuse("optimizer.state was loaded, edited or left to another update")
@@ -170,7 +175,7 @@ def _check(model: nn.Module, optimizer: SharpnessAware, samples: Sequence[Tensor
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass the nn.Module")
     if not isinstance(optimizer, SharpnessAware):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}: pass a SAM, ASAM or BSAM")
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}: pass one of bsam_fused, such as SAM")
     if isinstance(samples, Tensor) or len(samples) < 2 or not all(isinstance(x, Tensor) for x in samples):
         raise TypeError("sample_inputs: pass a sequence of tensors, the model's inputs and then the target")
     if not optimizer.active:

@@ -149,7 +149,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_property_readonly("extra_bytes", read(&FlatParams::extra_bytes));
 
   const auto init =
-      py::init<std::vector<py::object>, std::vector<std::pair<int64_t, int64_t>>, std::optional<uint32_t>>();
+      py::init<std::vector<py::object>, std::vector<std::pair<int64_t, int64_t>>, std::optional<uint32_t>, bool>();
   py::class_<bsam::CpuFlatParams, FlatParams>(m, "CpuFlatParams", py::module_local()).def(init);
 #ifdef BSAM_FUSED_CUDA
   py::class_<bsam::CudaFlatParams, FlatParams>(m, "CudaFlatParams", py::module_local()).def(init);

@@ -20,13 +20,13 @@ struct Site {
 };
 
 // One segment of an update. `from`: where the update starts (saved, or the weights); w: where it is written;
-// the direction is g, or g − c g_min where g_min is not null, times factor. `master`: where 16-bit weights have it, the
+// the direction is `mix` of kept, if that is not null, and last. `master`: where 16-bit weights have it, the
 // update goes from and to it, and w is its rounding; else null. `stream`: write w around the cache.
 struct Update {
   void* w;
   float* master;
-  const void *from, *g, *g_min;
-  DirectionScales scales;
+  const void *from, *kept, *last;
+  Mix mix;
   Site site;
   bool stream;
   int64_t count;
@@ -35,13 +35,18 @@ struct Update {
 // Each works on one segment; formulas in math.h. Pointers are to the segment's first element, n its length.
 struct Loops {
   double (*square_norm)(const void* w, const void* g, const Reach&, int64_t n);
-  // Adds Σ g_min², Σ s² and Σ s g_min; s is g + g_max.
-  void (*direction_sums)(const void* s, const void* g_min, double* sums, int64_t n);
+  // Adds Σ last², Σ kept², Σ kept last.
+  void (*direction_sums)(const void* kept, const void* last, double* sums, int64_t n);
+  // Adds Σ g_max², Σ s², Σ s ĝ_min, Σ ĝ_min²; s is g + g_max.
+  void (*extrapolated_sums)(const void* g, const void* g_max, double r, double* sums, int64_t n);
   void (*ascend)(void* w, const void* g, void* saved, const Reach&, const Site&, bool stream, int64_t n);
   // g becomes g + g_max; returns Σ g_max².
   double (*descend)(void* w, void* g, const void* g_max, const void* saved, const Reach&, const Site&, bool stream,
                     int64_t n);
-  void (*direction)(void* g, const void* g_min, double c, int64_t n);
+  // Likewise, where nothing moves.
+  double (*keep_both)(void* g, const void* g_max, int64_t n);
+  // kept becomes d.
+  void (*direction)(void* kept, const void* last, const Mix&, int64_t n);
   void (*copy)(void* to, const void* from, bool stream, int64_t n);
   void (*sgd)(const Update&, const SgdGroup&, void* momentum_buffer, bool first);
   void (*adam)(const Update&, const AdamGroup&, void* exp_avg, void* exp_avg_sq, double t);

@@ -28,7 +28,7 @@ std::vector<Reach> reaches(const FlatParams::Options<RadiusGroup>& radii, double
   std::vector<Reach> result;
   for (const auto& options : radii) {
     const auto o = RadiusGroup::from(options.data());
-    result.push_back({step_length(o.radius, sum, norm_eps), o.eta, o.adaptive});
+    result.push_back({o.step(sum, norm_eps), o.eta, o.adaptive});
   }
   return result;
 }
@@ -43,8 +43,8 @@ std::vector<Group> groups_of(const FlatParams::Options<Group>& groups) {
 }  // namespace
 
 CpuFlatParams::CpuFlatParams(std::vector<py::object> params, std::vector<std::pair<int64_t, int64_t>> places,
-                             std::optional<uint32_t> seed)
-    : FlatParams(std::move(params), std::move(places), seed),
+                             std::optional<uint32_t> seed, bool exempt)
+    : FlatParams(std::move(params), std::move(places), seed, exempt),
       loops_(best_loops(element_type(dtype_), !keys_.empty())),
       stream_(index_.size() * itemsize_ >= kStreamBytes),
       partial_(index_.blocks()) {
@@ -108,12 +108,23 @@ void CpuFlatParams::run_square_norm(int64_t slot, const Options<RadiusGroup>& ra
 }
 
 void CpuFlatParams::run_direction_sums() {
-  sum_segments({kMin, kSoFar, kCross}, [&](const Segment& s, double* sums) {
+  const bool extrapolates = rule_ == Rule::extrapolated;
+  const auto add = [&](const Segment& s, double* sums) {
     const Entry& e = entries_[s.tensor];
     if (!e.now && !e.g) return;
     const int64_t at = s.begin * itemsize_;
-    loops_.direction_sums(e.g ? e.g + at : kZeros, e.now ? e.now + at : kZeros, sums, s.count);
-  });
+    const char *kept = e.g ? e.g + at : kZeros, *last = e.now ? e.now + at : kZeros;
+    if (extrapolates && e.now) {
+      const double r = has_both(e) ? RuleGroup::from(numbers_[e.group].data()).number : 0;  // else ĝ_min = g = 0
+      loops_.extrapolated_sums(kept, last, r, sums, s.count);
+    } else {
+      loops_.direction_sums(kept, last, sums, s.count);
+    }
+  };
+  if (extrapolates)
+    sum_segments({kMax, kSquare, kProduct, kMin}, add);
+  else
+    sum_segments({last_slot(rule_), kSquare, kProduct}, add);
 }
 
 void CpuFlatParams::run_ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) {
@@ -137,38 +148,57 @@ void CpuFlatParams::run_descend(const at::Tensor& sums, const Options<RadiusGrou
   const double sum_ascent = at_slot(sums, kAscent);
   const bool beyond = is_out_of_reach(RadiusGroup::from(radii[0].data()), sum_ascent, norm_eps, limit);
   const auto groups = reaches(radii, sum_ascent, norm_eps);
-  const char* saved = buffer(kSaved);
+  const char* saved = buffer_if_any(kSaved);
   // Without g (a gradient in this pass only) the weights stay, and g + g_max is g_max.
   sum_segments({kMax}, [&](const Segment& s, double* sum) {
     const Entry& e = entries_[s.tensor];
     const int64_t at = s.begin * itemsize_;
     const char* g_max = e.now ? e.now + at : kZeros;
     copy_taken(e, s);
-    *sum += e.perturbed ? loops_.descend(e.w + at, e.g + at, g_max, saved + s.flat * itemsize_, groups[e.group],
-                                         site(s), stream_, s.count)
-                        : loops_.square_norm(nullptr, g_max, Reach{}, s.count);
+    if (e.perturbed)
+      *sum += loops_.descend(e.w + at, e.g + at, g_max, saved + s.flat * itemsize_, groups[e.group], site(s), stream_,
+                             s.count);
+    else if (e.ascended)
+      *sum += loops_.keep_both(e.g + at, g_max, s.count);
+    else
+      *sum += loops_.square_norm(nullptr, g_max, Reach{}, s.count);
   });
   if (beyond) *sum_at(kMax) = std::numeric_limits<double>::quiet_NaN();
 }
 
+// The mixes of every group, without and with both what is kept and a last gradient. The sign is maximize's.
+template <class Group>
+std::vector<std::array<Mix, 2>> CpuFlatParams::mixes(const std::vector<Group>& groups, const double* sums,
+                                                     double max_norm) const {
+  const Direction by = direction(max_norm);
+  const double factor = by.factor(sums);
+  std::vector<std::array<Mix, 2>> result;
+  for (size_t i : c10::irange(groups.size())) {
+    const double number = numbers_.empty() ? 0 : RuleGroup::from(numbers_[i].data()).number;
+    const double signed_factor = groups[i].maximize ? -factor : factor;
+    result.push_back({signed_factor * by.of(sums, number, false), signed_factor * by.of(sums, number, true)});
+  }
+  return result;
+}
+
 // Applies rule(Update, entry, segment, t) to every member's segments, in its t-th step.
-template <class Rule>
-void CpuFlatParams::apply(const at::Tensor& sums, bool from_saved, double max_norm, Rule rule) {
+template <class Group, class Rule>
+void CpuFlatParams::apply(const std::vector<Group>& groups, const at::Tensor& sums, bool from_saved, double max_norm,
+                          Rule rule) {
   float* steps = steps_.mutable_data_ptr<float>();
   for (size_t i : c10::irange(entries_.size()))
     if (entries_[i].counted) ++steps[i];
   const char* saved = from_saved ? buffer_if_any(kSaved) : nullptr;
   float* master = master_weights();
-  const auto scales = DirectionScales::from(sums.const_data_ptr<double>(), bilateral_, max_norm);
+  const auto mix = mixes(groups, sums.const_data_ptr<double>(), max_norm);
   for_segments([&](const Segment& s) {
     const Entry& e = entries_[s.tensor];
     if (!e.member) return;
     const int64_t at = s.begin * itemsize_;
-    const char* now = e.now ? e.now + at : nullptr;
-    const char* g = !bilateral_ ? now : e.g ? e.g + at : nullptr;
+    const char *last = e.now ? e.now + at : kZeros, *kept = e.g ? e.g + at : kZeros;
     rule(Update{e.w + at, master ? master + s.flat : nullptr,
-                e.perturbed && saved ? saved + s.flat * itemsize_ : e.w + at, g ? g : kZeros,
-                bilateral_ ? now : nullptr, scales, site(s), stream_, s.count},
+                e.perturbed && saved ? saved + s.flat * itemsize_ : e.w + at, keeps(rule_) ? kept : nullptr, last,
+                mix[e.group][has_both(e)], site(s), stream_, s.count},
          e, s, steps[s.tensor]);
   });
   ++*step_count_.mutable_data_ptr<int64_t>();
@@ -179,7 +209,7 @@ void CpuFlatParams::run_update(const at::Tensor& sums, const Options<SgdGroup>& 
   const auto rules = groups_of<SgdGroup>(groups);
   const bool momentum = std::any_of(rules.begin(), rules.end(), [](const SgdGroup& o) { return o.momentum != 0; });
   char* m = momentum ? buffer(kMomentumBuffer) : nullptr;
-  apply(sums, from_saved, max_norm, [&](const Update& u, const Entry& e, const Segment& s, float t) {
+  apply(rules, sums, from_saved, max_norm, [&](const Update& u, const Entry& e, const Segment& s, float t) {
     const SgdGroup& rule = rules[e.group];
     loops_.sgd(u, rule, rule.momentum != 0 ? m + s.flat * itemsize_ : nullptr, t == 1);
   });
@@ -189,17 +219,21 @@ void CpuFlatParams::run_update(const at::Tensor& sums, const Options<AdamGroup>&
                                double max_norm) {
   const auto rules = groups_of<AdamGroup>(groups);
   char *m = buffer(kExpAvg), *v = buffer(kExpAvgSq);
-  apply(sums, from_saved, max_norm, [&](const Update& u, const Entry& e, const Segment& s, float t) {
+  apply(rules, sums, from_saved, max_norm, [&](const Update& u, const Entry& e, const Segment& s, float t) {
     loops_.adam(u, rules[e.group], m + s.flat * itemsize_, v + s.flat * itemsize_, t);
   });
 }
 
-void CpuFlatParams::run_direction(const at::Tensor& sums) {
-  const double c = bilateral_coefficient(at_slot(sums, kMax), at_slot(sums, kMin));
+void CpuFlatParams::run_direction(const at::Tensor& sums, double max_norm) {
+  const double* known = sums.const_data_ptr<double>();
+  const Direction by = direction(max_norm);
+  const double factor = by.factor(known);
   for_segments([&](const Segment& s) {
     const Entry& e = entries_[s.tensor];
+    if (!e.g) return;
     const int64_t at = s.begin * itemsize_;
-    if (e.now) loops_.direction(e.g + at, e.now + at, c, s.count);
+    const double number = RuleGroup::from(numbers_[e.group].data()).number;
+    loops_.direction(e.g + at, e.now ? e.now + at : kZeros, factor * by.of(known, number, has_both(e)), s.count);
   });
 }
 

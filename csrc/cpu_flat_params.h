@@ -9,7 +9,7 @@ namespace bsam {
 class CpuFlatParams final : public FlatParams {
  public:
   CpuFlatParams(std::vector<py::object> params, std::vector<std::pair<int64_t, int64_t>> places,
-                std::optional<uint32_t> seed);
+                std::optional<uint32_t> seed, bool exempt);
 
  private:
   void run_square_norm(int64_t slot, const Options<RadiusGroup>& radii) override;
@@ -18,17 +18,19 @@ class CpuFlatParams final : public FlatParams {
   void run_descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) override;
   void run_update(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved, double max_norm) override;
   void run_update(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved, double max_norm) override;
-  void run_direction(const at::Tensor& sums) override;
+  void run_direction(const at::Tensor& sums, double max_norm) override;
   void run_restore() override;
   const double* on_host(const at::Tensor& sums) const override;
 
-  using Terms = std::array<double, 3>;  // of as many sums at once
+  using Terms = std::array<double, 4>;  // of as many sums at once
 
   double* sum_at(int64_t slot);
   Site site(const Segment& s) const;
   void copy_taken(const Entry& e, const Segment& s) const;
-  template <class Rule>
-  void apply(const at::Tensor& sums, bool from_saved, double max_norm, Rule rule);
+  template <class Group>
+  std::vector<std::array<Mix, 2>> mixes(const std::vector<Group>& groups, const double* sums, double max_norm) const;
+  template <class Group, class Rule>
+  void apply(const std::vector<Group>& groups, const at::Tensor& sums, bool from_saved, double max_norm, Rule rule);
 
   template <class Body>
   void for_blocks(Body body) const;

@@ -100,24 +100,34 @@ BSAM_INLINE double square_sum(const S* w, const S* g, double eta, int64_t n) {
   return lanes[0];
 }
 
-// Adds Σ g_min², Σ s² and Σ s g_min.
-template <class S>
-BSAM_INLINE void add_direction_sums(const S* s, const S* g_min, double* sums, int64_t n) {
-  using T = arithmetic_t<S>;
-  double min[kLanes] = {}, so_far[kLanes] = {}, cross[kLanes] = {};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int64_t count = n - i < kLanes ? n - i : kLanes;
-    for (int64_t j = 0; j < count; ++j) {
-      const T a = value(s[i + j]), b = value(g_min[i + j]);
-      min[j] = plus_product<T>(min[j], b, b);
-      so_far[j] = plus_product<T>(so_far[j], a, a);
-      cross[j] = plus_product<T>(cross[j], a, b);
-    }
+template <class T, bool extrapolated>
+struct DirectionLanes {
+  double last[kLanes] = {}, square[kLanes] = {}, product[kLanes] = {}, min[kLanes] = {};
+
+  BSAM_INLINE void add(int64_t j, T k, T l, T r) {
+    const T x = extrapolated ? both_gradients(k, l) : k, y = extrapolated ? extrapolated_gradient(k, l, r) : l;
+    last[j] = plus_product<T>(last[j], l, l);
+    square[j] = plus_product<T>(square[j], x, x);
+    product[j] = plus_product<T>(product[j], x, y);
+    if (extrapolated) min[j] = plus_product<T>(min[j], y, y);
   }
+};
+
+// Adds Σ last², Σ x² and Σ x y of a direction d = a x + b y: x and y are kept and last, or where g_min is extrapolated
+// g + g_max and ĝ_min, and then Σ y², too.
+template <bool extrapolated, class S>
+BSAM_INLINE void add_direction_sums(const S* kept, const S* last, double r, double* sums, int64_t n) {
+  using T = arithmetic_t<S>;
+  DirectionLanes<T, extrapolated> lanes;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t j = 0; j < kLanes; ++j) lanes.add(j, value(kept[i + j]), value(last[i + j]), T(r));
+  for (int64_t j = 0; i < n; ++i, ++j) lanes.add(j, value(kept[i]), value(last[i]), T(r));
   for (int64_t j = 0; j < kLanes; ++j) {
-    sums[0] += min[j];
-    sums[1] += so_far[j];
-    sums[2] += cross[j];
+    sums[0] += lanes.last[j];
+    sums[1] += lanes.square[j];
+    sums[2] += lanes.product[j];
+    if (extrapolated) sums[3] += lanes.min[j];
   }
 }
 
@@ -143,11 +153,30 @@ BSAM_INLINE void perturb(S* to, const S* from, const S* g, const Reach& reach, c
     perturb<false>(to, from, g, reach, round, first, n);
 }
 
-template <bool bilateral, class S>
-BSAM_INLINE arithmetic_t<S> direction_at(const S* g, const S* g_min, arithmetic_t<S> c, int64_t i) {
-  if (!bilateral) return value(g[i]);
-  return bilateral_direction<arithmetic_t<S>>(value(g[i]), value(g_min[i]), c);
+// g = g + g_max; Σ g_max², or NaN where d may then be too long.
+template <class S>
+BSAM_INLINE double keep_both_gradients(S* g, const S* g_max, int64_t n) {
+  using T = arithmetic_t<S>;
+  const double sum = square_sum<false>(g, g_max, 0, n);
+  int too_long = 0;
+  BSAM_ELEMENTWISE
+  for (int64_t i = 0; i < n; ++i) {
+    store(g[i], both_gradients<T>(value(g[i]), value(g_max[i])));
+    too_long |= is_too_long<T>(value(g[i]));
+  }
+  return too_long ? std::numeric_limits<double>::quiet_NaN() : sum;
 }
+
+// The direction: a mix of what was kept, where it `keeps`, and the last gradient.
+template <class T>
+struct MixOf {
+  T of_kept, of_last;
+
+  template <bool keeps, class S>
+  BSAM_INLINE T at(const S* kept, const S* last, int64_t i) const {
+    return keeps ? mixed<T>(of_kept, value(kept[i]), of_last, value(last[i])) : of_last * value(last[i]);
+  }
+};
 
 // The base updates of a tile, whose first element is the segment's i-th, and its tensor's `first`-th. Structs and
 // not lambdas: GCC's target pragma does not reach into lambdas.
@@ -158,22 +187,23 @@ struct SgdRule {
   S* momentum_buffer;  // null without momentum
   Round of_m;
 
-  template <bool bilateral, class W, class RoundW>
-  BSAM_INLINE void tile(W* to, const W* from, const RoundW& round_w, const S* g, const S* g_min, T c, int64_t i,
-                        uint32_t first, int64_t n) const {
+  template <bool keeps, class W, class RoundW>
+  BSAM_INLINE void tile(W* to, const W* from, const RoundW& round_w, const S* kept, const S* last, const MixOf<T>& mix_,
+                        int64_t i, uint32_t first, int64_t n) const {
+    const MixOf<T> mix = mix_;
     const Sgd<T> o = sgd_;
     const Round round_m = of_m;
     if (momentum_buffer == nullptr) {
       BSAM_ELEMENTWISE
       for (int64_t j = 0; j < n; ++j)
-        round_w(to[j], sgd<T>(o, value(from[j]), direction_at<bilateral>(g, g_min, c, j)), first + uint32_t(j));
+        round_w(to[j], sgd<T>(o, value(from[j]), mix.template at<keeps>(kept, last, j)), first + uint32_t(j));
       return;
     }
     S* m = momentum_buffer + i;
     BSAM_ELEMENTWISE
     for (int64_t j = 0; j < n; ++j) {
       T momentum = value(m[j]);
-      round_w(to[j], sgd<T>(o, value(from[j]), direction_at<bilateral>(g, g_min, c, j), momentum), first + uint32_t(j));
+      round_w(to[j], sgd<T>(o, value(from[j]), mix.template at<keeps>(kept, last, j), momentum), first + uint32_t(j));
       round_m(m[j], momentum, first + uint32_t(j));
     }
   }
@@ -186,9 +216,10 @@ struct AdamRule {
   S *exp_avg, *exp_avg_sq;
   Round of_m, of_v;
 
-  template <bool bilateral, class W, class RoundW>
-  BSAM_INLINE void tile(W* to, const W* from, const RoundW& round_w, const S* g, const S* g_min, T c, int64_t i,
-                        uint32_t first, int64_t n) const {
+  template <bool keeps, class W, class RoundW>
+  BSAM_INLINE void tile(W* to, const W* from, const RoundW& round_w, const S* kept, const S* last, const MixOf<T>& mix_,
+                        int64_t i, uint32_t first, int64_t n) const {
+    const MixOf<T> mix = mix_;
     const Adam<T> o = adam_;
     const Round round_m = of_m, round_v = of_v;
     S *m = exp_avg + i, *v = exp_avg_sq + i;
@@ -196,7 +227,7 @@ struct AdamRule {
     for (int64_t j = 0; j < n; ++j) {
       const uint32_t at = first + uint32_t(j);
       T mean = value(m[j]), square = value(v[j]);
-      round_w(to[j], adam<T>(o, value(from[j]), direction_at<bilateral>(g, g_min, c, j), mean, square), at);
+      round_w(to[j], adam<T>(o, value(from[j]), mix.template at<keeps>(kept, last, j), mean, square), at);
       round_m(m[j], mean, at);
       round_v(v[j], square, at);
     }
@@ -212,8 +243,12 @@ struct SegmentLoops {
     return reach.adaptive ? square_sum<true>(w, g, reach.eta, n) : square_sum<false>(w, g, 0, n);
   }
 
-  static void direction_sums(const void* s, const void* g_min, double* sums, int64_t n) {
-    add_direction_sums(static_cast<const S*>(s), static_cast<const S*>(g_min), sums, n);
+  static void direction_sums(const void* kept, const void* last, double* sums, int64_t n) {
+    add_direction_sums<false>(static_cast<const S*>(kept), static_cast<const S*>(last), 0, sums, n);
+  }
+
+  static void extrapolated_sums(const void* g, const void* g_max, double r, double* sums, int64_t n) {
+    add_direction_sums<true>(static_cast<const S*>(g), static_cast<const S*>(g_max), r, sums, n);
   }
 
   static void ascend(void* w_, const void* g_, void* saved_, const Reach& reach, const Site& site, bool stream,
@@ -241,23 +276,21 @@ struct SegmentLoops {
       const int64_t count = tile_at(i, n);
       perturb(stream ? tile : w + i, saved + i, g + i, reach, round, uint32_t(site.begin + i), count);
       if (stream) copy_elements(w + i, tile, true, count);
-      sum += square_sum<false>(w, g_max + i, 0, count);
-      int too_long = 0;
-      BSAM_ELEMENTWISE
-      for (int64_t j = i; j < i + count; ++j) {
-        store(g[j], direction_so_far<T>(value(g[j]), value(g_max[j])));
-        too_long |= is_too_long<T>(value(g[j]));
-      }
-      if (too_long) sum = std::numeric_limits<double>::quiet_NaN();
+      sum += keep_both_gradients(g + i, g_max + i, count);
     }
     return sum;
   }
 
-  static void direction(void* g_, const void* g_min_, double c, int64_t n) {
-    S* g = static_cast<S*>(g_);
-    const S* g_min = static_cast<const S*>(g_min_);
+  static double keep_both(void* g, const void* g_max, int64_t n) {
+    return keep_both_gradients(static_cast<S*>(g), static_cast<const S*>(g_max), n);
+  }
+
+  static void direction(void* kept_, const void* last_, const Mix& mix_, int64_t n) {
+    S* kept = static_cast<S*>(kept_);
+    const S* last = static_cast<const S*>(last_);
+    const MixOf<T> mix{T(mix_.kept), T(mix_.last)};
     BSAM_ELEMENTWISE
-    for (int64_t i = 0; i < n; ++i) store(g[i], direction_at<true>(g, g_min, T(c), i));
+    for (int64_t i = 0; i < n; ++i) store(kept[i], mix.template at<true>(kept, last, i));
   }
 
   static void copy(void* to, const void* from, bool stream, int64_t n) {
@@ -265,14 +298,13 @@ struct SegmentLoops {
   }
 
   static void sgd(const Update& u, const SgdGroup& group, void* momentum_buffer, bool first) {
-    const Sgd<T> o = sgd_rule<T>(group.lr, group.momentum, group.dampening, group.weight_decay, group.nesterov,
-                                 group.maximize, first, u.scales.factor);
+    const Sgd<T> o = sgd_rule<T>(group.lr, group.momentum, group.dampening, group.weight_decay, group.nesterov, first);
     update(u, SgdRule<S, Round>{o, static_cast<S*>(momentum_buffer), {u.site.key, kFirstState}});
   }
 
   static void adam(const Update& u, const AdamGroup& group, void* exp_avg, void* exp_avg_sq, double t) {
-    const Adam<T> o = adam_rule<T>(group.lr, group.beta1, group.beta2, group.eps, group.weight_decay, group.decoupled,
-                                   group.maximize, t, u.scales.factor);
+    const Adam<T> o =
+        adam_rule<T>(group.lr, group.beta1, group.beta2, group.eps, group.weight_decay, group.decoupled, t);
     update(u, AdamRule<S, Round>{o,
                                  static_cast<S*>(exp_avg),
                                  static_cast<S*>(exp_avg_sq),
@@ -316,19 +348,23 @@ struct SegmentLoops {
   template <class Rule, class W, class RoundW>
   static BSAM_INLINE void tile(const Update& u, const Rule& rule, W* to, const W* from, const RoundW& round, int64_t i,
                                int64_t n) {
-    const S *g = static_cast<const S*>(u.g) + i, *g_min = static_cast<const S*>(u.g_min);
+    const S *kept = static_cast<const S*>(u.kept), *last = static_cast<const S*>(u.last) + i;
+    const MixOf<T> mix{T(u.mix.kept), T(u.mix.last)};
     const uint32_t first = uint32_t(u.site.begin + i);
-    if (g_min)
-      rule.template tile<true>(to, from, round, g, g_min + i, T(u.scales.c), i, first, n);
+    if (kept)
+      rule.template tile<true>(to, from, round, kept + i, last, mix, i, first, n);
     else
-      rule.template tile<false>(to, from, round, g, nullptr, T(0), i, first, n);
+      rule.template tile<false>(to, from, round, nullptr, last, mix, i, first, n);
   }
 };
 
 template <class S, template <class> class Round>
 constexpr Loops loops_of() {
   using L = SegmentLoops<S, Round<S>>;
-  return {L::square_norm, L::direction_sums, L::ascend, L::descend, L::direction, L::copy, L::sgd, L::adam};
+  return {L::square_norm, L::direction_sums, L::extrapolated_sums,
+          L::ascend,      L::descend,        L::keep_both,
+          L::direction,   L::copy,           L::sgd,
+          L::adam};
 }
 
 const Loops& loops(Dtype dtype, bool stochastic) {

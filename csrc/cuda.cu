@@ -12,6 +12,7 @@
 #include "cuda.h"
 #include "cuda_launch.cuh"
 #include "cuda_pieces.cuh"
+#include "cuda_scalars.cuh"
 #include "math.h"
 #include "rounding.h"
 #include "scalar.h"
@@ -19,29 +20,6 @@
 namespace bsam {
 namespace cuda {
 namespace {
-
-template <class T>
-struct Reach {
-  T step, eta;
-  bool adaptive;
-
-  __device__ T adaptivity(T w, T g) const { return adaptive ? bsam::adaptivity<true, T>(w, g, eta) : T(1); }
-  template <class S>
-  __device__ T perturbed(T w, T g) const {
-    return bsam::perturbed<T>(w, g, adaptivity(w, g), step, Arithmetic<S>::kMost);
-  }
-};
-
-template <class T>
-__device__ Reach<T> reach(const double* groups, uint32_t group, double sum, double norm_eps) {
-  const RadiusGroup o = RadiusGroup::from(groups + RadiusGroup::kOptions * group);
-  return {T(step_length(o.radius, sum, norm_eps)), T(o.eta), o.adaptive};
-}
-
-// Whether a phase's step lengths are beyond its limit.
-__device__ bool is_out_of_reach(const Reaching& r, double sum) {
-  return bsam::is_out_of_reach(RadiusGroup::from(r.groups), sum, r.norm_eps, r.limit);
-}
 
 // Ways to round: of() knows how to store an operand of a piece, element by element.
 struct ToNearest {
@@ -90,7 +68,7 @@ struct SquareNorm {
     using T = arithmetic_t<S>;
     double sum = 0;
     for_pieces<S>(rows, [&](const Piece<S>& p) {
-      const Reach<T> o = groups ? reach<T>(groups, p.group, 0, 1) : Reach<T>{};
+      const auto o = groups ? Reach<T>::of(radius_of(groups, p.group), 0) : Reach<T>{};
       for_elements(p, [&](auto at) {
         auto g = at.load(p.now);
         if (!o.adaptive)  // one conversion to double an element, of which GPUs make few at a time
@@ -103,27 +81,39 @@ struct SquareNorm {
   }
 };
 
+// Where g_min is extrapolated x is g + g_max and y ĝ_min, whose Σ y² is a term more.
+template <bool extrapolated>
 struct DirectionSums {
   static constexpr Order kOrder = Order::makes_sums;
   static constexpr int kBlocks = 5;
+  static constexpr int kTerms = extrapolated ? 4 : 3;
+  const double* numbers;
   Totals<kTerms> totals;
 
   template <class S, int capacity>
   __device__ void run(const Rows<capacity>& rows) const {
     using T = arithmetic_t<S>;
-    double squares_min = 0, squares = 0, products = 0;
+    double sums[kTerms] = {};
     for_pieces<S>(rows, [&](const Piece<S>& p) {
+      const bool both = p.has_both();
+      const T r = T(rule_of(numbers, p.group).number);
       for_elements(p, [&](auto at) {
-        auto s = load_if_any(at, p.g), g_min = load_if_any(at, p.now);
+        auto kept = load_if_any(at, p.g), last = load_if_any(at, p.now);
         at.each([&](int j, int) {
-          const T so_far = value(s[j]), last = value(g_min[j]);
-          squares_min = plus_product<T>(squares_min, last, last);
-          squares = plus_product<T>(squares, so_far, so_far);
-          products = plus_product<T>(products, so_far, last);
+          const T k = value(kept[j]), l = value(last[j]);
+          T x = k, y = l;
+          if constexpr (extrapolated) {
+            x = both_gradients<T>(k, l);
+            y = both ? extrapolated_gradient<T>(k, l, r) : T(0);
+            sums[3] = plus_product<T>(sums[3], y, y);
+          }
+          sums[0] = plus_product<T>(sums[0], l, l);
+          sums[1] = plus_product<T>(sums[1], x, x);
+          sums[2] = plus_product<T>(sums[2], x, y);
         });
       });
     });
-    add_up(totals, {squares_min, squares, products}, rows.begin == 0);
+    add_up(totals, sums, rows.begin == 0);
   }
 };
 
@@ -146,7 +136,7 @@ struct Ascend {
     if (beyond && threadIdx.x == 0) *own = nan("");
     Shared<Reach<T>> shared;
     for_pieces<S, Walk::backwards>(rows, [&](const Piece<S>& p) {
-      const Reach<T> o = shared(p.group, [&] { return reach<T>(reaching.groups, p.group, sum, reaching.norm_eps); });
+      const Reach<T> o = shared(p.group, [&] { return reach<T>(reaching, p.group); });
       const How round = How::of(rounding, p, kToMax);
       for_elements(p, [&](auto at) {
         auto w = at.load(p.w), g = at.load(p.now);
@@ -178,27 +168,26 @@ struct Descend {
     Shared<Reach<T>> shared;
     double sum = 0;
     for_pieces<S, Walk::backwards>(rows, [&](const Piece<S>& p) {
-      const Reach<T> o =
-          shared(p.group, [&] { return reach<T>(reaching.groups, p.group, sum_ascent, reaching.norm_eps); });
+      const Reach<T> o = shared(p.group, [&] { return reach<T>(reaching, p.group); });
       const How round = How::of(rounding, p, kToMin);
       for_elements(p, [&](auto at) {
         auto g_max = load_if_any(at, p.now);
         const auto add_squares = [&] {
           at.each([&](int j, int) { sum = plus_square<T>(sum, value(g_max[j]), T(1)); });
         };
-        if (!p.perturbed) {
+        if (!p.ascended) {
           if (p.g) at.store(p.g, g_max);
           return add_squares();
         }
-        auto w = at.load(static_cast<const S*>(saved) + p.flat), g = at.load(p.g);
+        auto w = load_if_any(at, p.perturbed ? static_cast<const S*>(saved) + p.flat : nullptr), g = at.load(p.g);
         add_squares();
         at.each([&](int j, int i) {
           const T slope = value(g[j]);
           if (finite) round(w[j], o.template perturbed<S>(value(w[j]), slope), i);
-          bsam::store(g[j], direction_so_far<T>(slope, value(g_max[j])));
+          bsam::store(g[j], both_gradients<T>(slope, value(g_max[j])));
           beyond |= is_too_long<T>(value(g[j]));
         });
-        at.store(p.w, w);
+        if (p.perturbed) at.store(p.w, w);
         at.store(p.g, g);
       });
     });
@@ -206,20 +195,23 @@ struct Descend {
   }
 };
 
-struct Direction {
+struct MakeDirection {
   static constexpr Order kOrder = Order::alone;
   static constexpr int kBlocks = 8;
-  const double* sums;
+  Mixing mixing;
 
   template <class S, int capacity>
   __device__ void run(const Rows<capacity>& rows) const {
     using T = arithmetic_t<S>;
-    Shared<T> shared;
-    const T c = shared(0, [&] { return T(bilateral_coefficient(sums[kMax], sums[kMin])); });
+    Shared<double> once;
+    const double& factor = once(0, [&] { return as_written(mixing).factor(mixing.sums); });
+    Shared<MixOf<T>> shared;
     for_pieces<S>(rows, [&](const Piece<S>& p) {
+      const MixOf<T> mix =
+          shared(uint64_t(p.group) << 1 | p.has_both(), [&] { return MixOf<T>::of(mixing, p, factor); });
       for_elements(p, [&](auto at) {
-        auto g = at.load(p.g), g_min = at.load(p.now);
-        at.each([&](int j, int) { bsam::store(g[j], bilateral_direction<T>(value(g[j]), value(g_min[j]), c)); });
+        auto g = at.load(p.g), last = load_if_any(at, p.now);
+        at.each([&](int j, int) { bsam::store(g[j], mixed<T>(mix.kept, value(g[j]), mix.last, value(last[j]))); });
         at.store(p.g, g);
       });
     });
@@ -237,51 +229,6 @@ struct Restore {
   }
 };
 
-// The base optimizers: their scalars, of a group and the count of updates made so far, and their rule.
-struct SgdBase {
-  using Group = SgdGroup;
-  static constexpr int kStates = 1;
-
-  template <class T>
-  struct Scalars {
-    Sgd<T> rule;
-    bool momentum;
-
-    __device__ bool stateful() const { return momentum; }
-    __device__ T operator()(T w, T d, T* state) const {
-      return momentum ? bsam::sgd<T>(rule, w, d, state[0]) : bsam::sgd<T>(rule, w, d);
-    }
-  };
-
-  template <class T>
-  static __device__ Scalars<T> scalars(const SgdGroup& o, float steps, double factor) {
-    return {sgd_rule<T>(o.lr, o.momentum, o.dampening, o.weight_decay, o.nesterov, o.maximize, steps == 0, factor),
-            o.momentum != 0};
-  }
-};
-
-struct AdamBase {
-  using Group = AdamGroup;
-  static constexpr int kStates = 2;
-
-  template <class T>
-  struct Scalars {
-    Adam<T> rule;
-
-    __device__ bool stateful() const { return true; }
-    __device__ T operator()(T w, T d, T* state) const {
-      asm volatile("");  // else nvcc makes all elements' divisions twice, with weight decay and without
-      return bsam::adam<T>(rule, w, d, state[0], state[1]);
-    }
-  };
-
-  template <class T>
-  static __device__ Scalars<T> scalars(const AdamGroup& o, float steps, double factor) {
-    return {adam_rule<T>(o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.decoupled, o.maximize, double(steps) + 1,
-                         factor)};
-  }
-};
-
 // `masters`: whether 16-bit weights have master weights.
 template <class Base, class How, bool masters>
 struct Step {
@@ -294,27 +241,28 @@ struct Step {
 
   // Of the step, and of a param group.
   struct Decision {
-    DirectionScales scales;
+    double factor;  // of d
     bool update;
   };
   template <class T>
   struct Scalars {
     typename Base::template Scalars<T> base;
-    T c;
+    MixOf<T> mix;
   };
 
   template <class S, int capacity>
   __device__ void run(const Rows<capacity>& rows) const {
     Shared<Decision> once;
     const Decision& decision = once(0, [&] {
-      const auto scales = DirectionScales::from(u.sums, u.bilateral, u.max_norm);
-      return Decision{scales, scales.can_update(u.sums, u.bilateral, u.limit)};
+      const Direction by = as_written(u.mixing);
+      const double factor = by.factor(u.mixing.sums);
+      return Decision{factor, by.can_update(u.mixing.sums, factor)};
     });
     const bool finite = decision.update;
     Shared<Scalars<arithmetic_t<S>>> shared;
     for_pieces<S, Walk::backwards>(rows, [&](const Piece<S>& p) {
       if (finite)
-        update<S>(p, decision.scales, shared);
+        update<S>(p, decision.factor, shared);
       else if (p.perturbed)
         put_back(p, u.saved);
     });
@@ -327,12 +275,15 @@ struct Step {
   }
 
   template <class S, class T = arithmetic_t<S>>
-  __device__ void update(const Piece<S>& p, const DirectionScales& scales, Shared<Scalars<T>>& shared) const {
+  __device__ void update(const Piece<S>& p, double factor, Shared<Scalars<T>>& shared) const {
     const float steps = u.steps[p.tensor];
-    const Scalars<T> o = shared(uint64_t(p.group) << 32 | bit_cast<uint32_t>(steps), [&] {
+    const uint64_t key = uint64_t(p.group) << 33 | uint64_t(p.has_both()) << 32 | bit_cast<uint32_t>(steps);
+    const Scalars<T> o = shared(key, [&] {
       const auto group = Base::Group::from(u.groups + Base::Group::kOptions * p.group);
-      return Scalars<T>{Base::template scalars<T>(group, steps, scales.factor), T(scales.c)};
+      const auto mix = MixOf<T>::of(u.mixing, p, group.maximize ? -factor : factor);
+      return Scalars<T>{Base::template scalars<T>(group, steps), mix};
     });
+    const bool keeps = bsam::keeps(u.mixing.by.rule);
     const bool stateful = o.base.stateful();
     const How round = How::of(u.rounding, p, kWeight);
     How round_state[Base::kStates];
@@ -340,7 +291,7 @@ struct Step {
     for (int s = 0; s < Base::kStates; ++s) round_state[s] = How::of(u.rounding, p, Operand(kFirstState + s));
     const S* from = u.from_saved && p.perturbed ? static_cast<const S*>(u.saved) + p.flat : p.w;
     for_elements(p, [&](auto at) {
-      auto w = at.load(from), last = load_if_any(at, p.now), g = load_if_any(at, u.bilateral ? p.g : nullptr);
+      auto w = at.load(from), last = load_if_any(at, p.now), g = load_if_any(at, keeps ? p.g : nullptr);
       decltype(w) held[Base::kStates];
 #pragma unroll
       for (int s = 0; s < Base::kStates; ++s)
@@ -349,8 +300,8 @@ struct Step {
       if constexpr (masters) master = at.load(u.master + p.flat);
       Elements<T, decltype(at)::kCount> d;  // at once: one by one between divisions they take more registers
       at.each([&](int j, int) {
-        const T g_last = value(last[j]);
-        d[j] = u.bilateral ? bilateral_direction<T>(value(g[j]), g_last, o.c) : g_last;
+        const T l = value(last[j]);
+        d[j] = keeps ? mixed<T>(o.mix.kept, value(g[j]), o.mix.last, l) : o.mix.last * l;
       });
       at.each([&](int j, int i) {
         T kept[Base::kStates];
@@ -410,8 +361,13 @@ void square_norm(const Context& context, const Items& items, const double* group
   launch(context, items, SquareNorm{groups, {context.partials, context.ticket, {to}}});
 }
 
-void direction_sums(const Context& context, const Items& items, double* const (&to)[kTerms]) {
-  launch(context, items, DirectionSums{{context.partials, context.ticket, {to[0], to[1], to[2]}}});
+void direction_sums(const Context& context, const Items& items, double* const (&to)[3]) {
+  launch(context, items, DirectionSums<false>{nullptr, {context.partials, context.ticket, {to[0], to[1], to[2]}}});
+}
+
+void extrapolated_sums(const Context& context, const Items& items, const double* numbers, double* const (&to)[4]) {
+  const Totals<4> totals{context.partials, context.ticket, {to[0], to[1], to[2], to[3]}};
+  launch(context, items, DirectionSums<true>{numbers, totals});
 }
 
 void ascend(const Context& context, const Items& items, const Reaching& reaching, void* saved, const Rounding& rounding,
@@ -431,8 +387,8 @@ void descend(const Context& context, const Items& items, const Reaching& reachin
   });
 }
 
-void direction(const Context& context, const Items& items, const double* sums) {
-  launch(context, items, Direction{sums});
+void direction(const Context& context, const Items& items, const Mixing& mixing) {
+  launch(context, items, MakeDirection{mixing});
 }
 
 void restore(const Context& context, const Items& items, const void* saved) { launch(context, items, Restore{saved}); }

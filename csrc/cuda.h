@@ -20,6 +20,7 @@ struct Item {
   int64_t flat, numel;
   uint32_t group;
   bool perturbed;  // w is not w, but saved is
+  bool ascended;   // had a gradient in the first pass
   bool counted;    // the base optimizer keeps state for it
 };
 
@@ -33,7 +34,7 @@ struct Context {
 };
 
 // How many sums a launch makes at most.
-constexpr int kTerms = 3;
+constexpr int kTerms = 4;
 
 // All pointers are to the device. `groups`: Group::kOptions doubles a param group, in contract.py's order. `sums`:
 // over all FlatParams, kSlots of them.
@@ -47,8 +48,11 @@ struct Rounding {
 
 // *to = Σ (T g)², g in `now`; without `groups`, T = 1.
 void square_norm(const Context&, const Items&, const double* groups, double* to);
-// to[0], [1], [2] = Σ g_min², Σ s², Σ s g_min; s = g + g_max in g, g_min in `now`.
-void direction_sums(const Context&, const Items&, double* const (&to)[kTerms]);
+// Of what is kept in g, x, and the last gradient in `now`, y: to[0], [1], [2] = Σ y², Σ x², Σ x y.
+void direction_sums(const Context&, const Items&, double* const (&to)[3]);
+// to[0], [1], [2], [3] = Σ g_max², Σ s², Σ s ĝ_min, Σ ĝ_min²; s = g + g_max, of g in g and g_max in `now`. `numbers`:
+// as Mixing has them.
+void extrapolated_sums(const Context&, const Items&, const double* numbers, double* const (&to)[4]);
 // How far a phase perturbs; no step length may exceed `limit`.
 struct Reaching {
   const double *groups, *sums;
@@ -57,22 +61,27 @@ struct Reaching {
 // saved = w, w = w_max; `now`, g at w, is copied into g where that is not null. *own, this FlatParams' Σ (T g)²,
 // becomes NaN where w is out of reach.
 void ascend(const Context&, const Items&, const Reaching&, void* saved, const Rounding&, double* own);
-// w = w_min from saved, g += g_max in `now`, *to = Σ g_max². What is not perturbed has no w, and only copies g_max.
+// w = w_min from saved, g += g_max in `now`, *to = Σ g_max². What is not perturbed has no w, and what has not ascended
+// only copies g_max.
 void descend(const Context&, const Items&, const Reaching&, const void* saved, const Rounding&, double* to);
-// g = g + g_max − c g_min, g_min in `now`.
-void direction(const Context&, const Items&, const double* sums);
+// How a direction is mixed of what is kept and the last gradient. Replays of a graph read the groups' `numbers`, null
+// where nothing is kept, as they were written last: and there `by.largest`, which counts for nothing here.
+struct Mixing {
+  Direction by;
+  const double *sums, *numbers;
+};
+// g = d, of what is kept in g and the last gradient in `now`.
+void direction(const Context&, const Items&, const Mixing&);
 // w = saved.
 void restore(const Context&, const Items&, const void* saved);
 
-// What every update needs: the last gradient is in `now`, g + g_max in g where the step is `bilateral`.
+// What every update needs: the last gradient is in `now`, what is kept in g.
 struct Update {
-  const double *groups, *sums;
+  const double* groups;
+  Mixing mixing;
   const void* saved;  // null if nothing was perturbed
   float* master;      // of 16-bit weights: where there is one, the update goes from and to it, and w is its rounding
   bool from_saved;    // start from saved where perturbed, else from w
-  bool bilateral;
-  double max_norm;  // of d
-  double limit;     // of what d is made of
   Rounding rounding;
   int64_t* step_count;  // advanced
   float* steps;         // a tensor: updates made so far; advanced

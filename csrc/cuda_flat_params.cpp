@@ -11,8 +11,8 @@
 namespace bsam {
 
 CudaFlatParams::CudaFlatParams(std::vector<py::object> params, std::vector<std::pair<int64_t, int64_t>> places,
-                               std::optional<uint32_t> seed)
-    : FlatParams(std::move(params), std::move(places), seed),
+                               std::optional<uint32_t> seed, bool exempt)
+    : FlatParams(std::move(params), std::move(places), seed, exempt),
       workspace_(
           at::zeros({1 + cuda::kTerms * cuda::most_blocks(device_.index())}, at::dtype(at::kDouble).device(device_))),
       items_(entries_.size()) {
@@ -61,6 +61,7 @@ const cuda::Items& CudaFlatParams::items(Wanted wanted) {
     item.g = e.g;
     item.now = e.now;
     item.perturbed = e.perturbed;
+    item.ascended = e.ascended;
     item.counted = e.counted;
     item.numel = wanted(e, item) ? index_.numel(int64_t(i)) : 0;
   }
@@ -114,8 +115,11 @@ void CudaFlatParams::run_square_norm(int64_t slot, const Options<RadiusGroup>& r
 
 void CudaFlatParams::run_direction_sums() {
   c10::DeviceGuard guard(device_);
-  cuda::direction_sums(context(), items([](const Entry& e, cuda::Item&) { return e.now || e.g; }),
-                       {sum(kMin), sum(kSoFar), sum(kCross)});
+  const auto& all = items([](const Entry& e, cuda::Item&) { return e.now || e.g; });
+  if (rule_ == Rule::extrapolated)
+    cuda::extrapolated_sums(context(), all, numbers(), {sum(kMax), sum(kSquare), sum(kProduct), sum(kMin)});
+  else
+    cuda::direction_sums(context(), all, {sum(last_slot(rule_)), sum(kSquare), sum(kProduct)});
 }
 
 void CudaFlatParams::run_ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) {
@@ -135,26 +139,30 @@ void CudaFlatParams::run_descend(const at::Tensor& sums, const Options<RadiusGro
   c10::DeviceGuard guard(device_);
   const double* groups = table(kDescending, radii);
   const auto& all = items([](const Entry& e, cuda::Item& item) {
-    if (!e.perturbed && !e.copying) item.g = nullptr;
-    return e.perturbed || e.now != nullptr;
+    if (!e.ascended && !e.copying) item.g = nullptr;
+    return e.ascended || e.now != nullptr;
   });
-  cuda::descend(context(), all, {groups, sums.const_data_ptr<double>(), norm_eps, limit}, buffer(kSaved), rounding(),
-                sum(kMax));
+  cuda::descend(context(), all, {groups, sums.const_data_ptr<double>(), norm_eps, limit}, buffer_if_any(kSaved),
+                rounding(), sum(kMax));
 }
 
 const cuda::Items& CudaFlatParams::members() {
   return items([](const Entry& e, cuda::Item&) { return e.member; });
 }
 
+// Of the rule of the step's direction, on the device.
+const double* CudaFlatParams::numbers() { return keeps(rule_) ? table(kMixing, numbers_) : nullptr; }
+
+cuda::Mixing CudaFlatParams::mixing(const at::Tensor& sums, double max_norm) {
+  return {direction(max_norm), sums.const_data_ptr<double>(), numbers()};
+}
+
 cuda::Update CudaFlatParams::update(const at::Tensor& sums, const double* groups, bool from_saved, double max_norm) {
   return {groups,
-          sums.const_data_ptr<double>(),
+          mixing(sums, max_norm),
           buffer_if_any(kSaved),
           master_weights(),
           from_saved,
-          bilateral_,
-          max_norm,
-          limit,
           rounding(),
           step_count_.mutable_data_ptr<int64_t>(),
           steps_.mutable_data_ptr<float>(),
@@ -177,10 +185,9 @@ void CudaFlatParams::run_update(const at::Tensor& sums, const Options<AdamGroup>
   cuda::adam(context(), members(), update(sums, table(kUpdating, groups), from_saved, max_norm), m, v);
 }
 
-void CudaFlatParams::run_direction(const at::Tensor& sums) {
+void CudaFlatParams::run_direction(const at::Tensor& sums, double max_norm) {
   c10::DeviceGuard guard(device_);
-  cuda::direction(context(), items([](const Entry& e, cuda::Item&) { return e.now != nullptr; }),
-                  sums.const_data_ptr<double>());
+  cuda::direction(context(), items([](const Entry& e, cuda::Item&) { return e.g != nullptr; }), mixing(sums, max_norm));
 }
 
 void CudaFlatParams::run_restore() {

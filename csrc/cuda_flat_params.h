@@ -11,7 +11,7 @@ namespace bsam {
 class CudaFlatParams final : public FlatParams {
  public:
   CudaFlatParams(std::vector<py::object> params, std::vector<std::pair<int64_t, int64_t>> places,
-                 std::optional<uint32_t> seed);
+                 std::optional<uint32_t> seed, bool exempt);
 
   void write_options(const std::vector<Rows>& tables) override;
 
@@ -29,7 +29,7 @@ class CudaFlatParams final : public FlatParams {
   void run_descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) override;
   void run_update(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved, double max_norm) override;
   void run_update(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved, double max_norm) override;
-  void run_direction(const at::Tensor& sums) override;
+  void run_direction(const at::Tensor& sums, double max_norm) override;
   void run_restore() override;
   void keep_until_read(const at::Tensor& grad) const override;
   void prepare_options(Use use, const double* values, size_t count) override;
@@ -45,6 +45,8 @@ class CudaFlatParams final : public FlatParams {
     return table(use, groups.data()->data(), options * groups.size());
   }
   const double* table(int use, const double* values, size_t count);
+  const double* numbers();
+  cuda::Mixing mixing(const at::Tensor& sums, double max_norm);
   cuda::Update update(const at::Tensor& sums, const double* groups, bool from_saved, double max_norm);
   cuda::Rounding rounding() const;
   const cuda::Items& members();

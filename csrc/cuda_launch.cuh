@@ -116,7 +116,8 @@ Row row_of(const Item& item) {
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   const bool aligned = (address(item.w) | address(item.g) | address(item.now)) % 16 == 0;
   return {uint32_t(item.flat / (kAlignment / int64_t(sizeof(S)))), item.group, uint16_t(rest == 0 ? kChunk<S> : rest),
-          uint16_t((item.perturbed ? kPerturbed : 0) | (item.counted ? kCounted : 0) | (aligned ? kAligned : 0))};
+          uint16_t((item.perturbed ? kPerturbed : 0) | (item.ascended ? kAscended : 0) | (item.counted ? kCounted : 0) |
+                   (aligned ? kAligned : 0))};
 }
 
 // Fills rows with as many items, from the `begin`-th on, as fit.

@@ -21,7 +21,7 @@ constexpr int kThreads = 256;  // of a block
 
 // ---- many tensors in a launch
 
-enum Flags : uint16_t { kPerturbed = 1, kCounted = 2, kAligned = 4 };  // the last: all pointers, to 16 bytes
+enum Flags : uint16_t { kPerturbed = 1, kAscended = 2, kCounted = 4, kAligned = 8 };  // all pointers, to 16 bytes
 
 // A tensor as a kernel sees it: packed, for as many as possible to fit a launch.
 struct Row {
@@ -82,11 +82,14 @@ template <class S>
 struct Piece {
   uint32_t tensor, group;
   uint32_t begin;  // its first element's index in the tensor, modulo 2^32
-  bool perturbed, aligned;
+  bool perturbed, ascended, aligned;
   int count;
   int64_t flat;
   S *w, *g;
   const S* now;
+
+  // Whether its tensor has a gradient kept of the first pass, and one of the last.
+  __device__ bool has_both() const { return ascended && now; }
 };
 
 template <class S, int capacity>
@@ -99,6 +102,7 @@ __device__ Piece<S> piece(const Rows<capacity>& rows, uint32_t i, uint32_t chunk
           row.group,
           uint32_t(at),
           (row.flags & kPerturbed) != 0,
+          (row.flags & kAscended) != 0,
           (row.flags & kAligned) != 0,
           chunk + 1 == rows.first[i + 1] ? int(row.last) : kChunk<S>,
           int64_t(row.line) * (kAlignment / int64_t(sizeof(S))) + at,

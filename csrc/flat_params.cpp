@@ -74,7 +74,7 @@ Dtype element_type(at::ScalarType dtype) {
 }
 
 FlatParams::FlatParams(std::vector<py::object> params, std::vector<std::pair<int64_t, int64_t>> places,
-                       std::optional<uint32_t> seed)
+                       std::optional<uint32_t> seed, bool exempt)
     : limit(element_type(first(params).scalar_type()) == Dtype::float64 ? std::numeric_limits<double>::max()
                                                                         : std::numeric_limits<float>::max()),
       params_(std::move(params)),
@@ -87,6 +87,7 @@ FlatParams::FlatParams(std::vector<py::object> params, std::vector<std::pair<int
       steps_(at::zeros({int64_t(params_.size())}, at::dtype(at::kFloat).device(device_))),
       skipped_(at::zeros({}, at::dtype(at::kLong).device(device_))),
       step_count_(at::zeros({}, at::dtype(at::kLong).device(device_))),
+      exempt_(exempt),
       deleter_(deleter_of(sums_)) {
   element_type(dtype_);
   if (places_.size() != params_.size()) throw std::invalid_argument("FlatParams: every parameter needs its place");
@@ -268,6 +269,18 @@ void FlatParams::take_gradients() {
   }
 }
 
+// Copies the gradients of this pass that are `copying` into g, where no phase runs over the elements.
+void FlatParams::copy_gradients() {
+  std::vector<at::Tensor> to, from;
+  for (size_t i : c10::irange(params_.size())) {
+    const Entry& e = entries_[i];
+    if (!e.copying) continue;
+    to.push_back(e.own);
+    from.push_back(e.staging ? e.staged : gradient(i).detach());
+  }
+  if (!to.empty()) at::_foreach_copy_(to, from);
+}
+
 void FlatParams::take(Entry& e, at::Tensor g) {
   e.g = address(g);
   e.taken = std::move(g);
@@ -316,7 +329,7 @@ std::vector<int64_t> FlatParams::beginning(const std::vector<bool>& stateful) co
   std::vector<int64_t> members;
   for (size_t i : c10::irange(entries_.size())) {
     const Entry& e = entries_[i];
-    if ((e.perturbed || e.now || e.g) && !e.begun && stateful[e.group]) members.push_back(int64_t(i));
+    if ((e.ascended || e.now || e.g) && !e.begun && stateful[e.group]) members.push_back(int64_t(i));
   }
   return members;
 }

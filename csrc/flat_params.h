@@ -46,18 +46,21 @@ class FlatParams : public Built {
 
   using Rows = std::vector<std::vector<double>>;  // likewise, of any kind
 
-  // `seed`: of stochastic rounding, for 16-bit parameters; none: to nearest.
+  // How the direction is mixed: a Rule, and the numbers of the groups.
+  using Mixing = std::pair<int64_t, Options<RuleGroup>>;
+
+  // `seed`: of stochastic rounding, for 16-bit parameters; none: to nearest. `exempt`: from the perturbations.
   FlatParams(std::vector<py::object> params, std::vector<std::pair<int64_t, int64_t>> places,
-             std::optional<uint32_t> seed);
+             std::optional<uint32_t> seed, bool exempt);
   virtual ~FlatParams() = default;
 
   void read_gradients();
   void begin_plain();
-  void join(bool keep, bool descended);
+  void join(const Mixing& mixing, bool descended);
   void clear_gradients();
   void square_norm(int64_t slot, const Options<RadiusGroup>& radii);
   void direction_sums();
-  void ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps, bool keep);
+  void ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps, const Mixing& mixing);
   void descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps);
   std::vector<int64_t> beginning(const std::vector<bool>& stateful) const;
   void begin_state(const std::vector<int64_t>& members);
@@ -100,7 +103,7 @@ class FlatParams : public Built {
   struct Entry {
     char* w = nullptr;                          // the weights, in the strides of the flat buffers
     const char* now = nullptr;                  // this pass's gradient, in the same strides; null without one
-    char* g = nullptr;                          // BSAM: g, then g + g_max, likewise; in `taken` or `own`
+    char* g = nullptr;                          // what is kept: g, or g + g_max, likewise; in `taken` or `own`
     char* copy = nullptr;                       // where g is copied to, the elements of `own`
     const c10::TensorImpl* tensor = nullptr;    // what the parameter was when gradients were read, and
     const c10::TensorImpl* gradient = nullptr;  // what its .grad was: others may exchange them
@@ -109,7 +112,8 @@ class FlatParams : public Built {
     bool copying = false;                       // the gradient of this pass is taken by copying it into g
     bool staging = false;                       // it is read in `staged`
     bool perturbed = false;                     // w is not w, but saved is
-    bool member = false;                        // had a gradient in some pass of this step
+    bool ascended = false;                      // had a gradient in the first pass of this step
+    bool member = false;                        // had one in some pass
     bool counted = false;                       // and the base optimizer keeps state for it
     bool begun = false;                         // whose state Python has been told of
     at::Tensor taken;                           // holds g, where that is the gradient itself
@@ -118,7 +122,7 @@ class FlatParams : public Built {
     at::Tensor packed;                          // where not dense: its elements, packed
   };
 
-  enum Use { kAscending, kDescending, kUpdating, kUses };  // of options
+  enum Use { kAscending, kDescending, kUpdating, kMixing, kUses };  // of options
 
   // What a device does in a phase, over the elements of all entries. ascend saves w, moves it and notes what it
   // moved; ascend and descend also copy the gradients that are `copying`.
@@ -130,8 +134,8 @@ class FlatParams : public Built {
                           double max_norm) = 0;
   virtual void run_update(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved,
                           double max_norm) = 0;
-  virtual void run_direction(const at::Tensor& sums) = 0;  // g = g + g_max − c g_min
-  virtual void run_restore() = 0;                          // saved -> w, of the perturbed that have a w
+  virtual void run_direction(const at::Tensor& sums, double max_norm) = 0;  // g = d, of all that have a g
+  virtual void run_restore() = 0;  // saved -> w, of the perturbed that have a w
   // A gradient is let go of as soon as its launch is under way: the work before it must be done until its memory is
   // given to the stream that it came from.
   virtual void keep_until_read(const at::Tensor& /*grad*/) const {}
@@ -159,7 +163,18 @@ class FlatParams : public Built {
   std::vector<Entry> entries_;
   std::vector<uint32_t> keys_;  // tensor_key of each parameter; none without stochastic rounding
   at::Tensor sums_, steps_, skipped_, step_count_;
-  bool bilateral_ = false;  // this step's ascend kept g
+  // How this step's direction is mixed, and whether its sums are there.
+  Rule rule_ = Rule::last_alone;
+  Options<RuleGroup> numbers_;
+  bool summed_ = false;
+
+  // Whether a tensor has a gradient kept of the first pass, and one of the last.
+  static bool has_both(const Entry& e) { return e.ascended && e.now; }
+  Direction direction(double max_norm) const {
+    return {rule_, summed_, max_norm, limit, numbers_.empty() ? 0 : RuleGroup::from(numbers_[0].data()).largest};
+  }
+
+  bool exempt_;  // nothing is perturbed here
 
  private:
   enum class Phase { kRest, kPlain, kAscended, kDescended, kCombined };
@@ -181,6 +196,7 @@ class FlatParams : public Built {
   void check_own() const;
   void check_noted() const;
   void check_saved() const;
+  void check_mixing(const Mixing& mixing) const;
   void begin_last(const at::Tensor& sums) const;
 
   void expect(size_t i) const;
@@ -192,8 +208,13 @@ class FlatParams : public Built {
   void wrote_weights(size_t i);
   void write(size_t i, const at::Tensor& from);
 
+  // The phase of the last pass, which an update follows.
+  Phase last_phase() const { return rule_ == Rule::bilateral ? Phase::kDescended : Phase::kAscended; }
+  void mix_by(Rule rule, const Options<RuleGroup>& numbers);
+  void prepare_mixing();
   void make_room();
   void take_gradients();
+  void copy_gradients();
   static void take(Entry& e, at::Tensor g);
   static at::Tensor give(Entry& e);
   void end_pass();
@@ -202,7 +223,7 @@ class FlatParams : public Built {
   bool is_skipped(const at::Tensor& sums, double max_norm) const;
   void skip();
   std::vector<at::Tensor> last_gradients(double factor) const;
-  std::vector<at::Tensor> mixed_directions(const at::Tensor& sums, double factor);
+  std::vector<at::Tensor> mixed_directions(const at::Tensor& sums, double max_norm);
   void complete_g();
   void save_rest();
   void write_saved();

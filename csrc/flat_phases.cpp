@@ -4,6 +4,7 @@
 #include <c10/util/irange.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "flat_params.h"
 #include "memory.h"
@@ -52,7 +53,7 @@ void FlatParams::check_groups(size_t groups) const {
 
 void FlatParams::check_sums(const at::Tensor& sums) const {
   if (!sums.is_same(sums_) && !holds(sums, at::kDouble, device_, kSlots))
-    throw std::invalid_argument("FlatParams: sums must be six contiguous float64 numbers on the parameters' device");
+    throw std::invalid_argument("FlatParams: sums must be eight contiguous float64 numbers on the parameters' device");
 }
 
 // The tensors that Python sees, and so may resize.
@@ -89,25 +90,42 @@ void FlatParams::check_saved() const {
 void FlatParams::begin_last(const at::Tensor& sums) const {
   check_sums(sums);
   check_own();
-  require(phase_ == Phase::kPlain || phase_ == (bilateral_ ? Phase::kDescended : Phase::kAscended),
-          "an update out of order: ascend(), with g kept descend(), or begin_plain() come before");
+  require(phase_ == Phase::kPlain || phase_ == last_phase(),
+          "an update out of order: ascend(), of the bilateral rule descend(), or begin_plain() come before");
   check_noted();
 }
 
+void FlatParams::check_mixing(const Mixing& mixing) const {
+  const auto& [rule, numbers] = mixing;
+  if (rule < 0 || rule > int64_t(Rule::given)) throw std::invalid_argument("FlatParams: no such rule of a direction");
+  if (keeps(Rule(rule))) check_groups(numbers.size());
+}
+
 // ---- phases
+
+void FlatParams::mix_by(Rule rule, const Options<RuleGroup>& numbers) {
+  rule_ = rule;
+  numbers_ = numbers;
+  summed_ = false;
+}
+
+void FlatParams::prepare_mixing() {
+  if (keeps(rule_)) prepare_options(kMixing, numbers_.data()->data(), RuleGroup::kOptions * numbers_.size());
+}
 
 void FlatParams::begin_plain() {
   require(phase_ == Phase::kRest, "begin_plain() within a step");
   require(read_, "begin_plain() without read_gradients()");
   check_own();
   sums_.zero_();
-  bilateral_ = false;
+  mix_by(Rule::last_alone, {});
   phase_ = Phase::kPlain;
 }
 
-void FlatParams::join(bool keep, bool descended) {
+void FlatParams::join(const Mixing& mixing, bool descended) {
   require(phase_ == Phase::kRest, "join() within a step");
-  bilateral_ = keep;
+  check_mixing(mixing);
+  mix_by(Rule(mixing.first), mixing.second);
   phase_ = descended ? Phase::kDescended : Phase::kAscended;
 }
 
@@ -116,29 +134,40 @@ void FlatParams::square_norm(int64_t slot, const Options<RadiusGroup>& radii) {
   check_groups(radii.size());
   check_own();
   check_noted();
-  run_square_norm(slot, radii);
+  if (exempt_ && slot == kAscent)
+    sums_.select(0, slot).zero_();
+  else
+    run_square_norm(slot, radii);
 }
 
 void FlatParams::direction_sums() {
-  require(phase_ == Phase::kDescended, "direction_sums() without descend()");
+  require(keeps(rule_) && phase_ == last_phase(), "direction_sums() before the last pass of a step that keeps g");
   check_own();
   check_noted();
+  prepare_mixing();
   run_direction_sums();
+  summed_ = true;
 }
 
-void FlatParams::ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps, bool keep) {
+void FlatParams::ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps,
+                        const Mixing& mixing) {
   check_groups(radii.size());
+  check_mixing(mixing);
   check_sums(sums);
   check_own();
   require(phase_ == Phase::kRest, "ascend() within a step");
   check_noted();
   prepare_options(kAscending, radii.data()->data(), RadiusGroup::kOptions * radii.size());
-  buffer(kSaved);
-  if (keep) make_room();
-  if (keep) take_gradients();
-  bilateral_ = keep;
+  if (!exempt_) buffer(kSaved);
+  mix_by(Rule(mixing.first), mixing.second);
+  if (keeps(rule_)) make_room();
+  if (keeps(rule_)) take_gradients();
+  for (Entry& e : entries_) e.ascended = e.now != nullptr;
   phase_ = Phase::kAscended;
-  run_ascend(sums, radii, norm_eps);
+  if (exempt_)
+    copy_gradients();
+  else
+    run_ascend(sums, radii, norm_eps);
   end_pass();
 }
 
@@ -146,12 +175,12 @@ void FlatParams::descend(const at::Tensor& sums, const Options<RadiusGroup>& rad
   check_groups(radii.size());
   check_sums(sums);
   check_own();
-  require(phase_ == Phase::kAscended && bilateral_, "descend() comes after ascend() that keeps g");
+  require(phase_ == Phase::kAscended && rule_ == Rule::bilateral, "descend() comes after ascend() that keeps g for it");
   check_noted();
   for (size_t i : c10::irange(params_.size()))
     if (entries_[i].perturbed && !entries_[i].now) read_weights(i);
   prepare_options(kDescending, radii.data()->data(), RadiusGroup::kOptions * radii.size());
-  buffer(kSaved);
+  if (!exempt_) buffer(kSaved);
   make_room();
   take_gradients();
   phase_ = Phase::kDescended;
@@ -183,7 +212,7 @@ void FlatParams::end_pass() {
 // Whether an update will be skipped, as far as the host knows.
 bool FlatParams::is_skipped(const at::Tensor& sums, double max_norm) const {
   const double* known = on_host(sums);
-  return known && !DirectionScales::from(known, bilateral_, max_norm).can_update(known, bilateral_, limit);
+  return known && !direction(max_norm).can_update(known);
 }
 
 // Finds the members, the tensors that had a gradient in some pass of this step, and makes room for their state.
@@ -196,7 +225,7 @@ void FlatParams::prepare_update(const at::Tensor& sums, const Options<Group>& gr
   for (const auto& options : groups) counts.push_back(keeps_state(Group::from(options.data())));
   for (size_t i : c10::irange(params_.size())) {
     Entry& e = entries_[i];
-    e.member = e.perturbed || e.now || e.g;
+    e.member = e.ascended || e.now || e.g;
     e.counted = e.member && counts[e.group];
     if (e.member && !e.now) read_weights(i);
   }
@@ -204,6 +233,7 @@ void FlatParams::prepare_update(const at::Tensor& sums, const Options<Group>& gr
   buffer_if_any(kSaved);
   buffer_if_any(kMasterWeight);
   prepare_options(kUpdating, groups.data()->data(), Group::kOptions * groups.size());
+  prepare_mixing();
 }
 
 template <class Group>
@@ -235,14 +265,14 @@ void FlatParams::skip() {
   finish();
 }
 
-// The gradients of a step that is not bilateral, where they are not what lies in .grad.
+// The gradients of a step whose direction is the last one, where they are not what lies in .grad.
 std::vector<at::Tensor> FlatParams::last_gradients(double factor) const {
   std::vector<at::Tensor> directions(entries_.size()), scaled;
   for (size_t i : c10::irange(entries_.size())) {
     const Entry& e = entries_[i];
     if (e.staging)
       directions[i] = e.staged;
-    else if (e.perturbed && !e.now)
+    else if (e.ascended && !e.now)
       directions[i] = empty(i).zero_();
     if (e.now && factor != 1) scaled.push_back(e.staging ? e.staged : gradient(i).detach());
   }
@@ -254,13 +284,12 @@ std::vector<at::Tensor> FlatParams::last_gradients(double factor) const {
   return directions;
 }
 
-// Makes g = (g + g_max − c g_min) · factor of all that had a gradient in some pass, and gives it away.
-std::vector<at::Tensor> FlatParams::mixed_directions(const at::Tensor& sums, double factor) {
-  run_direction(sums);
-  std::vector<at::Tensor> directions(entries_.size()), scaled;
+// Makes g = d of all that had a gradient in some pass, and gives it away.
+std::vector<at::Tensor> FlatParams::mixed_directions(const at::Tensor& sums, double max_norm) {
+  run_direction(sums, max_norm);
+  std::vector<at::Tensor> directions(entries_.size());
   for (size_t i : c10::irange(entries_.size()))
-    if (entries_[i].g) scaled.push_back(directions[i] = give(entries_[i]));
-  if (factor != 1 && !scaled.empty()) at::_foreach_mul_(scaled, factor);
+    if (entries_[i].g) directions[i] = give(entries_[i]);
   return directions;
 }
 
@@ -275,20 +304,20 @@ bool FlatParams::combine(const at::Tensor& sums, bool from_saved, double max_nor
   check_saved();
   const at::Tensor here = sums.cpu();
   const double* known = here.const_data_ptr<double>();
-  const auto scales = DirectionScales::from(known, bilateral_, max_norm);
-  if (!scales.can_update(known, bilateral_, limit)) {
+  const Direction by = direction(max_norm);
+  if (!by.can_update(known)) {
     skip();
     return false;
   }
-  const double factor = scales.factor;
+  prepare_mixing();
   std::vector<at::Tensor> directions;
-  if (bilateral_)
+  if (keeps(rule_))
     complete_g();
   else
-    directions = last_gradients(factor);
+    directions = last_gradients(by.factor(known));
   save_rest();
   if (from_saved) write_saved();
-  if (bilateral_) directions = mixed_directions(sums, factor);
+  if (keeps(rule_)) directions = mixed_directions(sums, max_norm);
   if (itemsize_ == 2 && !are_finite(directions)) {  // 16 bits may hold less than what d was computed with
     skip();
     return false;
@@ -314,15 +343,18 @@ void FlatParams::save_rest() {
 at::Tensor FlatParams::merge(const at::Tensor& sums, double share) {
   check_sums(sums);
   check_own();
-  require(phase_ == Phase::kDescended, "merge() without descend()");
+  require(keeps(rule_) && phase_ == last_phase(), "merge() before the last pass of a step that keeps g");
   check_noted();
+  prepare_mixing();
   buffer(kDirection);
   complete_g();
-  const auto directions = mixed_directions(sums, 1);
+  at::Tensor scaled = sums.clone();  // as the loss still is
+  scaled.select(0, kScale).zero_();
+  const auto directions = mixed_directions(scaled, std::numeric_limits<double>::infinity());
   at::Tensor& flat = buffers_[kDirection].zero_();
   for (size_t i : c10::irange(entries_.size()))
     if (directions[i].defined()) param(i).mutable_grad() = view(kDirection, i).copy_(directions[i]);
-  bilateral_ = false;
+  mix_by(Rule::last_alone, {});
   phase_ = Phase::kAscended;
   read_ = false;
   return flat.mul_(share);
@@ -364,13 +396,14 @@ void FlatParams::restore() {
 
 void FlatParams::release() {
   phase_ = Phase::kRest;
-  read_ = at_w_ = bilateral_ = false;
+  read_ = at_w_ = false;
+  mix_by(Rule::last_alone, {});
   forget();
 }
 
 void FlatParams::forget() {
   for (Entry& e : entries_) {
-    e.perturbed = false;
+    e.perturbed = e.ascended = false;
     e.now = nullptr;
     e.copying = false;
     e.g = nullptr;

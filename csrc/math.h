@@ -2,9 +2,9 @@
 //
 // Host and device; no torch, no indexing, no loops. T is the arithmetic type: float for float32, bfloat16
 // and float16 parameters, double for float64. The symbols are the papers': SAM arXiv 2010.01412, ASAM
-// 2102.11600, BSAM 2409.13173; the base updates are torch.optim's. Multiply-adds that may be fused are
-// written `fmadd`, so that every compiler fuses the same ones (the build says -ffp-contract=off). Where a
-// rule has cases they are coefficients, worked out once, and not branches: every element runs the same lines.
+// 2102.11600, BSAM 2409.13173, others' beside their rules; the base updates are torch.optim's. Multiply-adds that
+// may be fused are written `fmadd`, so that every compiler fuses the same ones (the build says -ffp-contract=off).
+// Where a rule has cases they are coefficients, worked out once, and not branches: every element runs the same lines.
 #pragma once
 
 #include <cmath>
@@ -44,21 +44,52 @@ BSAM_INLINE bool is_finite(T x) {
 
 // ---- scalars of a step: in double, once a group or a step, never once an element
 
-// Of a radius (ρ, −ρ_min, and their signs under `maximize`): the factor of T² g, radius / (‖T g‖ + norm_eps); 0
-// where that divides by 0.
-BSAM_INLINE double step_length(double radius, double sum_ascent, double norm_eps) {
-  const double length = std::sqrt(sum_ascent) + norm_eps;
-  return length == 0 ? 0.0 : radius / length;
+// Of a radius (ρ, −ρ_min, and their signs under `maximize`) and a loss budget σ, which cuts it to σ / ‖T g‖: the factor
+// of T² g, radius / (‖T g‖ + norm_eps); 0 where that divides by 0. LE-SAM 2605.10183, where there is a budget.
+BSAM_INLINE double step_length(double radius, double budget, double sum_ascent, double norm_eps) {
+  const double norm = std::sqrt(sum_ascent), length = norm + norm_eps;
+  const bool bounded = std::fabs(radius) * norm > budget;
+  const double reach = bounded ? std::copysign(budget, radius) : radius;
+  const double over = bounded ? norm * length : length;  // one division, of which GPUs make slow code
+  return over == 0 ? 0.0 : reach / over;
 }
 
-// c = ‖g_max‖ / ‖g_min‖, and 0 where ‖g_min‖ = 0. From the sums of squares. BSAM.
-BSAM_INLINE double bilateral_coefficient(double sum_max, double sum_min) {
-  return sum_min > 0 ? std::sqrt(sum_max) / std::sqrt(sum_min) : 0.0;
+// x / y from their squares, and 0 where y = 0.
+BSAM_INLINE double norm_ratio(double square_x, double square_y) {
+  return square_y > 0 ? std::sqrt(square_x) / std::sqrt(square_y) : 0.0;
 }
 
-// ‖d‖² of BSAM's d = s − c g_min, s = g + g_max. From Σ s², Σ s g_min and Σ g_min²; rounding takes it below 0 nowhere.
-BSAM_INLINE double bilateral_square(double sum_so_far, double sum_cross, double sum_min, double c) {
-  const double square = fmadd(c, fmadd(c, sum_min, -2 * sum_cross), sum_so_far);
+// A direction d = kept · k + last · l of two vectors: k, what the phases before kept, and l, the last gradient.
+struct Mix {
+  double kept, last;
+};
+
+BSAM_INLINE Mix operator*(double factor, const Mix& mix) { return {factor * mix.kept, factor * mix.last}; }
+
+// SAM: d = g_max.
+BSAM_INLINE Mix last_alone() { return {0, 1}; }
+
+// BSAM, of k = g + g_max and g_min: d = g + g_max − c g_min, c = ‖g_max‖ / ‖g_min‖.
+BSAM_INLINE Mix bilateral(double c) { return {1, -c}; }
+
+// The same of g and g_max, with ĝ_min = g − r (g_max − g) for g_min.
+BSAM_INLINE Mix extrapolated(double c, double r) { return {1 - c * (1 + r), 1 + c * r}; }
+
+// GSAM 2203.08065, of g and g_max: d = g_max − α g⊥, g⊥ = g − (⟨g, g_max⟩ / ‖g_max‖²) g_max, and 0 where g_max = 0.
+BSAM_INLINE Mix surrogate_gap(double alpha, double product, double square_max) {
+  return square_max > 0 ? Mix{-alpha, 1 + alpha * (product / square_max)} : last_alone();
+}
+
+// WSAM 2305.15817, of g and g_max: d = (1 − 2γ)/(1 − γ) g + γ/(1 − γ) g_max.
+BSAM_INLINE Mix weighted(double gamma) {
+  const double last = gamma / (1 - gamma);
+  return {1 - last, last};
+}
+
+// ‖d‖² of a mix, from ‖k‖², ⟨k, l⟩ and ‖l‖²; rounding takes it below 0 nowhere.
+BSAM_INLINE double mixed_square(const Mix& mix, double square_kept, double product, double square_last) {
+  const double of_last = fmadd(mix.last, square_last, 2 * mix.kept * product);
+  const double square = fmadd(mix.last, of_last, mix.kept * mix.kept * square_kept);
   return square > 0 ? square : 0.0;
 }
 
@@ -99,11 +130,11 @@ BSAM_INLINE T perturbed(T w, T g, T t, T step, T most) {
   return std::fabs(moved) <= most ? moved : w;
 }
 
-// ---- directions (SAM's is g_max itself)
+// ---- directions
 
-// The part of BSAM's d that is known before the last pass: g + g_max.
+// What exact BSAM keeps of the first two passes: g + g_max.
 template <class T>
-BSAM_INLINE T direction_so_far(T g, T g_max) {
+BSAM_INLINE T both_gradients(T g, T g_max) {
   return g + g_max;
 }
 
@@ -113,13 +144,19 @@ BSAM_INLINE bool is_too_long(T g_plus_g_max) {
   return !is_finite(g_plus_g_max + g_plus_g_max);
 }
 
-// d = g + g_max − c g_min. BSAM.
+// ĝ_min = g − r (g_max − g): where the loss is quadratic g_min, of a descent r = ρ_min / ρ times as long as the ascent.
 template <class T>
-BSAM_INLINE T bilateral_direction(T g_plus_g_max, T g_min, T c) {
-  return fmadd(-c, g_min, g_plus_g_max);
+BSAM_INLINE T extrapolated_gradient(T g, T g_max, T r) {
+  return fmadd(r, g - g_max, g);
 }
 
-// ---- base updates: torch.optim's rules from w with gradient d
+// d = kept · k + last · l.
+template <class T>
+BSAM_INLINE T mixed(T kept, T k, T last, T l) {
+  return fmadd(last, l, kept * k);
+}
+
+// ---- base updates: torch.optim's rules from w with gradient d, whose sign `maximize` has turned
 
 // Weight decay's w: none where there is no decay, for 0 · ∞ is no number.
 template <class T>
@@ -131,18 +168,16 @@ BSAM_INLINE T decaying(T weight_decay, T w) {
 template <class T>
 struct Sgd {
   T lr, weight_decay;
-  T of_gradient;  // direction_factor, negative under maximize
-  T keep, take;   // m = keep m + take d
-  T of_d, of_m;   // the step: of_d d + of_m m
+  T keep, take;  // m = keep m + take d
+  T of_d, of_m;  // the step: of_d d + of_m m
 };
 
-// `first`: the momentum starts as d, whatever the dampening. `factor`: of d.
+// `first`: the momentum starts as d, whatever the dampening.
 template <class T>
 BSAM_INLINE Sgd<T> sgd_rule(double lr, double momentum, double dampening, double weight_decay, bool nesterov,
-                            bool maximize, bool first, double factor) {
+                            bool first) {
   return {T(lr),
           T(weight_decay),
-          T(maximize ? -factor : factor),
           T(first ? 0 : momentum),
           T(first ? 1 : 1 - dampening),
           T(nesterov ? 1 : 0),
@@ -152,14 +187,14 @@ BSAM_INLINE Sgd<T> sgd_rule(double lr, double momentum, double dampening, double
 // Without momentum: w − lr (d + weight_decay w).
 template <class T>
 BSAM_INLINE T sgd(const Sgd<T>& o, T w, T d) {
-  d = fmadd(o.weight_decay, decaying(o.weight_decay, w), o.of_gradient * d);
+  d = fmadd(o.weight_decay, decaying(o.weight_decay, w), d);
   return fmadd(-o.lr, d, w);
 }
 
 // With momentum: m = μ m + (1 − dampening) d;  w − lr m, or w − lr (d + μ m).
 template <class T>
 BSAM_INLINE T sgd(const Sgd<T>& o, T w, T d, T& m) {
-  d = fmadd(o.weight_decay, decaying(o.weight_decay, w), o.of_gradient * d);
+  d = fmadd(o.weight_decay, decaying(o.weight_decay, w), d);
   m = fmadd(o.keep, m, o.take * d);
   return fmadd(-o.lr, fmadd(o.of_m, m, o.of_d * d), w);
 }
@@ -168,7 +203,6 @@ BSAM_INLINE T sgd(const Sgd<T>& o, T w, T d, T& m) {
 template <class T>
 struct Adam {
   T one_minus_beta1, beta2, one_minus_beta2, eps;
-  T of_gradient;           // direction_factor, negative under maximize
   T weight_decay;          // Adam's, of the gradient
   T shrink;                // AdamW's, of the weight: 1 − lr weight_decay
   T step_size;             // lr / (1 − β1^t)
@@ -178,15 +212,14 @@ struct Adam {
 // 1 − β^t, exact also where β^t is nearly 1.
 BSAM_INLINE double bias_correction(double beta, double t) { return -std::expm1(t * std::log(beta)); }
 
-// Of step t. `factor`: of d.
+// Of step t.
 template <class T>
 BSAM_INLINE Adam<T> adam_rule(double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-                              bool maximize, double t, double factor) {
+                              double t) {
   return {T(1 - beta1),
           T(beta2),
           T(1 - beta2),
           T(eps),
-          T(maximize ? -factor : factor),
           T(decoupled ? 0 : weight_decay),
           T(decoupled ? 1 - lr * weight_decay : 1),
           T(lr / bias_correction(beta1, t)),
@@ -196,7 +229,7 @@ BSAM_INLINE Adam<T> adam_rule(double lr, double beta1, double beta2, double eps,
 // m = β1 m + (1 − β1) d;  v = β2 v + (1 − β2) d²;  w − lr m̂ / (√v̂ + eps), m̂ and v̂ bias-corrected.
 template <class T>
 BSAM_INLINE T adam(const Adam<T>& o, T w, T d, T& m, T& v) {
-  d = fmadd(o.weight_decay, decaying(o.weight_decay, w), o.of_gradient * d);
+  d = fmadd(o.weight_decay, decaying(o.weight_decay, w), d);
   m = fmadd(o.one_minus_beta1, d - m, m);
   v = fmadd(o.beta2, v, o.one_minus_beta2 * d * d);
   return fmadd(-o.step_size, m / (std::sqrt(v) / o.sqrt_bias_correction + o.eps), o.shrink * w);

@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import collections
 import zlib
 
 import host_cuda
@@ -19,33 +20,43 @@ BACKENDS = ["torch", "cpp", "cuda-on-host", INTERPRETED, *ON_GPU]
 
 
 def pytest_addoption(parser):
-    parser.addoption("--whole", action="store_true", help="all combinations of arguments, also of tests marked `part`")
+    parser.addoption(
+        "--whole", action="store_true", help="all combinations of arguments, also of those marked to be few"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
     """Leave out what would take too long.
 
     Of a test marked `pairwise` the interpreter, which is slow, runs a part in which all pairs of arguments meet; of one
-    marked `part(n)` one in n combinations runs, always the same ones, others on each backend; all with --whole.
+    marked `part(n)` one in n combinations runs, always the same ones, others on each backend; of those that remain and
+    are marked `every(n)`, as an argument may be, every n-th of a test; all with --whole.
     """
-    left_out = [
-        item
-        for item in items
-        if (item.get_closest_marker("pairwise") and item.get_closest_marker("interpreter") and _is_extra(item.callspec))
-        or (not config.getoption("whole") and _is_left_out(item))
-    ]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in set(left_out)]
+    whole = config.getoption("whole")
+    kept = [item for item in items if not _is_extra(item) and (whole or not _is_left_out(item))]
+    kept = kept if whole else [*_every_nth(kept)]
+    config.hook.pytest_deselected(items=[*set(items).difference(kept)])
+    items[:] = kept
 
 
-def _is_extra(callspec):
-    indices = [index for name, index in callspec.indices.items() if name != "backend"]
-    return sum(indices) % 4 != 0
+def _is_extra(item):
+    if not (item.get_closest_marker("pairwise") and item.get_closest_marker("interpreter")):
+        return False
+    return sum(index for name, index in item.callspec.indices.items() if name != "backend") % 4 != 0
 
 
 def _is_left_out(item):
     part = item.get_closest_marker("part")
     return part is not None and hasattr(item, "callspec") and zlib.crc32(item.nodeid.encode()) % part.args[0] != 0
+
+
+def _every_nth(items):
+    seen = collections.Counter()
+    for item in items:
+        every = item.get_closest_marker("every")
+        if every is None or seen[item.function] % every.args[0] == 0:
+            yield item
+        seen[item.function] += every is not None
 
 
 def pytest_runtest_setup(item):

@@ -13,7 +13,7 @@ from torch import nn
 import bsam_fused
 
 ROOT = bsam_fused.__path__[0]
-KERNELS = "triton_kernels", "triton_math", "triton_pieces", "triton_rounding"
+KERNELS = "triton_directions", "triton_kernels", "triton_math", "triton_pieces", "triton_rounding", "triton_updates"
 """Lines that run on the device, and in the interpreter only here: nothing interrupts a kernel."""
 
 SAM, BSAM = bsam_fused.SAM, bsam_fused.BSAM

@@ -28,5 +28,5 @@ def module():
     )
 
 
-def flat_params(params, places, seed):
-    return module().CudaFlatParams(list(params), list(places), seed)
+def flat_params(params, places, seed, exempt):
+    return module().CudaFlatParams(list(params), list(places), seed, exempt)

@@ -1,13 +1,12 @@
 """What no caller should do to the C++ object: each case must raise, and leave the weights; run by test_hostile.py.
 
-A program of its own, since a case that crashes takes its process along. ``python hostile.py FIRST`` runs the cases from
-the FIRST-th on: a line before each, and one with what came of it.
+In a program of its own, since a case that crashes takes its process along. ``python hostile_mixing.py FIRST`` runs the
+cases of both files from the FIRST-th on: a line before each, and one with what came of it.
 """
 
 import copy
 import math
 import pickle
-import sys
 import threading
 from functools import partial
 
@@ -18,7 +17,8 @@ from bsam_fused.ops import native_flat
 
 MODULE = native_flat.load()[0]
 CASES = {}
-RADII = [(0.05, 0.0, 0.0, 0.05)]
+RADII = [(0.05, 0.0, 0.0, 0.05, math.inf)]
+KEPT, ALONE = (1, [(0.0, 0.0)]), (0, [])  # BSAM's rule, and SAM's
 RULE, ADAM = [(0.1, 0.9, 0.0, 0.0, 0.0, 0.0)], [(0.1, 0.9, 0.999, 1e-8, 0.0, 0.0, 0.0)]
 STAGES = ("rest", "read", "ascended", "read at w_max", "descended", "read at w_min", "plain")
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError)
@@ -42,13 +42,16 @@ def cases(name, **variants):
 class Step:
     """A FlatParams, walked through BSAM's step up to a stage."""
 
-    def __init__(self, stage="rest", numel=2000, tensors=3, keep=True):
+    def __init__(self, stage="rest", numel=2000, tensors=3, mixing=KEPT):
         torch.manual_seed(0)
         self.params = [nn.Parameter(torch.randn(numel)) for _ in range(tensors)]
-        self.flat = MODULE.CpuFlatParams(self.params, [(0, i) for i in range(tensors)], None)
+        self.flat = MODULE.CpuFlatParams(self.params, [(0, i) for i in range(tensors)], None, False)
+        self.walk(stage, mixing)
+
+    def walk(self, stage, mixing):
         walk = {
             "read": self.read,
-            "ascended": lambda: self.flat.ascend(self.measured(0), RADII, 1e-12, keep),
+            "ascended": lambda: self.flat.ascend(self.measured(0), RADII, 1e-12, mixing),
             "read at w_max": self.read,
             "descended": lambda: self.flat.descend(self.flat.sums, RADII, 1e-12),
             "read at w_min": self.read,
@@ -79,7 +82,7 @@ class Step:
             flat.square_norm(0, RADII)
 
         return {
-            "read": [norm, lambda: flat.ascend(sums, RADII, 1e-12, True)],
+            "read": [norm, lambda: flat.ascend(sums, RADII, 1e-12, KEPT)],
             "read at w_max": [norm, lambda: flat.descend(sums, RADII, 1e-12)],
             "read at w_min": [
                 norm,
@@ -105,7 +108,7 @@ def refused(call):
 
 
 def build(params, places=None, seed=None):
-    MODULE.CpuFlatParams(params, [(0, i) for i in range(len(params))] if places is None else places, seed)
+    MODULE.CpuFlatParams(params, [(0, i) for i in range(len(params))] if places is None else places, seed, False)
 
 
 cases(
@@ -140,10 +143,10 @@ cases("without __init__", **{name: name for name in dir(MODULE.CpuFlatParams) if
 
 def touch(flat, name):
     """Call a method, with arguments that fit it, or read a property."""
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums = torch.zeros(8, dtype=torch.float64)
     arguments = {
         "square_norm": (0, RADII),
-        "ascend": (sums, RADII, 1e-12, True),
+        "ascend": (sums, RADII, 1e-12, KEPT),
         "descend": (sums, RADII, 1e-12),
         "update_sgd": (sums, RULE, True, math.inf),
         "update_adam": (sums, ADAM, True, math.inf),
@@ -197,16 +200,16 @@ cases("groups that keep state", none=[], not_a_list=3)(lambda stateful: Step("re
 
 BAD_SUMS = {
     "none": None,
-    "a list": [0.0] * 6,
-    "short": torch.zeros(5, dtype=torch.float64),
-    "long": torch.zeros(7, dtype=torch.float64),
+    "a list": [0.0] * 8,
+    "short": torch.zeros(7, dtype=torch.float64),
+    "long": torch.zeros(9, dtype=torch.float64),
     "empty": torch.zeros(0, dtype=torch.float64),
-    "float32": torch.zeros(6),
-    "integers": torch.zeros(6, dtype=torch.int64),
-    "on meta": torch.zeros(6, dtype=torch.float64, device="meta"),
-    "with gaps": torch.zeros(12, dtype=torch.float64)[::2],
-    "expanded": torch.zeros(1, dtype=torch.float64).expand(6),
-    "sparse": torch.zeros(6, dtype=torch.float64).to_sparse(),
+    "float32": torch.zeros(8),
+    "integers": torch.zeros(8, dtype=torch.int64),
+    "on meta": torch.zeros(8, dtype=torch.float64, device="meta"),
+    "with gaps": torch.zeros(16, dtype=torch.float64)[::2],
+    "expanded": torch.zeros(1, dtype=torch.float64).expand(8),
+    "sparse": torch.zeros(8, dtype=torch.float64).to_sparse(),
 }
 BAD_OPTIONS = {"for no group": [], "of one number": [(0.1,)], "of ten numbers": [(0.1,) * 10], "none": None}
 
@@ -214,7 +217,7 @@ BAD_OPTIONS = {"for no group": [], "of one number": [(0.1,)], "of ten numbers": 
 @cases("sums", **BAD_SUMS)
 def every_phase_refuses_the_sums(sums):
     for stage, call in {
-        "read": lambda flat: flat.ascend(sums, RADII, 1e-12, True),
+        "read": lambda flat: flat.ascend(sums, RADII, 1e-12, KEPT),
         "read at w_max": lambda flat: flat.descend(sums, RADII, 1e-12),
         "read at w_min": lambda flat: flat.update_sgd(sums, RULE, True, math.inf),
         "plain": lambda flat: flat.update_adam(sums, ADAM, True, math.inf),
@@ -233,12 +236,12 @@ def every_phase_refuses_the_options(options):
         "plain": lambda flat: flat.update_adam(flat.sums, options, True, math.inf),
     }.items():
         refused(lambda stage=stage, call=call: call(Step(stage).flat))
-    Step("read").flat.ascend(torch.zeros(6, dtype=torch.float64), options, 1e-12, True)
+    Step("read").flat.ascend(torch.zeros(8, dtype=torch.float64), options, 1e-12, KEPT)
 
 
 @case
 def options_that_are_nan_for_too_few_groups():
-    flat = MODULE.CpuFlatParams([torch.zeros(3), torch.zeros(3)], [(0, 0), (1, 0)], None)
+    flat = MODULE.CpuFlatParams([torch.zeros(3), torch.zeros(3)], [(0, 0), (1, 0)], None, False)
     flat.read_gradients()
     flat.square_norm(0, [(math.nan, math.nan, math.nan)])
 
@@ -302,7 +305,7 @@ for name, stages in OUT_OF_ORDER.items():
 
 @case
 def descend_after_an_ascent_that_kept_nothing():
-    step = Step("read at w_max", keep=False)
+    step = Step("read at w_max", mixing=ALONE)
     step.flat.descend(step.flat.sums, RADII, 1e-12)
 
 
@@ -429,7 +432,7 @@ def re_entered_from_a_gradients_end():
     for p in step.params:
         p.grad = torch.randn_like(p).as_subclass(Noticed)
     step.flat.read_gradients()
-    step.flat.ascend(step.measured(0), RADII, 1e-12, False)
+    step.flat.ascend(step.measured(0), RADII, 1e-12, ALONE)
     raise met[0]
 
 
@@ -481,8 +484,8 @@ def one_of_several_is_not_ready():
         assert int(ready.flat.step_count) == 0
 
 
-def main(first):
-    for name, run in list(CASES.items())[first:]:
+def main(first, cases):
+    for name, run in list(cases.items())[first:]:
         print(f"begin\t{name}", flush=True)
         try:
             run()
@@ -492,7 +495,3 @@ def main(first):
         except BaseException as error:
             outcome = f"{type(error).__name__}: {error}"
         print(f"end\t{name}\t{outcome}", flush=True)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 0)

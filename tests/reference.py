@@ -1,11 +1,13 @@
 """The papers' formulas, a tensor at a time, in float64, in the papers' symbols.
 
-SAM arXiv 2010.01412, ASAM 2102.11600, BSAM 2409.13173; torch.optim's documentation for the base updates.
+SAM arXiv 2010.01412, ASAM 2102.11600, BSAM 2409.13173, GSAM 2203.08065, WSAM 2305.15817, LE-SAM 2605.10183, groups
+left out of the perturbation 2306.04226; torch.optim's documentation for the base updates.
 Written for reading, not for speed, and from the papers, not from the package: the oracle of the tests.
 A gradient is None where a parameter has none in a pass; it is then zero there.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -16,26 +18,40 @@ def T(w, o):
 
 
 def ascent_norm(ws, gs, options):
-    """n = ‖T g‖ over all parameters that have a gradient."""
-    return math.sqrt(sum((T(w, o) * g).square().sum().item() for w, g, o in zip(ws, gs, options) if g is not None))
+    """n = ‖T g‖ over all parameters that have a gradient, but for those that are left out of the perturbation."""
+    return norm([T(w, o) * g for w, g, o in zip(ws, gs, options) if g is not None and perturbs(o)])
 
 
 def norm(gs):
-    return math.sqrt(sum(g.square().sum().item() for g in gs if g is not None))
+    return math.sqrt(product(gs, gs))
+
+
+def product(xs, ys):
+    """⟨x, y⟩ over all parameters that have both."""
+    return sum((x * y).sum().item() for x, y in zip(xs, ys) if x is not None and y is not None)
 
 
 def w_max(w, g, n, o, norm_eps=1e-12):
     """w + ρ T² g / (n + norm_eps); the other way round where the objective is maximised."""
-    if g is None:
-        return w
-    return w + sign(o) * o["rho"] * T(w, o) ** 2 * g / (n + norm_eps)
+    return moved(w, g, n, o, o["rho"], norm_eps)
 
 
 def w_min(w, g, n, o, norm_eps=1e-12):
     """w − ρ_min T² g / (n + norm_eps)."""
-    if g is None:
+    return moved(w, g, n, o, -rho_min(o), norm_eps)
+
+
+def moved(w, g, n, o, radius, norm_eps):
+    """w + radius T² g / (n + norm_eps); where ρ is more than σ / n, a loss budget, radii are that much smaller."""
+    if g is None or not perturbs(o):
         return w
-    return w - sign(o) * rho_min(o) * T(w, o) ** 2 * g / (n + norm_eps)
+    if o.get("loss_budget") is not None:
+        radius *= min(1.0, o["loss_budget"] / n / o["rho"])
+    return w + sign(o) * radius * T(w, o) ** 2 * g / (n + norm_eps)
+
+
+def perturbs(o):
+    return o.get("perturb", True)
 
 
 def rho_min(o):
@@ -53,21 +69,88 @@ def sign(o):
     return -1.0 if o.get("maximize") else 1.0
 
 
-def sam_direction(g, g_max, like):
-    """d = ∇L(w_max); None where no pass had a gradient."""
-    if g is None and g_max is None:
-        return None
-    return torch.zeros_like(like) if g_max is None else g_max
+# ---- directions: of the gradients of each pass, a list a pass; d is None where no pass had a gradient
 
 
-def bsam_direction(g, g_max, g_min, norm_max, norm_min, like):
+def sam(passes, options=None):
+    """d = ∇L(w_max)."""
+    return [x and x[1] for x in filled(passes)]
+
+
+def bsam(passes, options=None):
     """d = g + g_max − c g_min, c = ‖g_max‖ / ‖g_min‖, 0 where ‖g_min‖ = 0."""
-    if g is None and g_max is None and g_min is None:
-        return None
-    zero = torch.zeros_like(like)
-    g, g_max, g_min = (zero if x is None else x for x in (g, g_max, g_min))
-    c = norm_max / norm_min if norm_min > 0 else 0.0
-    return g + g_max - c * g_min
+    _, g_max, g_min = passes
+    c = ratio(norm(g_max), norm(g_min))
+    return [x and x[0] + x[1] - c * x[2] for x in filled(passes)]
+
+
+def extrapolated_bsam(passes, options):
+    """The same with ĝ_min = g − r (g_max − g), r = ρ_min / ρ, which is g_min of a quadratic loss; 0 where one lacks."""
+    return bsam([*passes, extrapolated(*passes, options)], options)
+
+
+def extrapolated(g, g_max, options):
+    """ĝ_min."""
+    missing = [x is None or y is None for x, y in zip(g, g_max)]
+    return [None if m else x - ratio(rho_min(o), o["rho"]) * (y - x) for x, y, o, m in zip(g, g_max, options, missing)]
+
+
+def gsam(passes, options):
+    """d = g_max − α g⊥, g⊥ = g − ⟨g, g_max⟩ / ‖g_max‖² g_max; g_max where that is 0. Algorithm 1."""
+    g, g_max = passes
+    if norm(g_max) == 0:
+        return sam(passes, options)
+    along = product(g, g_max) / norm(g_max) ** 2
+    return [x and x[1] - o["alpha"] * (x[0] - along * x[1]) for x, o in zip(filled(passes), options)]
+
+
+def wsam(passes, options):
+    """d = (1 − 2γ)/(1 − γ) g + γ/(1 − γ) g_max: the gradient of (1 − 2γ)/(1 − γ) L + γ/(1 − γ) L_SAM."""
+    gammas = [o["gamma"] for o in options]
+    return [x and ((1 - 2 * y) * x[0] + y * x[1]) / (1 - y) for x, y in zip(filled(passes), gammas)]
+
+
+class PassSums(NamedTuple):
+    """What a mix is a function of."""
+
+    g: torch.Tensor
+    g_max: torch.Tensor
+    product: torch.Tensor
+
+
+def given(mix):
+    """d = a g + b g_max, a and b a function of Σ g², Σ g_max² and Σ g g_max."""
+
+    def direction(passes, options):
+        g, g_max = passes
+        sums = (product(g, g), product(g_max, g_max), product(g, g_max))
+        a, b = mix(PassSums(*(torch.tensor(x, dtype=torch.float64) for x in sums)))
+        return [x and a * x[0] + b * x[1] for x in filled(passes)]
+
+    return direction
+
+
+def filled(passes):
+    """A tuple a parameter, its gradient in each pass, zero where it has none; None where it has none in any."""
+    return [
+        None if all(x is None for x in xs) else tuple(torch.zeros_like(like(xs)) if x is None else x for x in xs)
+        for xs in zip(*passes)
+    ]
+
+
+def like(xs):
+    return next(x for x in xs if x is not None)
+
+
+def ratio(x, y):
+    """x / y, 0 where y = 0."""
+    return x / y if y else 0.0
+
+
+def clipped(ds, max_norm):
+    """d, scaled down to a norm of at most max_norm, as torch.nn.utils.clip_grad_norm_ does it."""
+    factor = min(1.0, max_norm / (norm(ds) + 1e-6))
+    return [None if d is None else factor * d for d in ds]
 
 
 def sgd(w, d, state, o):

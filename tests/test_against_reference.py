@@ -8,16 +8,11 @@ reached, so that tolerances can be those of one step's rounding.
 import pytest
 import reference as ref
 import torch
+from members import MEMBERS, options_of, some_of_each_member
 from samples import DTYPES, SHAPES, TOLERANCE, assign, gradients, interpreted, misaligned, parameters, strided
 
 import bsam_fused
 
-OPTIMIZERS = {
-    "SAM": (bsam_fused.SAM, {"rho": 0.3}),
-    "ASAM": (bsam_fused.ASAM, {"rho": 0.7, "eta": 0.05}),
-    "BSAM": (bsam_fused.BSAM, {"rho": 0.3, "rho_min": 0.2, "rho_min_end": 0.05, "rho_min_lr_end": 0.001}),
-    "adaptive BSAM": (bsam_fused.BSAM, {"rho": 0.3, "rho_min": 0.2, "adaptive": True, "eta": 0.1}),
-}
 BASES = {
     "plain SGD": (torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.02}, ref.sgd),
     "SGD": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.02}, ref.sgd),
@@ -53,44 +48,39 @@ def assert_near(tensors, expected, tol, what):
     torch.testing.assert_close(together, others, rtol=tol, atol=tol, msg=f"{what}: {{}}".format)
 
 
-def step_beside(opt, params, options, rule, passes, given=None):
+def step_beside(member, opt, params, rule, passes, given=None):
     """One step by hand beside the oracle; ``passes``: the gradients of each.
 
     ``given(k)``: the tensors to leave in .grad at pass k, instead of copies.
     """
-    tol = TOLERANCE[params[0].dtype]
+    tol, options = TOLERANCE[params[0].dtype], options_of(opt, params)
     w = doubled(params)
     state = [
         {k: v.double().clone() if k != "step" else int(v) for k, v in opt.state.get(p, {}).items()} for p in params
     ]
     grads = [doubled(g) for g in passes]
     n = ref.ascent_norm(w, grads[0], options)
-
-    def leave(k):
+    perturbed = {
+        "ascend": ("w_max", [ref.w_max(*x, n, o) for *x, o in zip(w, grads[0], options)]),
+        "descend": (
+            "w_min",
+            [ref.w_min(*x, n, o) for *x, o in zip(w, grads[0], options)] if member.passes == 3 else [],
+        ),
+    }
+    for k, call in enumerate(opt._calls):
         if given is None:
             assign(params, passes[k])
-            return
-        for p, g in zip(params, given(k % len(passes)), strict=True):
-            p.grad = g
-
-    leave(0)
-    opt.ascend()
-    assert_near(params, [ref.w_max(*x[:2], n, x[2]) for x in zip(w, grads[0], options)], tol, "w_max")
-    assert opt.norms[0].item() == pytest.approx(n, rel=max(1e-6, TOLERANCE[torch.float64]))
-    if isinstance(opt, bsam_fused.BSAM):
-        leave(1)
-        opt.descend()
-        assert_near(params, [ref.w_min(*x[:2], n, x[2]) for x in zip(w, grads[0], options)], tol, "w_min")
-        norms = ref.norm(grads[1]), ref.norm(grads[2])
-        d = [ref.bsam_direction(*g, *norms, x) for *g, x in zip(*grads, w)]
-        # g + g_max is kept in the gradient's dtype, as the byte budget has it.
-        slack = 3
-    else:
-        d = [ref.sam_direction(g, g_max, x) for g, g_max, x in zip(grads[0], grads[1], w)]
-        slack = 1
-    leave(-1)
-    opt.step()
-    expected = [x if dx is None else rule(x, dx, s, o) for x, dx, s, o in zip(w, d, state, options)]
+        else:
+            for p, g in zip(params, given(k), strict=True):
+                p.grad = g
+        getattr(opt, call)()
+        if call != "step":
+            assert_near(params, perturbed[call][1], tol, perturbed[call][0])
+            assert opt.norms[0].item() == pytest.approx(n, rel=max(1e-6, TOLERANCE[torch.float64]))
+    # What is kept is in the gradient's dtype, as the byte budget has it, and what is mixed may cancel.
+    slack = 1 if member.direction is ref.sam else 3
+    directions = member.direction(grads, options)
+    expected = [x if d is None else rule(x, d, s, o) for x, d, s, o in zip(w, directions, state, options)]
     assert_near(params, expected, slack * tol, "w")
     for key in {key for values in state for key in values}:
         pairs = [(opt.state[p][key], values[key]) for p, values in zip(params, state) if key in values]
@@ -100,62 +90,49 @@ def step_beside(opt, params, options, rule, passes, given=None):
             assert_near(*zip(*pairs), 2 * slack * tol, key)
 
 
-def options_of(opt, params):
-    return [{**group} for p in params for group in opt.param_groups if any(p is q for q in group["params"])]
-
-
 @pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_steps(backend, name, base, dtype):
+@some_of_each_member
+@pytest.mark.filterwarnings("ignore:.*different rho_min")
+def test_steps(backend, member, base, dtype):
     """All shape sets as groups of one optimizer, each with options of its own, over three steps."""
-    kind, options = OPTIMIZERS[name]
     base_class, base_options, rule = BASES[base]
     torch.manual_seed(1)
     names = [shapes for shapes in SHAPES if shapes != "many" or not interpreted(backend)]
     sets = [*(parameters(shapes, dtype) for shapes in names), strided(dtype), misaligned(dtype)]
-    groups = [
-        {"params": params, "rho": options["rho"] * (1 + i / 4), "lr": base_options["lr"] / (1 + i)}
-        for i, params in enumerate(sets)
-    ]
+    groups = member.groups(sets)
+    for i, group in enumerate(groups):
+        group |= {"rho": member.options["rho"] * (1 + i / 4), "lr": base_options["lr"] / (1 + i)}
+        group |= {key: member.options[key] / (1 + i / 4) for key in ("alpha", "gamma") if key in member.options}
     # Both ways to round 16 bits, each beside every base.
-    rounding = "nearest" if name in {"SAM", "adaptive BSAM"} else "stochastic"
-    opt = kind(groups, base_class, backend=backend, rounding=rounding, **{**options, **base_options})
+    rounding = "nearest" if member in (MEMBERS["SAM"], MEMBERS["adaptive BSAM"]) else "stochastic"
+    opt = member.kind(groups, base_class, backend=backend, rounding=rounding, **{**member.options, **base_options})
     params = [p for s in sets for p in s]
     for t in range(2 if interpreted(backend) else 3):
         for group in opt.param_groups:
             group["lr"] *= 0.7  # so that ρ_min decays
-        step_beside(
-            opt,
-            params,
-            options_of(opt, params),
-            rule,
-            [gradients(params, 100 * t + k) for k in range(len(opt._calls))],
-        )
+        step_beside(member, opt, params, rule, [gradients(params, 100 * t + k) for k in range(member.passes)])
     assert opt.skipped_steps == 0
 
 
 @pytest.mark.parametrize("shapes", SHAPES)
-@pytest.mark.parametrize("name", ["SAM", "BSAM"])
+@pytest.mark.parametrize("name", ["SAM", "BSAM", "extrapolated BSAM"])
 def test_each_shape_set_alone(backend, name, shapes):
     """The same sets one by one, so that a layout error cannot hide behind the others."""
-    kind, options = OPTIMIZERS[name]
-    params = parameters(shapes)
-    opt = kind(params, lr=0.1, momentum=0.9, backend=backend, **options)
+    member, params = MEMBERS[name], parameters(shapes)
+    opt = member.build(params, lr=0.1, momentum=0.9, backend=backend)
     for t in range(2):
-        passes = [gradients(params, 7 * t + k) for k in range(len(opt._calls))]
-        step_beside(opt, params, options_of(opt, params), ref.sgd, passes)
+        step_beside(member, opt, params, ref.sgd, [gradients(params, 7 * t + k) for k in range(member.passes)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("name", ["SAM", "BSAM"])
+@pytest.mark.parametrize("name", ["SAM", "BSAM", "GSAM"])
 def test_misaligned_gradients(backend, name, dtype):
     """Views of one bucket, as DDP leaves them, at odd places: no vector fits, and none may be taken."""
-    kind, options = OPTIMIZERS[name]
-    params = parameters("odd", dtype) + misaligned(dtype)
+    member, params = MEMBERS[name], parameters("odd", dtype) + misaligned(dtype)
     bucket = torch.zeros(1 + sum(p.numel() + 1 for p in params), dtype=dtype)
-    opt = kind(params, lr=0.1, momentum=0.9, backend=backend, **options)
+    opt = member.build(params, lr=0.1, momentum=0.9, backend=backend)
 
     def in_bucket(seed):
         views, at = [], 1
@@ -165,78 +142,71 @@ def test_misaligned_gradients(backend, name, dtype):
         return views
 
     for t in range(2):
-        kept = [doubled(in_bucket(10 * t + k)) for k in range(len(opt._calls))]
-        step_beside(opt, params, options_of(opt, params), ref.sgd, kept, lambda k, t=t: in_bucket(10 * t + k))
+        kept = [doubled(in_bucket(10 * t + k)) for k in range(member.passes)]
+        step_beside(member, opt, params, ref.sgd, kept, lambda k, t=t: in_bucket(10 * t + k))
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("name", ["SAM", "adaptive BSAM"])
+@pytest.mark.parametrize("name", ["adaptive BSAM", "extrapolated BSAM"])
 def test_more_tensors_than_a_launch_carries(backend, name):
     """1,500 of them: on a GPU several launches a phase, whose sums and counts must come together."""
-    kind, options = OPTIMIZERS[name]
-    params = [torch.nn.Parameter(torch.randn(1 + i % 7)) for i in range(1500)]
-    opt = kind(params, torch.optim.AdamW, lr=0.05, eps=1e-3, backend=backend, **options)
+    member, params = MEMBERS[name], [torch.nn.Parameter(torch.randn(1 + i % 7)) for i in range(1500)]
+    opt = member.build(params, torch.optim.AdamW, lr=0.05, eps=1e-3, backend=backend)
     for t in range(1 if interpreted(backend) else 2):
-        passes = [gradients(params, 9 * t + k) for k in range(len(opt._calls))]
-        step_beside(opt, params, options_of(opt, params), ref.adamw, passes)
+        step_beside(member, opt, params, ref.adamw, [gradients(params, 9 * t + k) for k in range(member.passes)])
     assert opt.skipped_steps == 0
 
 
 @pytest.mark.parametrize("base", ["SGD", "AdamW", "general"])
-@pytest.mark.parametrize("name", ["SAM", "BSAM"])
+@pytest.mark.parametrize("name", ["SAM", "BSAM", "extrapolated BSAM", "GSAM", "BSAM, some exempt"])
 def test_gradients_in_some_passes_only(backend, name, base):
-    """Zero in a pass without one; left alone without any. A parameter of each of the eight kinds, twice."""
-    kind, options = OPTIMIZERS[name]
+    """Zero in a pass without one; left alone without any. A parameter of each kind, several times."""
+    member = MEMBERS[name]
     base_class, base_options, rule = BASES[base]
     params = [torch.nn.Parameter(torch.randn(5 + i)) for i in range(16)]
-    opt = kind(params, base_class, backend=backend, **{**options, **base_options})
+    opt = member.build(params, base_class, backend=backend, **base_options)
     for t in range(3):
         passes = [
             gradients(params, 10 * t + k, without={i for i in range(16) if not (i + t) >> k & 1})
-            for k in range(len(opt._calls))
+            for k in range(member.passes)
         ]
         untouched = [i for i, g in enumerate(zip(*passes)) if all(x is None for x in g)]
         before = [params[i].detach().clone() for i in untouched]
-        step_beside(opt, params, options_of(opt, params), rule, passes)
+        step_beside(member, opt, params, rule, passes)
         assert untouched
         assert all(torch.equal(params[i], w) for i, w in zip(untouched, before))
 
 
-@pytest.mark.parametrize("kind", [bsam_fused.SAM, bsam_fused.BSAM])
-def test_norm_is_over_everything(backend, kind):
-    """One norm over groups and dtypes: a norm a group or a FlatParams would perturb each by ρ."""
+@pytest.mark.parametrize("name", ["SAM", "BSAM", "extrapolated BSAM", "GSAM"])
+def test_sums_are_over_everything(backend, name):
+    """One norm over groups and dtypes: a norm a group or a FlatParams would perturb each by ρ, and mix each its way."""
+    member = MEMBERS[name]
     params = [torch.nn.Parameter(torch.randn(40, dtype=d)) for d in (torch.float32, torch.float64, torch.float32)]
-    opt = kind([{"params": [p]} for p in params], lr=0.1, rho=0.3, backend=backend)
+    opt = member.kind([{"params": [p]} for p in params], lr=0.1, backend=backend, **member.options)
     for t in range(2):
-        passes = [gradients(params, 5 * t + k) for k in range(len(opt._calls))]
+        passes = [gradients(params, 5 * t + k) for k in range(member.passes)]
         w = doubled(params)
         assign(params, passes[0])
         opt.ascend()
         moved = ref.norm([p.detach().double() - x for p, x in zip(params, w)])
         assert moved == pytest.approx(0.3, rel=1e-5)
         opt.restore()
-        step_beside_mixed(opt, params, passes)
+        options = options_of(opt, params)
+        for call, g in zip(opt._calls, passes):
+            assign(params, g)
+            getattr(opt, call)()
+        d = member.direction([doubled(g) for g in passes], options)
+        assert_near(params, [ref.sgd(*x[:2], {}, x[2]) for x in zip(w, d, options)], TOLERANCE[torch.float32], "w")
 
 
-def step_beside_mixed(opt, params, passes):
-    options = options_of(opt, params)
-    grads, w = [doubled(g) for g in passes], doubled(params)
-    for call, g in zip(opt._calls, passes):
-        assign(params, g)
-        getattr(opt, call)()
-    if isinstance(opt, bsam_fused.BSAM):
-        norms = ref.norm(grads[1]), ref.norm(grads[2])
-        d = [ref.bsam_direction(*g, *norms, x) for *g, x in zip(*grads, w)]
-    else:
-        d = grads[1]
-    assert_near(params, [ref.sgd(x, dx, {}, o) for x, dx, o in zip(w, d, options)], TOLERANCE[torch.float32], "w")
-
-
-def test_zero_min_gradient_gives_c_zero(backend):
-    params = parameters("odd")
-    opt = bsam_fused.BSAM(params, lr=0.1, backend=backend)
-    passes = [gradients(params, 0), gradients(params, 1), [torch.zeros_like(p) for p in params]]
-    step_beside(opt, params, options_of(opt, params), ref.sgd, passes)
+@pytest.mark.parametrize("name", ["BSAM", "extrapolated BSAM", "GSAM"])
+def test_zero_last_gradient(backend, name):
+    """c = 0 where g_min = 0; nothing of g is orthogonal to a g_max that is 0."""
+    member, params = MEMBERS[name], parameters("odd")
+    opt = member.build(params, lr=0.1, backend=backend)
+    passes = [gradients(params, k) for k in range(member.passes - 1)]
+    step_beside(member, opt, params, ref.sgd, [*passes, [torch.zeros_like(p) for p in params]])
+    assert opt.skipped_steps == 0
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e25])
@@ -260,7 +230,7 @@ def test_update_from_w_min(backend, base):
     w, grads = doubled(params), [doubled(g) for g in passes]
     n = ref.ascent_norm(w, grads[0], options)
     start = [ref.w_min(x, g, n, o) for x, g, o in zip(w, grads[0], options)]
-    d = [ref.bsam_direction(*g, ref.norm(grads[1]), ref.norm(grads[2]), x) for *g, x in zip(*grads, w)]
+    d = ref.bsam(grads)
     for call, g in zip(opt._calls, passes):
         assign(params, g)
         getattr(opt, call)()

@@ -3,7 +3,9 @@
 import math
 
 import pytest
+import reference as ref
 import torch
+from members import MEMBERS, each_pass, every_member, some_of_each_member
 from samples import DTYPES, TOLERANCE, assign, gradients, parameters
 from torch import nn
 
@@ -64,32 +66,35 @@ def walk(net, opt, scaler=None, overflow_at=None, unscale=False, unscale_at=None
     opt.zero_grad()
 
 
-@every_kind
+@some_of_each_member
 @each_base
-def test_a_scaled_step_is_the_plain_one(backend, kind, base):
-    """To the bit: powers of two scale gradients, norms and steps exactly."""
-    (scaled, opt, scaler), (plain, other, _) = (prepared(kind, base, backend, max_grad_norm=0.7) for _ in range(2))
-    for t in range(3):
+def test_a_scaled_step_is_the_plain_one(backend, member, base):
+    """To the bit: powers of two scale gradients, norms and steps exactly. Below 1, too, whither scalers back off."""
+    if "loss_budget" in member.options:
+        return  # refused: below
+    kind = member.build
+    options = {"max_grad_norm": 0.7, "norm_eps": 0.0}
+    (scaled, opt, scaler), (plain, other, _) = (prepared(kind, base, backend, **options) for _ in range(2))
+    for t, scale in enumerate([1024.0, 1024.0, 2.0**-8]):
+        if t:
+            scaler.update(scale)
         walk(scaled, opt, scaler, seed=t)
         walk(plain, other, seed=t)
         assert same(scaled, weights(plain))
-    assert scaler.get_scale() == 1024.0
+    assert scaler.get_scale() == 2.0**-8
     walk(scaled, opt, seed=3)  # and without a scaler again
     walk(plain, other, seed=3)
     assert same(scaled, weights(plain))
     assert not hasattr(opt, "grad_scale")
 
 
-PASSES = [(kind, at) for kind in KINDS for at in range(1, len(kind._calls) + 1)]
-
-
-@pytest.mark.parametrize(("kind", "at"), PASSES, ids=[f"{k.__name__}-pass{at}" for k, at in PASSES])
+@each_pass
 @each_base
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
-def test_an_overflow_in_any_pass_backs_the_scale_off(backend, kind, at, base, unscale):
-    if unscale and kind is bsam_fused.BSAM:
+def test_an_overflow_in_any_pass_backs_the_scale_off(backend, member, at, base, unscale):
+    if (unscale and member.direction is not ref.sam) or "loss_budget" in member.options:
         return  # refused: below
-    net, opt, scaler = prepared(kind, base, backend)
+    net, opt, scaler = prepared(member.build, base, backend)
     for t in range(2):  # in the first step ever, and once momentum is there
         before = weights(net)
         walk(net, opt, scaler, overflow_at=at, unscale=unscale, seed=t)
@@ -100,6 +105,30 @@ def test_an_overflow_in_any_pass_backs_the_scale_off(backend, kind, at, base, un
         assert not same(net, before)
         assert scaler.get_scale() == 1024.0 / 2 ** (t + 1)
         assert all(p.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["BSAM", "extrapolated BSAM", "GSAM", "WSAM"])
+def test_an_overflow_of_what_is_exempt_backs_the_scale_off(backend, name):
+    """Its g is in no norm of the ascent, and what the scaler looks at, the last gradients, is finite."""
+    params = parameters("odd")
+    member = MEMBERS[name]
+    groups = [{"params": params[:2]}, {"params": params[2:], "perturb": False}]
+    opt = member.kind(groups, lr=0.1, backend=backend, **member.options)
+    scaler = torch.amp.GradScaler(params[0].device.type, init_scale=1024.0)
+    scaler.scale(torch.ones((), device=params[0].device))  # which makes its scale
+    before = [p.detach().clone() for p in params]
+    for k, call in enumerate(opt._calls):
+        assign(params, gradients(params, k))
+        if call == "ascend":
+            params[3].grad.view(-1)[5] = math.inf
+        if call == "step":
+            scaler.step(opt)
+            scaler.update()
+        else:
+            getattr(opt, call)()
+    assert scaler.get_scale() == 512.0
+    assert opt.skipped_steps == 1
+    assert all(torch.equal(p, w) for p, w in zip(params, before))
 
 
 def test_sam_is_right_after_unscale(backend):
@@ -141,28 +170,39 @@ def test_sam_refuses_unscale_of_an_earlier_pass(backend, kind, clear):
     assert opt.skipped_steps == 0
 
 
-def test_bsam_refuses_unscale_of_any_pass(backend):
-    net, opt, scaler = prepared(bsam_fused.BSAM, "SGD", backend)
-    before = weights(net)
-    for k in (1, 2):
-        with pytest.raises(RuntimeError, match=r"BSAM after GradScaler.unscale_.*max_grad_norm=; restore\(\)"):
+@every_member
+def test_who_mixes_gradients_refuses_unscale_of_any_pass(backend, member):
+    if member.direction is ref.sam:
+        return  # SAM: above
+    net, opt, scaler = prepared(member.build, "SGD", backend)
+    before, name = weights(net), member.kind.__name__
+    for k in range(1, member.passes):
+        with pytest.raises(RuntimeError, match=rf"{name} after GradScaler.unscale_.*max_grad_norm=; restore\(\)"):
             walk(net, opt, scaler, unscale_at=k)
         opt.restore()
         scaler.update()
         assert same(net, before)
 
 
-def test_bsam_refuses_unscale_and_can_be_restored(backend):
-    net, opt, scaler = prepared(bsam_fused.BSAM, "SGD", backend)
+@pytest.mark.parametrize(
+    ("name", "why", "unscale"),
+    [
+        ("BSAM", r"BSAM after GradScaler.unscale_.*max_grad_norm=", True),
+        ("extrapolated BSAM", r"BSAM after GradScaler.unscale_.*max_grad_norm=", True),
+        ("SAM with a loss budget", "loss_budget with GradScaler", False),
+    ],
+)
+def test_what_a_scaler_is_refused_can_be_restored(backend, name, why, unscale):
+    net, opt, scaler = prepared(MEMBERS[name].build, "SGD", backend)
     before = weights(net)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"BSAM after GradScaler.unscale_.*max_grad_norm=; restore\(\)"):
-            walk(net, opt, scaler, unscale=True)
+        with pytest.raises(RuntimeError, match=rf"{why}.*restore\(\)"):
+            walk(net, opt, scaler, unscale=unscale)
         opt.restore()
         scaler.update()
         assert same(net, before)
         assert not hasattr(opt, "found_inf")
-    walk(net, opt, scaler)
+    walk(net, opt, None if "budget" in name else scaler)
     assert not same(net, before)
     assert opt.skipped_steps == 0
 

@@ -37,7 +37,10 @@ def test_shapes_are_those_of_the_models():
 
 @pytest.mark.parametrize(
     ("algorithm", "base", "moves"),
-    [("bsam", "sgd", 17), ("bsam", "adamw", 19), ("sam", "sgd", 11), ("sam", "adamw", 13)],
+    [
+        *(("bsam", "sgd", 17), ("bsam", "adamw", 19), ("sam", "sgd", 11), ("sam", "adamw", 13)),
+        *(("extrapolated", "sgd", 13), ("gsam", "sgd", 13), ("wsam", "sgd", 12), ("norms", "sgd", 6)),
+    ],
 )
 def test_byte_budgets_are_the_designs(algorithm, base, moves):
     assert cpu_case("resnet18", algorithm, base).moves == moves
@@ -105,8 +108,9 @@ def test_operators_move_what_the_design_says():
 
     for found in one_operator.on_cpu(FEW, Clock()).values():
         rates = {name: it["gb_per_s"] for name, it in found.items()}
-        moves = {"square_norm": 1, "ascend": 4, "descend": 5, "update_sgd": 6, "update_adam": 8, "restore": 2}
-        assert rates == pytest.approx({name: 1e-9 * n * 25 * 4 / 1e-6 for name, n in {**moves, "combine": 5}.items()})
+        moves = {"square_norm": 1, "ascend": 4, "descend": 5, "direction_sums": 2, "update_sgd": 6, "update_adam": 8}
+        moves |= {"restore": 2, "combine": 5}
+        assert rates == pytest.approx({name: 1e-9 * n * 25 * 4 / 1e-6 for name, n in moves.items()})
         assert found["ascend"]["copy_percent"] == pytest.approx(100 * 4 * 25 / (2 * 1024))
 
 

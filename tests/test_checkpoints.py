@@ -4,13 +4,13 @@ import io
 
 import pytest
 import torch
+from members import MEMBERS, some_of_each_member
 from torch import nn
 
 import bsam_fused
 from bsam_fused import schedules
 
 STEPS = 7
-KINDS = [bsam_fused.SAM, bsam_fused.ASAM, bsam_fused.BSAM]
 BASES = {
     "SGD": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}),
     "AdamW": (torch.optim.AdamW, {"eps": 1e-3}),
@@ -33,11 +33,11 @@ def from_file(file):
 class Run:
     """A model in training, with everything beside it that moves from step to step."""
 
-    def __init__(self, kind, base, dtype, backend, lr=0.05, rho=0.1):
+    def __init__(self, member, base, dtype, backend, lr=0.05, rho=0.1):
         torch.manual_seed(1)
         self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
         base_class, options = BASES[base]
-        self.opt = kind(
+        self.opt = member.build(
             self.net.parameters(),
             base_class,
             lr=lr,
@@ -76,11 +76,11 @@ class Run:
             part.load_state_dict(state)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@some_of_each_member
 @pytest.mark.parametrize("base", BASES)
 @each_dtype
-def test_resumed_at_any_step(backend, kind, base, dtype):
-    run = Run(kind, base, dtype, backend)
+def test_resumed_at_any_step(backend, member, base, dtype):
+    run = Run(member, base, dtype, backend)
     files = []
     for t in range(STEPS):
         files.append(run.saved())
@@ -88,7 +88,7 @@ def test_resumed_at_any_step(backend, kind, base, dtype):
     assert not run.opt.skipped_steps
     end = run.saved()
     for t, file in enumerate(files):
-        resumed = Run(kind, base, dtype, backend, lr=0.9, rho=9.0)
+        resumed = Run(member, base, dtype, backend, lr=0.9, rho=9.0)
         resumed.load(file)
         for later in range(t, STEPS):
             resumed.step(later)
@@ -112,14 +112,14 @@ def assert_same(mine, theirs):
         assert mine == theirs
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["SAM", "ASAM", "BSAM", "MixedSAM"])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 @each_dtype
-def test_a_file_is_as_large_as_the_bases(backend, kind, base, dtype):
+def test_a_file_is_as_large_as_the_bases(backend, name, base, dtype):
     """But for the options, which do not grow with the model."""
     options = {"lr": 0.1, **({"momentum": 0.9} if base is torch.optim.SGD else {})}
     sizes = []
-    for make in (lambda p: kind(p, base, backend=backend, **options), lambda p: base(p, **options)):
+    for make in (lambda p: MEMBERS[name].build(p, base, backend=backend, **options), lambda p: base(p, **options)):
         params = [nn.Parameter(torch.randn(300, 100).to(dtype)) for _ in range(3)]
         opt = make(params)
         for call in getattr(opt, "_calls", ["step"]):

@@ -121,7 +121,7 @@ def test_memory_of_gradients_waits_for_this_stream():
     """Every gradient that a phase reads, whatever becomes of it: taken, copied, staged, or left in .grad."""
     take_record = host_graphs.shim().shim_take_record
     params = parameters()
-    flat = host_cuda.flat_params(params, [(0, i) for i in range(len(params))], None)
+    flat = host_cuda.flat_params(params, [(0, i) for i in range(len(params))], None, False)
     for k in range(3):
         grads = grads_of(params, k)
         flat.read_gradients()
@@ -133,7 +133,7 @@ def test_memory_of_gradients_waits_for_this_stream():
 def test_memory_of_gradients_waits_for_this_stream_in_python(monkeypatch):
     recorded = []
     params = parameters()
-    flat = torch_flat.TorchFlatParams(params, [(0, i) for i in range(len(params))], None)
+    flat = torch_flat.TorchFlatParams(params, [(0, i) for i in range(len(params))], None, False)
     flat.device = ELSEWHERE
     monkeypatch.setattr(flat, "_empty", lambda i: torch.empty_like(params[i]))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"of {device}")

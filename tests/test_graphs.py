@@ -179,7 +179,7 @@ def test_only_tensors_on_one_gpu():
     elsewhere = [x.to("meta") for x in data(0)]
     with pytest.raises(ValueError, match="sample_inputs on meta"):
         GraphedStep(model, loss_fn, opt, elsewhere)
-    with pytest.raises(TypeError, match="pass a SAM, ASAM or BSAM"):
+    with pytest.raises(TypeError, match="pass one of bsam_fused, such as SAM"):
         GraphedStep(model, loss_fn, torch.optim.SGD(model.parameters()), data(0))
     with pytest.raises(TypeError, match="sample_inputs: pass a sequence"):
         GraphedStep(model, loss_fn, opt, data(0)[0])

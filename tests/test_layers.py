@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bsam_fused"
 
 # What each part may import of the package. Backends never know each other.
+MEMBER = {"distributed", "ops.contract", "ops.dispatch", "optim.mixing", "optim.options", "optim.sam"}  # of the family
 MAY_IMPORT = {
     "_version": set(),
     "commands": set(),
@@ -40,16 +41,27 @@ MAY_IMPORT = {
     "integrations.lightning": set(),
     "integrations.transformers": set(),
     "ops.contract": {"distributed"},
-    "ops.flat_params": {"ops.contract", "ops.one_go", "ops.rounding"},
+    "ops.directions": {"ops.contract"},
+    "ops.memory": set(),
+    "ops.flat_params": {"ops.contract", "ops.directions", "ops.memory", "ops.one_go", "ops.rounding"},
     "ops.rounding": set(),
     "ops.holders": set(),
     "ops.triton_math": set(),
     "ops.triton_rounding": {"ops.rounding"},
     "ops.triton_pieces": set(),
-    "ops.triton_kernels": {"ops.contract", "ops.triton_math", "ops.triton_pieces", "ops.triton_rounding"},
-    "ops.triton_flat": {"ops.contract", "ops.flat_params", "ops.holders", "ops.one_go", "ops.triton_kernels"},
-    "ops.torch_flat": {"ops.contract", "ops.flat_params", "ops.rounding"},
-    "ops.torch_lists": {"ops.contract", "ops.flat_params", "ops.holders", "ops.torch_flat"},
+    "ops.triton_directions": {"ops.contract", "ops.triton_math", "ops.triton_pieces"},
+    "ops.triton_kernels": {"ops.triton_directions", "ops.triton_math", "ops.triton_pieces", "ops.triton_rounding"},
+    "ops.triton_updates": {"ops.triton_directions", "ops.triton_math", "ops.triton_pieces", "ops.triton_rounding"},
+    "ops.triton_flat": {
+        "ops.contract",
+        "ops.flat_params",
+        "ops.holders",
+        "ops.one_go",
+        "ops.triton_kernels",
+        "ops.triton_updates",
+    },
+    "ops.torch_flat": {"ops.contract", "ops.directions", "ops.flat_params", "ops.rounding"},
+    "ops.torch_lists": {"ops.contract", "ops.directions", "ops.flat_params", "ops.holders", "ops.torch_flat"},
     "ops.native_flat": {"extension.obstacles", "extension.places", "ops.contract"},
     "ops.sharded_flat": {"ops.contract", "distributed"},
     "ops.identity": {"ops.native_flat"},
@@ -63,10 +75,18 @@ MAY_IMPORT = {
     "optim.names": set(),
     "optim.options": {"checks", "distributed"},
     "optim.groups": {"checks", "ops.contract", "optim.names", "optim.trainers", "schedules"},
-    "optim.around": {"checks", "ops.identity", "optim.flats", "optim.groups", "optim.names", "optim.scaling"},
+    "optim.around": {
+        "checks",
+        "ops.contract",
+        "ops.identity",
+        "optim.flats",
+        "optim.groups",
+        "optim.names",
+        "optim.scaling",
+    },
     "optim.hooks": set(),
     "optim.sharpness": set(),
-    "optim.metrics": {"optim.sharpness"},
+    "optim.metrics": {"ops.contract", "optim.sharpness"},
     "optim.others": {"callers"},
     "optim.shown": set(),
     "optim.skips": {"callers"},
@@ -88,7 +108,7 @@ MAY_IMPORT = {
     },
     "optim.persistence": {"ops.contract", "optim.around", "optim.others", "optim.state"},
     "optim.passes": {"buffers"},
-    "optim.phases": {"checks", "optim.passes", "optim.persistence", "optim.trainers", "distributed"},
+    "optim.phases": {"checks", "ops.contract", "optim.passes", "optim.persistence", "optim.trainers", "distributed"},
     "optim.base": {
         "callers",
         "checks",
@@ -108,13 +128,18 @@ MAY_IMPORT = {
         "optim.trainers",
         "distributed",
     },
-    "optim.sam": {"distributed", "ops.contract", "ops.dispatch", "optim.base", "optim.options"},
+    "optim.mixing": {"ops.contract", "optim.base"},
+    "optim.sam": {"distributed", "ops.dispatch", "optim.base", "optim.options"},
+    "optim.gsam": MEMBER,
+    "optim.wsam": MEMBER | {"checks"},
+    "optim.mixed": MEMBER,
     "optim.bsam": {
+        "callers",
         "checks",
         "distributed",
         "ops.contract",
         "ops.dispatch",
-        "optim.base",
+        "optim.mixing",
         "optim.options",
         "optim.phases",
         "optim.sam",
@@ -144,6 +169,9 @@ MAY_IMPORT = {
         "optim.base",
         "optim.sam",
         "optim.bsam",
+        "optim.gsam",
+        "optim.mixed",
+        "optim.wsam",
         "optim.sharpness",
     },
 }
@@ -191,7 +219,7 @@ def test_nothing_imports_report_but_the_command_line():
 
 
 FORMULAS = ["math.h", "scalar.h", "rounding.h"]
-CUDA = ["cuda.h", "cuda_pieces.cuh", "cuda_launch.cuh", "cuda.cu"]
+CUDA = ["cuda.h", "cuda_pieces.cuh", "cuda_scalars.cuh", "cuda_launch.cuh", "cuda.cu"]
 
 
 def includes(name):

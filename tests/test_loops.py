@@ -175,8 +175,7 @@ def test_schedule_free_as_a_base(backend, kind, base, instance):
         d = g_max = curved([ref.w_max(w, x, n, o) for w, x in zip(y, g)], 3 * t + 1)
         if kind is BSAM:
             g_min = curved([ref.w_min(w, x, n, o) for w, x in zip(y, g)], 3 * t + 2)
-            norms = ref.norm(g_max), ref.norm(g_min)
-            d = [ref.bsam_direction(*xs, *norms, w) for *xs, w in zip(g, g_max, g_min, y)]
+            d = ref.bsam([g, g_max, g_min])
         assign(twins, d)
         plain.step()
         if t % 2:

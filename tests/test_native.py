@@ -10,13 +10,15 @@ from torch import nn
 
 import bsam_fused
 from bsam_fused.ops import native_flat
+from bsam_fused.ops.contract import Mixing, Rule, RuleNumber
 
-RADII, RULE = [(0.05, 0.0, 0.0, 0.05)], [(0.1, 0.9, 0.0, 0.0, 0.0, 0.0)]
+RADII, RULE = [(0.05, 0.0, 0.0, 0.05, math.inf)], [(0.1, 0.9, 0.0, 0.0, 0.0, 0.0)]
+SAM, BSAM = Mixing(), Mixing(Rule.BILATERAL, [RuleNumber()])
 MODULE = native_flat.load()[0]
 
 
 def build(params):
-    return MODULE.CpuFlatParams(params, [(0, i) for i in range(len(params))], None)
+    return MODULE.CpuFlatParams(params, [(0, i) for i in range(len(params))], None, False)
 
 
 def parameters(n=3, numel=2000):
@@ -27,12 +29,12 @@ def values(params):
     return [p.detach().clone() for p in params]
 
 
-def ascend(flat, params, keep=False):
+def ascend(flat, params, mixing=SAM):
     for p in params:
         p.grad = torch.randn_like(p)
     flat.read_gradients()
     flat.square_norm(0, RADII)
-    flat.ascend(flat.sums, RADII, 1e-12, keep)
+    flat.ascend(flat.sums, RADII, 1e-12, mixing)
 
 
 def read(flat, params):
@@ -127,7 +129,7 @@ def test_updated_says_whether_the_gradients_read_are_in_the_weights():
     flat.read_gradients()
     assert not flat.updated
     flat.begin_plain()
-    assert not flat.combine(torch.full((6,), math.nan, dtype=torch.float64), True, math.inf)
+    assert not flat.combine(torch.full((8,), math.nan, dtype=torch.float64), True, math.inf)
     assert flat.updated
 
 
@@ -194,7 +196,7 @@ def test_memory_of_others_is_read_and_not_written(kind):
         flat.read_gradients()
         if call == "ascend":
             flat.square_norm(0, RADII)
-            flat.ascend(flat.sums, RADII, 1e-12, True)
+            flat.ascend(flat.sums, RADII, 1e-12, BSAM)
         else:
             flat.descend(flat.sums, RADII, 1e-12)
     assert torch.equal(g, before)
@@ -211,7 +213,7 @@ def test_a_gradient_in_a_parameters_storage_is_read_before_that_is_written():
         p.grad = grad
         flat.read_gradients()
         flat.square_norm(0, RADII)
-        flat.ascend(flat.sums, RADII, 1e-12, False)
+        flat.ascend(flat.sums, RADII, 1e-12, SAM)
     assert torch.equal(inside, outside)
     inside.data.copy_(w)
     flat = build([inside])

@@ -8,13 +8,13 @@ import pytest
 from torch import nn
 
 import bsam_fused
-from bsam_fused.optim import bsam, sam
+from bsam_fused.optim import bsam, mixed, sam
 from bsam_fused.optim.base import SharpnessAware
 from bsam_fused.optim.options import COMMON
 
 FAMILY = [
     kind
-    for kind in vars(bsam_fused).values()
+    for kind in (getattr(bsam_fused, name) for name in bsam_fused.__all__)
     if isinstance(kind, type) and issubclass(kind, SharpnessAware) and kind is not SharpnessAware
 ]
 every_member = pytest.mark.parametrize("kind", FAMILY)
@@ -35,7 +35,8 @@ def test_the_signature_is_the_tables(kind):
     shared = keywords[-len(COMMON) :]
     assert {p.name: p.default for p in shared} == {name: option.default for name, option in COMMON.items()}
     assert [p.name for p in shared] == [*COMMON]
-    hints = [typing.get_type_hints(each.__init__, vars(bsam) | vars(sam)) for each in (kind, bsam_fused.SAM)]
+    names = vars(bsam) | vars(sam) | vars(mixed)
+    hints = [typing.get_type_hints(each.__init__, names) for each in (kind, bsam_fused.SAM)]
     assert all(hints[0][name] == hints[1][name] for name in COMMON)
 
 
@@ -53,8 +54,9 @@ def test_the_docstring_is_the_tables(kind):
 @every_member
 def test_every_option_is_checked(kind, name):
     """By name: nothing is built of a value that no option can have."""
+    required = {"mix": lambda sums: (0.0, 1.0)} if kind is bsam_fused.MixedSAM else {}
     with pytest.raises((TypeError, ValueError), match=rf"^{name}\b"):
-        kind([nn.Parameter(nn.Linear(2, 2).weight.detach())], lr=0.1, **{name: object()})
+        kind([nn.Parameter(nn.Linear(2, 2).weight.detach())], lr=0.1, **required, **{name: object()})
 
 
 def test_defaults_pass_their_own_checks():

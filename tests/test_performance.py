@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import processes
@@ -13,10 +14,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import compare, freeing, guard, performance, scaling
-from bench.cases import SHAPES
+from bench import compare, freeing, guard, members, performance, scaling
+from bench.cases import MEMBERS, OVER_SAM, SHAPES
+from bench.cases import family as family_of
 from bench.figures import Figure
 from bench.performance_page import page
+from bsam_fused.report.implementations import ALGORITHMS, PACKAGE
 
 # ---- the page
 
@@ -26,12 +29,12 @@ def figures():
     return json.loads(performance.RESULTS.read_text())
 
 
-def test_the_page_is_that_of_the_committed_figures(figures):
-    assert performance.PAGE.read_text() == page(figures), "run: python -m bench.performance --page-only"
+def test_the_page_is_that_of_the_committed_figures():
+    assert performance.PAGE.read_text() == performance.written_page(), "run: python -m bench.performance --page-only"
 
 
 def test_the_page_hides_nothing(figures):
-    text = page(figures)
+    text = page(figures, None)
     assert "Not measured: any GPU" in text
     missed = [it for case in figures["steps"] for it in case["figures"] if it["target"].endswith("missed")]
     missed += [it for it in figures["scaling"]["figures"] if it["target"].endswith("missed")]
@@ -44,7 +47,7 @@ def test_the_page_hides_nothing(figures):
 
 @pytest.mark.parametrize(("cores", "busy"), [(0.1, False), (0.5, True)])
 def test_the_page_says_where_the_machine_was_busy(figures, cores, busy):
-    text = page({**figures, "about": {**figures["about"], "busy_cores": cores}})
+    text = page({**figures, "about": {**figures["about"], "busy_cores": cores}}, None)
     assert ("The machine was busy" in text) is busy
     assert f"{cores} cores" in text
 
@@ -53,7 +56,7 @@ def test_the_page_says_where_the_machine_was_busy(figures, cores, busy):
 def test_the_page_says_where_others_took_bandwidth(figures, slowest, shared):
     rates = [slowest, *[24.0] * (len(figures["steps"]) - 1)]
     steps = [{**case, "copy_gb_per_s": rate} for case, rate in zip(figures["steps"], rates, strict=True)]
-    text = page({**figures, "steps": steps})
+    text = page({**figures, "steps": steps}, None)
     assert f"{slowest} to 24.0 GB/s" in text
     assert ("took memory bandwidth" in text) is shared
 
@@ -68,7 +71,7 @@ def test_every_case_is_measured_or_said_not_to_be(figures):
     names = [name for name in SHAPES if any(name == it[0] for it in measured)]
     assert sorted(measured) == sorted((name, *rest) for name in names for rest in performance.CASES)
     missing = set(SHAPES) - set(names)
-    said = re.search(r"Not measured yet: the shapes of ([^.]*)\.", page(figures))
+    said = re.search(r"Not measured yet: the shapes of ([^.]*)\.", page(figures, None))
     assert (set(said[1].split(", ")) if said else set()) == missing
     for case in figures["steps"]:
         assert {"loops", "foreach", "torch", "cpp"} <= set(case["rows"])
@@ -89,6 +92,46 @@ def test_verdicts_are_those_of_the_rows(figures):
                     round(it["value"], 2) >= float(bound) if relation == ">=" else round(it["value"], 2) <= float(bound)
                 )
                 assert verdict == ("met" if met else "missed")
+
+
+# ---- SAM's relatives
+
+
+@pytest.fixture(scope="module")
+def family():
+    """All of them on few elements."""
+    few = [replace(case, shapes=((5, 3), (3,), (7,)), repeat=2) for case in family_of("resnet18", "sgd", others=True)]
+    found = {"shapes": "few", "base": "sgd", **members.report(few)}
+    return {"about": performance.about(), "families": [found]}
+
+
+def test_bars_of_relatives_are_what_they_move(family):
+    """1.1 times N over SAM's N, and twice as fast as the package; the time is that of SAM of the same run."""
+    (group,) = family["families"]
+    assert [it["name"] for it in group["members"]] == [ALGORITHMS[name].name for name in ("sam", *MEMBERS)]
+    sam, *relatives = group["members"]
+    assert not any(it["target"] for it in sam["figures"])
+    for member, bound in zip(relatives, ("1.30", "1.30", "1.20", "0.60"), strict=True):
+        assert not member["absent"]
+        figures = {it["name"]: it for it in member["figures"]}
+        over_sam = member["step_ms"]["cpp"]["median"] / sam["step_ms"]["cpp"]["median"]
+        assert figures[OVER_SAM]["value"] == pytest.approx(over_sam)
+        assert figures[OVER_SAM]["target"].startswith(f"<= {bound} ")
+    assert {it["name"] for it in relatives if f"{PACKAGE} / cpp" in str(it["figures"])} == {"GSAM", "WSAM"}
+
+
+def test_the_page_has_the_relatives_and_their_bars(figures, family):
+    assert "Not measured yet**: `python -m bench.members`" in page(figures, None)
+    text = page(figures, family)
+    section = text[text.index("## SAM's relatives") :].split("\n## ")[0]
+    for member in family["families"][0]["members"]:
+        (row,) = [line for line in section.splitlines() if line.startswith(f"| {member['name']} |")]
+        for it in member["figures"]:
+            assert f"| {it['value']:.2f} {it['unit']}".rstrip() in row
+    judged = {
+        of: int(re.search(r"Of (\d+) bars", page(figures, it))[1]) for of, it in (("none", None), ("all", family))
+    }
+    assert judged["all"] - judged["none"] == 4 + 4 + 2
 
 
 # ---- how cost grows

@@ -242,8 +242,7 @@ class Oracle:
         if not self.bilateral:
             return g_max
         g_min = [slope(ref.w_min(w, g, n, self.o)) for w, g in zip(self.ws, gs)]
-        norms = ref.norm(g_max), ref.norm(g_min)
-        return [ref.bsam_direction(*three, *norms, three[0]) for three in zip(gs, g_max, g_min)]
+        return ref.bsam([gs, g_max, g_min])
 
 
 def slope(w):

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from bsam_fused.ops import contract, holders, torch_lists
-from bsam_fused.ops.contract import MAX, MIN, AdamScalars, Radius, SGDScalars
+from bsam_fused.ops.contract import MAX, MIN, AdamScalars, Mixing, Radius, Rule, RuleNumber, SGDScalars
 
 RADII = [Radius(0.3)]
+SAM, BSAM = Mixing(), Mixing(Rule.BILATERAL, [RuleNumber()])
 SGD = [SGDScalars(0.1, 0.9, 0.0, 0.01, False, False)]
 ADAM = [AdamScalars(0.1, 0.9, 0.99, 1e-8, 0.01, True, False)]
 DTYPES = [torch.float32, torch.bfloat16]  # over lists, and a tensor at a time
@@ -65,8 +66,8 @@ def parameters(dtype=torch.float32):
     return [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes] + [torch.nn.Parameter(gaps)]
 
 
-def flat_of(params, seed=0):
-    return torch_lists.flat_params(params, [(0, i) for i in range(len(params))], seed)
+def flat_of(params, seed=0, exempt=False):
+    return torch_lists.flat_params(params, [(0, i) for i in range(len(params))], seed, exempt)
 
 
 def backward(params, seed, without=()):
@@ -79,7 +80,7 @@ def walk_to_update(flat, bilateral):
     backward(flat.params, 1)
     flat.read_gradients()
     flat.square_norm(contract.ASCENT, RADII)
-    flat.ascend(flat.sums, RADII, 1e-12, bilateral)
+    flat.ascend(flat.sums, RADII, 1e-12, BSAM if bilateral else SAM)
     if bilateral:
         backward(flat.params, 2)
         flat.read_gradients()
@@ -151,8 +152,8 @@ def test_an_interrupted_phase_is_undone(dtype, phase):
         flat.read_gradients()
         flat.square_norm(contract.ASCENT, RADII)
         if phase == "ascend":
-            return flat, w, lambda: flat.ascend(flat.sums, RADII, 1e-12, True)
-        flat.ascend(flat.sums, RADII, 1e-12, True)
+            return flat, w, lambda: flat.ascend(flat.sums, RADII, 1e-12, BSAM)
+        flat.ascend(flat.sums, RADII, 1e-12, BSAM)
         backward(params, 2)
         flat.read_gradients()
         return flat, w, lambda: flat.descend(flat.sums, RADII, 1e-12)
@@ -172,7 +173,7 @@ def test_an_interrupted_look_at_w_keeps_what_was_edited(into):
         backward(params, 1)
         flat.read_gradients()
         flat.square_norm(contract.ASCENT, RADII)
-        flat.ascend(flat.sums, RADII, 1e-12, False)
+        flat.ascend(flat.sums, RADII, 1e-12, SAM)
         if into:
             return flat, w, lambda: flat.show_w(True)
         flat.show_w(True)
@@ -192,7 +193,7 @@ def test_combine_leaves_gradients_and_can_be_undone_for_every_parameter():
     backward(params, 1, without={0})
     flat.read_gradients()
     flat.square_norm(contract.ASCENT, RADII)
-    flat.ascend(flat.sums, RADII, 1e-12, False)
+    flat.ascend(flat.sums, RADII, 1e-12, SAM)
     backward(params, 2)
     flat.read_gradients()
     flat.square_norm(MAX, RADII)
@@ -243,7 +244,7 @@ def test_memory_that_others_see_is_not_taken(whose):
     address = p.grad.data_ptr()
     flat.read_gradients()
     flat.square_norm(contract.ASCENT, RADII)
-    flat.ascend(flat.sums, RADII, 1e-12, True)
+    flat.ascend(flat.sums, RADII, 1e-12, BSAM)
     assert flat._g[0].data_ptr() != address
 
 
@@ -254,7 +255,7 @@ def test_what_torch_allocated_for_nobody_else_is_taken():
     flat = flat_of([p])
     flat.read_gradients()
     flat.square_norm(contract.ASCENT, RADII)
-    flat.ascend(flat.sums, RADII, 1e-12, True)
+    flat.ascend(flat.sums, RADII, 1e-12, BSAM)
     assert flat._g[0].data_ptr() == address
 
 
@@ -279,7 +280,7 @@ def test_restore_of_another_shape_raises_before_it_writes():
     backward(params, 1)
     flat.read_gradients()
     flat.square_norm(contract.ASCENT, RADII)
-    flat.ascend(flat.sums, RADII, 1e-12, False)
+    flat.ascend(flat.sums, RADII, 1e-12, SAM)
     perturbed, mine = weights(params), params[1].data
     params[1].data = torch.zeros(7)
     for call in (flat.restore, lambda: flat.show_w(True)):
@@ -297,7 +298,7 @@ def test_restore_whatever_became_of_strides_and_dtype():
     backward(params, 1)
     flat.read_gradients()
     flat.square_norm(contract.ASCENT, RADII)
-    flat.ascend(flat.sums, RADII, 1e-12, False)
+    flat.ascend(flat.sums, RADII, 1e-12, SAM)
     params[1].data = params[1].data.t().contiguous().t()
     params[4].data = params[4].data.double()
     flat.restore()

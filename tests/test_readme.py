@@ -53,6 +53,29 @@ def test_blocks_run_as_they_stand(capsys):
         assert names["optimizer"].state_dict()["state"]
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_direction_of_ones_own_runs():
+    """And is what it says: the update of plain SGD with d = (g/‖g‖ + g_max/‖g_max‖) ‖g_max‖ / 2."""
+    (block,) = blocks((ROOT / "docs" / "adding-an-optimizer.md").read_text(), "python")
+    torch.manual_seed(0)
+    names = {"__name__": "__adding__"}
+    exec(block.rsplit("optimizer.step(closure)", 1)[0], names)
+    model, optimizer, closure = names["model"], names["optimizer"], names["closure"]
+    params, passes = [*model.parameters()], []
+    w = [p.detach().clone() for p in params]
+
+    def noting():
+        loss = closure()
+        passes.append(torch.cat([p.grad.flatten() for p in params]))
+        return loss
+
+    optimizer.step(noting)
+    g, g_max = passes
+    d = (g / g.norm() + g_max / g_max.norm()) * g_max.norm() / 2
+    moved = torch.cat([(before - p.detach()).flatten() for before, p in zip(w, params)])
+    torch.testing.assert_close(moved, 0.1 * d, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("sign", "-+")
 def test_both_sides_of_the_diff_run(sign):
     (diff,) = blocks(README, "diff")

@@ -10,6 +10,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from samples import assign, gradients
 from test_owners import BETWEEN, every_base, every_kind, made, start, whatever_comes_between
 from torch import nn
 from twins import BASES, assert_alike, copies, ours, plain, step
@@ -391,6 +392,33 @@ def test_the_base_optimizer_is_given_a_group(backend, kind, base, began):
     added = optimizer.state_dict()["param_groups"][1]
     assert added["rho"] == 0.0
     assert added.keys() >= optimizer.state_dict()["param_groups"][0].keys()
+
+
+@every_kind
+def test_a_group_of_the_base_counts_in_a_whole_step(backend, kind):
+    """Its options are asked for before any phase reads gradients."""
+    params = [made(4, 3), made(5)]
+    optimizer, before = ours(kind, "SGD", params[:1], backend), params[1].detach().clone()
+    optimizer.base_optimizer.add_param_group({"params": params[1:]})
+    optimizer.step(lambda: assign(params, gradients(params, 0)))
+    assert not torch.equal(params[1], before)
+
+
+@every_kind
+def test_what_the_base_loads_before_a_scaler_steps(backend, kind):
+    """So are those that a plain state dict lacks, by what a scaler's step refuses."""
+    params = [made(4, 3)]
+    optimizer, before = ours(kind, "SGD", params, backend), params[0].detach().clone()
+    scaler = torch.amp.GradScaler(params[0].device.type, init_scale=1.0)
+    scaler.scale(torch.ones(()))
+    for call in optimizer._calls:
+        assign(params, gradients(params, 0))
+        if call == "step":
+            optimizer.base_optimizer.load_state_dict(plain("SGD", copies(params)).state_dict())
+            scaler.step(optimizer)
+        else:
+            getattr(optimizer, call)()
+    assert not torch.equal(params[0], before)
 
 
 # ---- keys that are no parameters

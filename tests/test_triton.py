@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import importlib.util
+import math
 import sys
 import textwrap
 
@@ -128,7 +129,7 @@ def test_tables_are_written_only_where_they_changed(monkeypatch):
     assert written == []
     opt.param_groups[0]["lr"] = 0.05
     step()
-    assert [len(rows[0]) for rows in written] == [6, 8]
+    assert [len(rows[0]) for rows in written] == [7, 8]
     for g in slots[1]:
         g.data = g.clone()
     step()
@@ -161,9 +162,9 @@ def test_options_are_written_where_captured_phases_read_them():
     opt.write_options()
     (flat,) = opt._flats
     rows = {name: table.rows[0] for name, table in flat._tables.items()}
-    assert rows["square_norm 0"] == (0.0, True, 0.3, 0.0, 0.0, flat.limit)
-    assert rows["ascend"] == (0.7, True, 0.3, 0.7, opt.norm_eps, flat.limit)
+    assert rows["square_norm 0"] == (0.0, True, 0.3, 0.0, math.inf, 0.0, flat.limit)
+    assert rows["ascend"] == (0.7, True, 0.3, 0.7, math.inf, opt.norm_eps, flat.limit)
     radius = rows["descend"][3]
     assert radius == pytest.approx(0.05 * 0.5)
-    assert rows["descend"] == (-radius, True, 0.3, radius, opt.norm_eps, flat.limit)
+    assert rows["descend"] == (-radius, True, 0.3, radius, math.inf, opt.norm_eps, flat.limit)
     assert rows["update"][0] == 0.05

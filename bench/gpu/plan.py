@@ -110,7 +110,7 @@ def _triton(measure: Sequence[str]) -> tuple[str, str]:
 def _suite(name: str, record: Path, logs: Path, limit: float, *files: str, keyword: str = "") -> Stage:
     command = [sys.executable, "-m", "bench.gpu.suite", f"--record={record}", f"--logs={logs / name}", f"--key={name}"]
     if os.environ.get(REHEARSAL):  # the tests of the stand-in that the other stages have
-        arguments = ["-k", "cuda-on-host and (zero_min_gradient or input_that_is_not)"]
+        arguments = ["-k", "cuda-on-host and (zero_last_gradient or input_that_is_not)"]
         files = files or ("tests/test_against_reference.py",)
     else:
         arguments = ["-m", "cuda", *(["-k", keyword] if keyword else [])]

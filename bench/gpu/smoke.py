@@ -2,9 +2,9 @@
 
 python -m bench.gpu.smoke [--backend cuda|triton] [--dtypes NAME,...] [--eager]
 
-Every operator, base optimizer and dtype beside the torch backend in float64 on the CPU, on awkward shapes; then one
-captured step beside an eager one. Each step begins with the same weights and state on both sides, so that tolerances
-can be those of one step's rounding.
+Every operator, base optimizer and dtype beside the torch backend in float64 on the CPU, on awkward shapes, of SAM and
+BSAM, and each relative of theirs on some; then captured steps beside eager ones. Each step begins with the same weights
+and state on both sides, so that tolerances can be those of one step's rounding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import copy
 import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -59,17 +60,46 @@ BASES = {
     "AdamW": Base(torch.optim.AdamW, {**ADAM, "weight_decay": 0.1}),
     "not fused": Base(type("Own", (torch.optim.SGD,), {}), {"lr": 0.1, "momentum": 0.9}),  # restore and combine
 }
-KINDS = {"SAM": bsam_fused.SAM, "BSAM": bsam_fused.BSAM}
+
+
+def exempting(kind: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what makes such an optimizer that perturbs every other parameter alone."""
+
+    def build(params: list[Tensor], *arguments: Any, **options: Any) -> Any:
+        return kind([{"params": params[::2]}, {"params": params[1::2], "perturb": False}], *arguments, **options)
+
+    return build
+
+
+KINDS: dict[str, Callable[..., Any]] = {
+    "SAM": bsam_fused.SAM,
+    "BSAM": bsam_fused.BSAM,
+    "extrapolated": partial(bsam_fused.BSAM, descent="extrapolate"),
+    "GSAM": bsam_fused.GSAM,
+    "WSAM": partial(bsam_fused.WSAM, gamma=0.6),
+    "exempting SAM": exempting(bsam_fused.SAM),
+    "exempting BSAM": exempting(bsam_fused.BSAM),
+}
+CAPTURED = ("BSAM", "extrapolated", "GSAM")
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     "adaptive, clipped": {"adaptive": True, "max_grad_norm": 0.5},  # direction_sums, too
 }
+CHECKS = (
+    *itertools.product(("SAM", "BSAM"), BASES, VARIANTS),
+    *(("extrapolated", "SGD", "adaptive, clipped"), ("extrapolated", "Adam", ""), ("GSAM", "AdamW", "")),
+    *(("GSAM", "not fused", "adaptive, clipped"), ("WSAM", "SGD", ""), ("WSAM", "Adam", "adaptive, clipped")),
+    *(("exempting SAM", "SGD", ""), ("exempting BSAM", "AdamW", "adaptive, clipped")),
+)
+"""Kind, base and variant."""
 
 
 class Pair:
     """An optimizer of a backend, and its twin of the torch backend in float64 on the CPU."""
 
-    def __init__(self, kind: type, base: Base, weights: Sequence[Tensor], device: torch.device, **options: Any) -> None:
+    def __init__(
+        self, kind: Callable[..., Any], base: Base, weights: Sequence[Tensor], device: torch.device, **options: Any
+    ) -> None:
         self.params = [w.to(device).requires_grad_() for w in weights]
         if len(self.params) > 4:  # memory whose order is not the index's
             self.params[4] = self.params[4].detach().t().requires_grad_()
@@ -148,13 +178,13 @@ def check(kind: str, base: str, variant: str, dtype: torch.dtype, backend: str, 
     pair.plain_step()
 
 
-def check_captured(backend: str) -> None:
+def check_captured(kind: str, backend: str) -> None:
     """Compare replays of a captured step with eager steps. Raises as `check` does."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 3)).to(current_device())
     twin = copy.deepcopy(model)
     opt, eager = (
-        bsam_fused.BSAM(net.parameters(), lr=0.05, momentum=0.9, rho=0.05, backend=backend) for net in (model, twin)
+        KINDS[kind](list(net.parameters()), lr=0.05, momentum=0.9, rho=0.05, backend=backend) for net in (model, twin)
     )
     inputs, targets = torch.randn(8, 6).to(current_device()), torch.randint(3, (8,)).to(current_device())
     graphed = GraphedStep(model, nn.functional.cross_entropy, opt, (inputs, targets))
@@ -187,11 +217,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtypes = [getattr(torch, name) for name in options.dtypes.split(",")]
     checks = [
         (" ".join(map(str, each)), lambda each=each: check(*each, options.backend))
-        for each in itertools.product(KINDS, BASES, VARIANTS, dtypes)
+        for each in ((*what, dtype) for what, dtype in itertools.product(CHECKS, dtypes))
     ]
     checks.append(("many tensors", lambda: check("BSAM", "SGD", "", torch.float32, options.backend, MANY)))
     if not options.eager:
-        checks.append(("captured step", lambda: check_captured(options.backend)))
+        checks += [
+            (f"captured step of {kind}", lambda kind=kind: check_captured(kind, options.backend)) for kind in CAPTURED
+        ]
     for name, run in checks:
         try:
             run()

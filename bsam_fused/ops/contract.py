@@ -1,13 +1,15 @@
 """What every backend offers: the FlatParams protocol, and the words for what it cannot work with.
 
 Symbols as in the papers: w, g, ρ, ρ_min, η, T (1, or |w| + η where adaptive), d the direction. Sums are
-``[Σ (T g)², Σ g_max², Σ g_min², scale, Σ s², Σ s g_min]``; n = √sums[0]; scale is what the loss was multiplied by, 0 if
-it was not; s = g + g_max.
+``[Σ (T g)², Σ g_max², Σ g_min², scale, Σ x², Σ x y, a, b]``; n = √sums[0]; scale is what the loss was multiplied by, 0
+if it was not; d = a x + b y, x what was kept of the passes before the last one, y the last gradient (see `Rule`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from enum import IntEnum
 from itertools import pairwise
 from typing import NamedTuple, NoReturn, Protocol
 
@@ -16,10 +18,10 @@ from torch import Tensor
 
 from bsam_fused import distributed
 
-ASCENT, MAX, MIN, SCALE, SO_FAR, CROSS = range(6)
-"""Slots of the sums: of T g at w, of g_max, of g_min; the loss's scale; of g + g_max, and of that with g_min."""
+ASCENT, MAX, MIN, SCALE, SQUARE, PRODUCT, GIVEN_KEPT, GIVEN_LAST = range(8)
+"""Slots of the sums: of T g at w, of g_max, of g_min; the loss's scale; of x, and of x with y; a and b, if given."""
 
-NORMS, CHECKED, SLOTS = 3, 4, 6
+NORMS, CHECKED, SLOTS = 3, 4, 8
 """How many there are: of norms; that must be finite, or the step is skipped; in all."""
 
 MASTER_WEIGHT = "master_weight"
@@ -36,6 +38,61 @@ class Radius(NamedTuple):
     eta: float = 0.0
     largest: float = 0.0
     """The largest |radius| of all groups, by which all FlatParams decide alike whether w is within reach."""
+    budget: float = math.inf
+    """What the loss may rise by to first order: the radius is at most budget / n."""
+
+
+class Rule(IntEnum):
+    """How the direction is mixed: d = a x + b y, of what was kept, x, and the last gradient, y.
+
+    a and b are functions of the sums and a param group's number: csrc/math.h, triton_math.py, directions.py.
+    """
+
+    LAST_ALONE = 0
+    """(0, 1), and nothing is kept: SAM, and plain steps."""
+    BILATERAL = 1
+    """Of g + g_max and g_min (1, −c), c = ‖g_max‖ / ‖g_min‖. BSAM."""
+    EXTRAPOLATED = 2
+    """Of g and g_max (1 − c (1 + r), 1 + c r), c = ‖g_max‖ / ‖ĝ_min‖, ĝ_min = g − r (g_max − g); r is the number. Of a
+    parameter that lacks one of the two ĝ_min is 0. BSAM in two passes."""
+    SURROGATE_GAP = 3
+    """Of g and g_max (−α, 1 + α ⟨g, g_max⟩ / ‖g_max‖²), (0, 1) where g_max = 0; α is the number. GSAM."""
+    WEIGHTED = 4
+    """Of g and g_max ((1 − 2γ)/(1 − γ), γ/(1 − γ)); γ is the number. WSAM."""
+    GIVEN = 5
+    """Of g and g_max what ``sums[GIVEN_KEPT]`` and ``sums[GIVEN_LAST]`` say, set from outside."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether something is kept for it."""
+        return self is not Rule.LAST_ALONE
+
+    @property
+    def last_slot(self) -> int:
+        """Where the sum of the last gradient's squares is."""
+        return MIN if self is Rule.BILATERAL else MAX
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Where the norms of a step's gradients are, g_min's where there is one."""
+        has_min = self is Rule.BILATERAL or self is Rule.EXTRAPOLATED
+        return (ASCENT, MAX, MIN) if has_min else (ASCENT, MAX)
+
+
+class RuleNumber(NamedTuple):
+    """A param group's number of a `Rule`, 0 where it has none."""
+
+    number: float = 0.0
+    largest: float = 0.0
+    """The largest of all groups, by which all FlatParams decide alike whether a step can be made."""
+
+
+class Mixing(NamedTuple):
+    """How a step's direction is mixed."""
+
+    rule: Rule = Rule.LAST_ALONE
+    numbers: Sequence[RuleNumber] = ()
+    """One a param group; none where nothing is kept."""
 
 
 class SGDScalars(NamedTuple):
@@ -75,15 +132,16 @@ class FlatParams(Protocol):
     """The parameters of one device and dtype, and the flat buffers that belong to them.
 
     Constructed from ``params`` (float32, float64, bfloat16 or float16 tensors of any strides), ``places`` (of each,
-    its param group and its index there) and ``seed`` (int or None). Arithmetic is in float32 (float64 for float64).
-    With a seed w_max, w_min, updated weights and state of 16 bits are rounded stochastically (csrc/rounding.h; the
-    bits depend on the seed, the place, the element and `step_count`), without to nearest. Methods that
-    write weights bump their version counters. A parameter without a gradient in some pass has the gradient
-    zero there; one without any in a whole step is left alone. Options come as one entry a param group.
+    its param group and its index there), ``seed`` (int or None) and ``exempt`` (bool): whether these parameters are
+    left out of the perturbations, neither in ``sums[ASCENT]`` nor saved nor moved; all else is alike. Arithmetic is in
+    float32 (float64 for float64). With a seed w_max, w_min, updated weights and state of 16 bits are rounded
+    stochastically (csrc/rounding.h; the bits depend on the seed, the place, the element and `step_count`), without to
+    nearest. Methods that write weights bump their version counters. A parameter without a gradient in some pass has the
+    gradient zero there; one without any in a whole step is left alone. Options come as one entry a param group.
     ``sums`` arguments are the sums over *all* FlatParams of the optimizer, on this one's device.
 
     Weights and state of a step that cannot be made stay as they were before it: one with a sum that is not finite, or
-    where d, c, d's factor or a step length may be beyond `limit`; phases note the latter as NaN in the sum of their
+    where d, its coefficients or a step length may be beyond `limit`; phases note the latter as NaN in the sum of their
     pass. Where w_max or w_min is beyond the dtype, an element stays at w.
 
     What is read and decided comes before the first write, and what can raise before that, so an error leaves a phase
@@ -117,7 +175,7 @@ class FlatParams(Protocol):
 
     @property
     def sums(self) -> Tensor:
-        """float64 (6,): this FlatParams' own sums, and the loss's scale, which is set from outside."""
+        """float64 (8,): this FlatParams' own sums, and the loss's scale, which is set from outside."""
 
     @property
     def step_count(self) -> Tensor:
@@ -147,26 +205,27 @@ class FlatParams(Protocol):
     def clear_gradients(self) -> None:
         """Set every ``.grad`` to None."""
 
-    def join(self, keep: bool, descended: bool) -> None:
+    def join(self, mixing: Mixing, descended: bool) -> None:
         """Take part from this pass on in a step that began without these parameters, whose gradients so far are zero.
 
-        The step's ascent had ``keep``, and `descend` has been or not.
+        The step's ascent had ``mixing``, and `descend` has been or not.
         """
 
     def square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
         """Compute ``sums[slot] = Σ (T g)²`` of the gradients read, in float64. Reads N (adaptive: 2 N)."""
 
     def direction_sums(self) -> None:
-        """After `descend`, of the gradients read and s = g + g_max: ``sums[MIN]``, ``sums[SO_FAR]``, ``sums[CROSS]``.
+        """In the last pass of a step that keeps g: ``sums[rule.last_slot]``, ``sums[SQUARE]``, ``sums[PRODUCT]``.
 
-        They give ‖d‖² = Σ s² − 2 c Σ s g_min + c² Σ g_min². Reads 2 N.
+        They give ‖d‖² = a² Σ x² + 2 a b Σ x y + b² Σ y². With the extrapolated rule x is g + g_max and y ĝ_min, where
+        a = 1 and b = −c, and ``sums[MIN]`` = Σ ĝ_min² comes with them. Reads 2 N.
         """
 
-    def ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float, keep: bool) -> None:
+    def ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float, mixing: Mixing) -> None:
         """Save w, then w = w_max = w + radius T² g / (n + norm_eps).
 
-        Where n is not finite, or w_max out of reach, w stays. Leaves ``.grad`` None; with ``keep`` g is taken: the
-        tensor itself where nobody else holds its storage, else a copy. Moves 4 N.
+        Where n is not finite, or w_max out of reach, w stays. Leaves ``.grad`` None; if the rule keeps it, g is taken:
+        the tensor itself where nobody else holds its storage, else a copy. Moves 4 N.
         """
 
     def descend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
@@ -187,12 +246,12 @@ class FlatParams(Protocol):
         """Note that the state of these parameters has begun: `beginning` leaves them out."""
 
     def update_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], from_saved: bool, max_norm: float) -> None:
-        """torch.optim.SGD's rule with d = g (plain), g_max, or g + g_max − c g_min after `descend`.
+        """torch.optim.SGD's rule with d = g (plain), or as the step's `Rule` has it.
 
-        c = ‖g_max‖ / ‖g_min‖. d is divided by the loss's scale, and then scaled down to a norm of ``max_norm``, as
-        torch.nn.utils.clip_grad_norm_ does it; after `descend` a finite one needs `direction_sums`. From the saved
-        w, or (``from_saved=False``) from the weights as they are. Ends the step: saved and g are free again.
-        Moves 6 N (SAM and plain 5 N).
+        d is divided by the loss's scale, and then scaled down to a norm of ``max_norm``, as
+        torch.nn.utils.clip_grad_norm_ does it: a finite one needs `direction_sums` where g is kept, and so do all rules
+        of g and g_max, but for the weighted one where n = ‖g‖. From the saved w, or (``from_saved=False``) from the
+        weights as they are. Ends the step: saved and g are free again. Moves 6 N (SAM and plain 5 N).
         """
 
     def update_adam(self, sums: Tensor, groups: Sequence[AdamScalars], from_saved: bool, max_norm: float) -> None:
@@ -208,7 +267,7 @@ class FlatParams(Protocol):
         """
 
     def merge(self, sums: Tensor, share: float) -> Tensor:
-        """After `descend`, put share · d, d = g + g_max − c g_min, into a flat buffer, each ``.grad`` a view of it.
+        """In the last pass of a step that keeps g, put share · d into a flat buffer, each ``.grad`` a view of it.
 
         The step then goes on as if that were its last gradient, g_max of SAM: with `read_gradients`, after the buffer
         was summed over ranks. Parameters without a gradient have zeros there, and no ``.grad``.
@@ -217,7 +276,8 @@ class FlatParams(Protocol):
     def write_options(self, tables: Sequence[Sequence[Sequence[float]]]) -> None:
         """Write what the phases of a captured step read from the device in its replays, where it is not there already.
 
-        ``tables``: what `ascend`, `descend` (empty where there is none) and the update would be given.
+        ``tables``: what `ascend`, `descend` (empty where there is none) and the update would be given, and the mixing's
+        numbers (none where there are none).
 
         Raises:
             RuntimeError: the launches of this backend carry their options.

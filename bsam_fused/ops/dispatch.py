@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bsam_fused.ops import contract, native_flat, torch_lists, triton_flat
 
-Factory = Callable[[Sequence[Tensor], Sequence[tuple[int, int]], int | None], contract.FlatParams]
+Factory = Callable[[Sequence[Tensor], Sequence[tuple[int, int]], int | None, bool], contract.FlatParams]
 
 Backend = Literal["auto", "cuda", "triton", "cpp", "torch"]
 BACKENDS = get_args(Backend)[1:]

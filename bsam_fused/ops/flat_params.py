@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
-from itertools import accumulate, repeat
-from operator import add, attrgetter, gt
+from functools import cache, partial
+from itertools import accumulate
+from operator import attrgetter
 from typing import NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
 from bsam_fused.ops import contract, rounding
-from bsam_fused.ops.contract import CHECKED, CROSS, MAX, MIN, SCALE, SLOTS, SO_FAR, AdamScalars, Radius, SGDScalars
+from bsam_fused.ops.contract import ASCENT, SCALE, SLOTS, AdamScalars, Mixing, Radius, SGDScalars
+from bsam_fused.ops.directions import Direction, Mix, Sums
+from bsam_fused.ops.memory import Memory, can_be_written
 from bsam_fused.ops.one_go import in_one_go
 
 Call = Callable[[], object]
@@ -29,30 +30,6 @@ ALIGNMENT = 64  # bytes: every tensor starts on a cache line of the flat buffers
 SMALL_BYTES = 4096  # up to here a gradient is copied rather than taken
 
 _kind = attrgetter("shape", "dtype", "device", "layout")
-
-
-class DirectionScales(NamedTuple):
-    """What an update multiplies by: g_min by c (BSAM), and all of d by a factor. On the host; groups.h's twin."""
-
-    c: float
-    """‖g_max‖ / ‖g_min‖, 0 where ‖g_min‖ = 0."""
-    factor: float
-    """1 / scale, times what clips ‖d‖ / scale to max_norm."""
-
-    @classmethod
-    def of(cls, sums: Sequence[float], bilateral: bool, max_norm: float) -> DirectionScales:
-        """Return those of finite sums, with d = s − c g_min, or g_max."""
-        c = math.sqrt(sums[MAX]) / math.sqrt(sums[MIN]) if sums[MIN] > 0 else 0.0
-        square = max(sums[SO_FAR] - 2 * c * sums[CROSS] + c * c * sums[MIN], 0.0) if bilateral else sums[MAX]
-        unscaled = 1 / sums[SCALE] if sums[SCALE] else 1.0
-        return cls(c, min(max_norm / (math.sqrt(square) * unscaled + 1e-6), 1.0) * unscaled)
-
-    def are_within(self, sums: Sequence[float], bilateral: bool, limit: float) -> bool:
-        """Return whether neither they nor d can be beyond ``limit``: |c g_min,i| ≤ ‖g_max‖; descend saw to s."""
-        norm_max = math.sqrt(sums[MAX])
-        if not bilateral:
-            return self.factor <= 1 or self.factor * norm_max <= limit
-        return self.c <= limit and 2 * max(self.factor, 1.0) * norm_max <= limit
 
 
 class Update(NamedTuple):
@@ -67,7 +44,9 @@ class PythonFlatParams(ABC):
     """`contract.FlatParams`, but for what runs over the elements."""
 
     @torch.no_grad()
-    def __init__(self, params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None, exempt: bool
+    ) -> None:
         self.params, self.places = list(params), list(places)
         self.device, self.dtype = self.params[0].device, self.params[0].dtype
         wide = torch.float32 if self.device.type == "mps" else torch.float64
@@ -83,7 +62,7 @@ class PythonFlatParams(ABC):
         # An element's place in the flat buffers: its parameter's strides, or dense ones where they have gaps.
         self._strides = [torch.empty_like(p, device="meta").stride() for p in self.params]
         self._bytes = [numel * self.dtype.itemsize for numel in self._numels]
-        self._memory = _Memory([], [], [])
+        self._memory = Memory([], [], [])
         # What has gaps, or is lazily negated, is worked on in a packed copy.
         self._packed = {
             i: torch.empty_like(p, requires_grad=False)
@@ -98,9 +77,12 @@ class PythonFlatParams(ABC):
         self._lists: dict[str, list[Tensor]] = {}  # of their views
         self._begun: set[int] = set()  # whose state has begun
         self._own: dict[int, Tensor] = {}  # where g is kept if it had to be copied
-        self._bilateral = False  # this step's ascend kept g
+        self._exempt = exempt  # nothing is perturbed here
+        self._mixing = Mixing()  # how this step's direction is mixed
+        self._summed = False  # and its sums are there
         self._now: dict[int, Tensor] = {}  # this pass's gradients, in the flat buffers' strides
-        self._g: dict[int, Tensor] = {}  # BSAM: g, then g + g_max, likewise
+        self._g: dict[int, Tensor] = {}  # what is kept: g, or g + g_max, likewise
+        self._ascended: set[int] = set()  # who had a gradient in the first pass of this step
         self._perturbed: list[int] = []  # what is not w, but saved is
         self._shown: list[list[Tensor]] = []  # the perturbed weights, while the weights are w
         self._done: list[bool] = []  # not empty: an update was made of the gradients read last
@@ -113,16 +95,16 @@ class PythonFlatParams(ABC):
     # ---- what a backend does in a phase, over the elements of all parameters
 
     @abstractmethod
-    def square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
+    def _run_square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
         """Σ (T g)²."""
 
     @abstractmethod
-    def direction_sums(self) -> None:
-        """Σ g_min², Σ s², Σ s g_min; s = g + g_max."""
+    def _run_direction_sums(self) -> None:
+        """Σ y², Σ x², Σ x y of d = a x + b y; of g_max and ĝ_min, where that is extrapolated."""
 
     @abstractmethod
     def _take(self) -> None:
-        """Take the gradients of this pass into g, where g is not there yet: at the latest as the phase runs."""
+        """Take the gradients of this pass into g, where g is not there yet: at the latest as a phase runs."""
 
     @abstractmethod
     def _run_ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
@@ -130,7 +112,7 @@ class PythonFlatParams(ABC):
 
     @abstractmethod
     def _run_descend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
-        """From the saved w, w = w_min; g = g + g_max; Σ g_max²."""
+        """From the saved w, w = w_min of the perturbed; g = g + g_max of the ascended; Σ g_max²."""
 
     @abstractmethod
     def _run_sgd(self, update: Update, groups: Sequence[SGDScalars], members: list[int]) -> None:
@@ -215,7 +197,7 @@ class PythonFlatParams(ABC):
             contract.reject(self, i)
         return self._empty(i).copy_(grad.detach())
 
-    def _occupied(self, weights: Sequence[int]) -> _Memory:
+    def _occupied(self, weights: Sequence[int]) -> Memory:
         """Return where parameters, at these addresses, and flat buffers lie: what lies there, too, is written to."""
         last = [
             sum((size - 1) * stride for size, stride in zip(kind[0], strides, strict=True))
@@ -228,16 +210,20 @@ class PythonFlatParams(ABC):
         ]
         spans += [(buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes) for buffer in self._buffers.values()]
         begins = sorted(spans)
-        return _Memory(list(weights), [begin for begin, _ in begins], [0, *accumulate((end for _, end in begins), max)])
+        return Memory(list(weights), [begin for begin, _ in begins], [0, *accumulate((end for _, end in begins), max)])
 
     def begin_plain(self) -> None:
         """Begin a step with d = g."""
-        self._bilateral, self._g = False, {}
+        self._mix_by(Mixing())
+        self._g, self._ascended = {}, set()
         self.sums.zero_()
 
-    def join(self, keep: bool, descended: bool) -> None:
+    def join(self, mixing: Mixing, descended: bool) -> None:
         """Take part from this pass on."""
-        self._bilateral = keep
+        self._mix_by(mixing)
+
+    def _mix_by(self, mixing: Mixing) -> None:
+        self._mixing, self._summed = mixing, False
 
     def clear_gradients(self) -> None:
         """Set every .grad to None."""
@@ -278,7 +264,7 @@ class PythonFlatParams(ABC):
             self._refuse_capture()
             dtype = torch.float32 if key == contract.MASTER_WEIGHT else self.dtype
             self._buffers[key] = torch.zeros(self._offsets[-1], dtype=dtype, device=self.device)
-            self._memory = _Memory([], [], [])
+            self._memory = Memory([], [], [])
         return self._buffers[key]
 
     def _view(self, key: str, i: int) -> Tensor:
@@ -323,12 +309,28 @@ class PythonFlatParams(ABC):
     # ---- phases
 
     @torch.no_grad()
-    def ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float, keep: bool) -> None:
+    def square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
+        """Σ (T g)²."""
+        if self._exempt and slot == ASCENT:
+            self.sums[slot] = 0
+        else:
+            self._run_square_norm(slot, radii)
+
+    @torch.no_grad()
+    def direction_sums(self) -> None:
+        """Σ y², Σ x², Σ x y of d = a x + b y."""
+        self._run_direction_sums()
+        self._summed = True
+
+    @torch.no_grad()
+    def ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float, mixing: Mixing) -> None:
         """Save w, then w = w_max."""
-        self._bilateral, self._g = keep, {}
-        if keep:
+        self._mix_by(mixing)
+        self._g, self._ascended = {}, set(self._now)
+        if mixing.rule.keeps:
             self._take()
-        self._run_ascend(sums, radii, norm_eps)
+        if not self._exempt:
+            self._run_ascend(sums, radii, norm_eps)
         in_one_go(*self._written(self._perturbed))
         self._end_pass()
 
@@ -344,7 +346,7 @@ class PythonFlatParams(ABC):
         """Return the parameters that had a gradient in some pass of this step."""
         if len(self._now) == len(self.params):
             return list(self._now)
-        return sorted({*self._perturbed, *self._g, *self._now})
+        return sorted({*self._ascended, *self._g, *self._now})
 
     def _commit(self, *writes: Call) -> None:
         """Make the writes of an update, note that it was made and forget the step: all of it, or nothing."""
@@ -363,7 +365,7 @@ class PythonFlatParams(ABC):
     @torch.no_grad()
     def combine(self, sums: Tensor, from_saved: bool, max_norm: float) -> bool:
         """Put d into .grad, w into the weights."""
-        directions = self._run_direction(sums, max_norm) if self._scales(sums, max_norm) else None
+        directions = self._run_direction(sums, max_norm) if self._can_update(sums, max_norm) else None
         if directions is None or not self._holds(directions.values()):
             self._commit(*self._put_back(), partial(self.skipped.add_, 1), partial(self.step_count.add_, 1))
             return False
@@ -373,13 +375,35 @@ class PythonFlatParams(ABC):
             self.params[i].grad = d
         return True
 
-    def _scales(self, sums: Tensor, max_norm: float) -> DirectionScales | None:
-        """Return those of an update; None where the sums are not finite, or d not within the limit. Waits for them."""
-        numbers = sums.tolist()
-        if not all(map(math.isfinite, numbers[:CHECKED])):
-            return None
-        scales = DirectionScales.of(numbers, self._bilateral, max_norm)
-        return scales if scales.are_within(numbers, self._bilateral, self.limit) else None
+    def _direction(self, max_norm: float) -> Direction:
+        """Return how this step's direction comes about."""
+        rule, numbers = self._mixing
+        largest = numbers[0].largest if numbers else 0.0
+        return Direction(rule, self._summed, max_norm, self.limit, largest)
+
+    def _number(self, group: int) -> float:
+        """Return a param group's number of the rule."""
+        return self._mixing.numbers[group].number if self._mixing.numbers else 0.0
+
+    def _mixes(self, sums: Sums, max_norm: float, signs: Sequence[float] = ()) -> Callable[[int, bool], Mix]:
+        """Return what gives the mix of a param group's tensors that have both gradients or not; ``signs``: of its d."""
+        by = self._direction(max_norm)
+        factor = by.factor(sums)
+
+        @cache
+        def mix(group: int, both: bool) -> Mix:
+            signed = signs[group] * factor if signs else factor
+            return by.of(sums, self._number(group), both).times(signed)
+
+        return mix
+
+    def _has_both(self, i: int) -> bool:
+        """Return whether a parameter has a gradient of the first pass and one of the last."""
+        return i in self._ascended and i in self._now
+
+    def _can_update(self, sums: Tensor, max_norm: float) -> bool:
+        """Return whether an update can be made. Waits for the sums."""
+        return bool(self._direction(max_norm).can_update(sums.tolist()))
 
     def _holds(self, directions: Iterable[Tensor]) -> bool:
         """Return whether directions are finite in 16 bits, which hold less than what d was computed with."""
@@ -399,7 +423,8 @@ class PythonFlatParams(ABC):
         buffer = self._buffer(DIRECTION).zero_()
         for i, d in self._run_direction(scaled, math.inf).items():
             self.params[i].grad = self._view(DIRECTION, i).copy_(d).mul_(share)
-        self._bilateral, self._g = False, {}
+        self._mix_by(Mixing())
+        self._g = {}
         return buffer
 
     def write_options(self, tables: Sequence[Sequence[Sequence[float]]]) -> None:
@@ -424,11 +449,12 @@ class PythonFlatParams(ABC):
 
     def _check_shapes(self) -> None:
         for i in self._perturbed:
-            if self.params[i].shape != self._kinds[i][0] or not _can_be_written(self.params[i]):
+            if self.params[i].shape != self._kinds[i][0] or not can_be_written(self.params[i]):
                 contract.reject_shape(self, i)
 
     def _forgetting(self) -> list[Call]:
-        return [self._now.clear, self._g.clear, self._perturbed.clear, self._shown.clear]
+        how = partial(self.__dict__.update, _mixing=Mixing(), _summed=False)
+        return [self._now.clear, self._g.clear, self._ascended.clear, self._perturbed.clear, self._shown.clear, how]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -461,32 +487,6 @@ def is_capturing(device: torch.device) -> bool:
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
-
-
-def _can_be_written(tensor: Tensor) -> bool:
-    """Return whether a tensor has memory of its own for every element: others may have freed or shrunk it."""
-    if not tensor.numel():
-        return True
-    pairs = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
-    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in pairs)
-    room = tensor.untyped_storage().nbytes() // tensor.element_size()
-    return last < room and all(stride for _, stride in pairs) and not tensor.is_neg()
-
-
-class _Memory(NamedTuple):
-    """Where parameters and flat buffers lie."""
-
-    weights: list[int]
-    """The parameters' addresses."""
-    begins: list[int]
-    """Where each begins, in order."""
-    ends: list[int]
-    """Where the first 0, 1, 2, … of them end."""
-
-    def shares(self, addresses: Sequence[int], sizes: Sequence[int]) -> list[bool]:
-        """Return of each of other spans whether it overlaps one of these."""
-        before = map(bisect_left, repeat(self.begins), map(add, addresses, sizes))
-        return list(map(gt, map(self.ends.__getitem__, before), addresses))
 
 
 def pick(items: list[Item], members: Collection[int]) -> list[Item]:

@@ -119,7 +119,7 @@ def _mend_cuda(told: str) -> str:
 
 
 def cpu_flat_params(
-    params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None
+    params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None, exempt: bool
 ) -> contract.FlatParams:
     """Return the compiled FlatParams over ``params`` on the CPU.
 
@@ -129,11 +129,11 @@ def cpu_flat_params(
     module, reason = load()
     if module is None:
         raise RuntimeError(reason)
-    return module.CpuFlatParams(list(params), list(places), seed)
+    return module.CpuFlatParams(list(params), list(places), seed, exempt)
 
 
 def cuda_flat_params(
-    params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None
+    params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None, exempt: bool
 ) -> contract.FlatParams:
     """Return the compiled FlatParams over ``params`` on a CUDA device.
 
@@ -143,7 +143,7 @@ def cuda_flat_params(
     module, reason = load()[0], why_no_cuda(params[0].device)
     if module is None or reason:
         raise RuntimeError(reason)
-    return module.CudaFlatParams(list(params), list(places), seed)
+    return module.CudaFlatParams(list(params), list(places), seed, exempt)
 
 
 def is_compiled(flat: contract.FlatParams) -> bool:

@@ -24,6 +24,7 @@ class ShardedFlatParams:
         params: DTensors of one mesh, sharded alike.
         places: as `contract.FlatParams` has it.
         seed: likewise.
+        exempt: likewise.
         build: makes the FlatParams of a backend.
     """
 
@@ -32,13 +33,14 @@ class ShardedFlatParams:
         params: Sequence[Any],
         places: Sequence[tuple[int, int]],
         seed: int | None,
+        exempt: bool,
         build: Callable[..., contract.FlatParams],
     ) -> None:
         self.params = list(params)
         self._shards = [distributed.local(param) for param in self.params]
         if seed is not None:
             seed = (seed + _SEED_STEP * distributed.shard_index(params[0])) % 2**32
-        self.over_shards = build(self._shards, places, seed)
+        self.over_shards = build(self._shards, places, seed, exempt)
 
     def __getattr__(self, name: str) -> Any:
         """Return what the shards' FlatParams has: all that needs no parameter."""

@@ -17,16 +17,22 @@ from torch import Tensor
 from bsam_fused.ops import rounding
 from bsam_fused.ops.contract import (
     ASCENT,
-    CHECKED,
-    CROSS,
     MASTER_WEIGHT,
     MAX,
     MIN,
-    SCALE,
-    SO_FAR,
+    PRODUCT,
+    SQUARE,
     AdamScalars,
     Radius,
+    Rule,
     SGDScalars,
+)
+from bsam_fused.ops.directions import (
+    Mix,
+    both_gradients,
+    extrapolated_gradient,
+    is_out_of_reach,
+    step_length,
 )
 from bsam_fused.ops.flat_params import Call, PythonFlatParams, Update, pick
 
@@ -38,7 +44,7 @@ class Next(NamedTuple):
     state: Mapping[str, Tensor]
 
 
-Rule = Callable[[int, Tensor, Tensor], Next]
+BaseRule = Callable[[int, Tensor, Tensor], Next]
 """(parameter, w, d) -> what an update makes of it."""
 
 
@@ -57,9 +63,9 @@ def perturbed(w: Tensor, g: Tensor, step: Tensor | float, radius: Radius, dtype:
     return torch.where(moved.abs() <= torch.finfo(dtype or w.dtype).max, moved, w)
 
 
-def is_too_long(so_far: Tensor) -> Tensor:
-    """Return where d may be beyond what it is computed in, from s = g + g_max, if c g_min is at most half as long."""
-    s = so_far.to(torch.promote_types(so_far.dtype, torch.float32))
+def is_too_long(g_plus_g_max: Tensor) -> Tensor:
+    """Return where d may be beyond what it is computed in, from g + g_max, if c g_min is at most half as long."""
+    s = g_plus_g_max.to(torch.promote_types(g_plus_g_max.dtype, torch.float32))
     return ~(s + s).isfinite()
 
 
@@ -68,36 +74,13 @@ def decayed(d: Tensor, w: Tensor, weight_decay: float) -> Tensor:
     return d + weight_decay * w if weight_decay else d
 
 
-def bilateral_coefficient(sums: Tensor) -> Tensor:
-    """Return c = ‖g_max‖ / ‖g_min‖, 0 where ‖g_min‖ = 0. BSAM."""
-    norm_max, norm_min = sums[MAX].sqrt(), sums[MIN].sqrt()
-    return torch.where(norm_min > 0, norm_max / norm_min, torch.zeros_like(norm_max))
-
-
-def direction_scales(sums: Tensor, bilateral: bool, max_norm: float) -> tuple[Tensor, Tensor]:
-    """Return c, and the factor of d: `flat_params.DirectionScales` without asking the device."""
-    c = bilateral_coefficient(sums)
-    square = (sums[SO_FAR] - 2 * c * sums[CROSS] + c.square() * sums[MIN]).clamp(min=0) if bilateral else sums[MAX]
-    unscaled = torch.where(sums[SCALE] == 0, 1.0, 1 / sums[SCALE])
-    clip = max_norm / (square.sqrt() * unscaled + 1e-6)
-    return c, torch.where(clip < 1, clip * unscaled, unscaled)
-
-
-def can_update(sums: Tensor, c: Tensor, factor: Tensor, bilateral: bool, limit: float) -> Tensor:
-    """Return whether the sums are finite, and d and what it is made of within ``limit``, likewise."""
-    norm_max = sums[MAX].sqrt()
-    if bilateral:
-        within = (c <= limit) & (2 * factor.clamp(min=1) * norm_max <= limit)
-    else:
-        within = (factor <= 1) | (factor * norm_max <= limit)
-    return sums[:CHECKED].isfinite().all() & within
-
-
 class TorchFlatParams(PythonFlatParams):
     """`contract.FlatParams` in plain torch."""
 
-    def __init__(self, params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None) -> None:
-        super().__init__(params, places, seed)
+    def __init__(
+        self, params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None, exempt: bool
+    ) -> None:
+        super().__init__(params, places, seed, exempt)
         self._compute = torch.promote_types(self.dtype, torch.float32)
 
     def _rounded(self, i: int, operand: int, x: Tensor) -> Tensor:
@@ -108,8 +91,7 @@ class TorchFlatParams(PythonFlatParams):
             x = rounding.rounded(x, self.dtype, bits)
         return x.to(self.dtype)
 
-    @torch.no_grad()
-    def square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
+    def _run_square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
         """Σ (T g)²."""
         scaled = []
         for i, g in self._now.items():
@@ -120,13 +102,26 @@ class TorchFlatParams(PythonFlatParams):
             norms = torch._foreach_norm(scaled, 2, dtype=self.sums.dtype)
             self.sums[slot] = torch.stack(norms).square().sum()
 
-    @torch.no_grad()
-    def direction_sums(self) -> None:
-        """Σ g_min², Σ s², Σ s g_min."""
-        self.square_norm(MIN, [Radius(0.0)] * (1 + max(group for group, _ in self.places)))
-        so_far = {i: g.to(self.sums.dtype) for i, g in self._g.items()}
-        self.sums[SO_FAR] = sum(g.square().sum() for g in so_far.values())
-        self.sums[CROSS] = sum((so_far[i] * g).sum() for i, g in self._now.items() if i in so_far)
+    def _square_norm(self, slot: int) -> None:
+        """Σ g²."""
+        self._run_square_norm(slot, [Radius(0.0)] * (1 + max(group for group, _ in self.places)))
+
+    def _run_direction_sums(self) -> None:
+        """Σ y², Σ x², Σ x y of d = a x + b y; of g_max and ĝ_min, where that is extrapolated."""
+        rule, zero = self._mixing.rule, torch.zeros((), dtype=self.sums.dtype, device=self.device)
+        self._square_norm(rule.last_slot)
+        squares, products, of_min = [zero], [zero], [zero]
+        for i in self._members():
+            x, y = (zero if t is None else t.to(zero.dtype) for t in (self._g.get(i), self._now.get(i)))
+            if rule is Rule.EXTRAPOLATED:
+                y_min = extrapolated_gradient(x, y, self._number(self.places[i][0])) if self._has_both(i) else zero
+                x, y = both_gradients(x, y), y_min
+                of_min.append(y.square().sum())
+            squares.append(x.square().sum())
+            products.append((x * y).sum())
+        self.sums[SQUARE], self.sums[PRODUCT] = sum(squares), sum(products)
+        if rule is Rule.EXTRAPOLATED:
+            self.sums[MIN] = sum(of_min)
 
     def _take(self) -> None:
         """Copy: who else holds a gradient is not worth finding out here."""
@@ -142,20 +137,18 @@ class TorchFlatParams(PythonFlatParams):
         self._perturb(rounding.TO_MAX, sums, radii, norm_eps, sums[ASCENT].isfinite() & ~beyond, self._now)
 
     def _run_descend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
-        self.square_norm(MAX, [Radius(0.0)] * len(radii))
+        self._square_norm(MAX)
         self.sums[MAX].masked_fill_(self._is_out_of_reach(sums, radii, norm_eps), math.nan)
         finite = sums[ASCENT].isfinite() & self.sums[MAX].isfinite()
         self._perturb(rounding.TO_MIN, sums, radii, norm_eps, finite, {i: self._g[i] for i in self._perturbed})
-        both = [i for i in self._perturbed if i in self._now]
+        both = [i for i in self._now if i in self._ascended]
         if both:
             torch._foreach_add_([self._g[i] for i in both], [self._now[i] for i in both])
             too_long = torch.stack([is_too_long(self._g[i]).any() for i in both]).any()
             self.sums[MAX].masked_fill_(too_long, math.nan)
 
     def _is_out_of_reach(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> Tensor:
-        """Return whether a step length is beyond the limit."""
-        length = sums[ASCENT].sqrt() + norm_eps
-        return (length != 0) & (radii[0].largest / length > self.limit)
+        return torch.as_tensor(is_out_of_reach(radii[0], sums[ASCENT], norm_eps, self.limit), device=self.device)
 
     def _perturb(
         self,
@@ -166,28 +159,29 @@ class TorchFlatParams(PythonFlatParams):
         finite: Tensor,
         gradients: Mapping[int, Tensor],
     ) -> None:
-        length = sums[ASCENT].sqrt() + norm_eps
-        inverse = torch.where(length == 0, 0.0, 1 / length)
+        steps = [
+            torch.as_tensor(step_length(r, sums[ASCENT], norm_eps), device=self.device).to(self._compute) for r in radii
+        ]
         for i, g in gradients.items():
-            radius, w = radii[self.places[i][0]], self._view("saved", i).to(self._compute)
-            step = (radius.radius * inverse).to(self._compute)
-            moved = torch.where(finite, perturbed(w, g.to(self._compute), step, radius, self.dtype), w)
+            group, w = self.places[i][0], self._view("saved", i).to(self._compute)
+            moved = perturbed(w, g.to(self._compute), steps[group], radii[group], self.dtype)
+            moved = torch.where(finite, moved, w)
             self._weights(i).copy_(self._rounded(i, operand, moved))
 
-    def _direction(self, i: int, c: Tensor, factor: Tensor) -> Tensor:
-        """Return d: factor times g_max (SAM), or g + g_max − c g_min (BSAM); a missing gradient is zero."""
+    def _mixed(self, i: int, mixes: Callable[[int, bool], Mix]) -> Tensor:
+        """Return d = a x + b y; a missing gradient is zero."""
         zero = torch.zeros((), dtype=self._compute, device=self.device)
-        last = self._now[i].to(self._compute) if i in self._now else zero
-        if self._bilateral:
-            so_far = self._g[i].to(self._compute) if i in self._g else zero
-            last = so_far - c.to(self._compute) * last
-        return factor.to(self._compute) * last
+        mix = mixes(self.places[i][0], self._has_both(i))
+        a, b = (torch.as_tensor(x, dtype=self._compute, device=self.device) for x in mix)
+        last = b * self._now.get(i, zero).to(self._compute)
+        return a * self._g.get(i, zero).to(self._compute) + last if self._mixing.rule.keeps else last
 
-    def _run(self, update: Update, members: list[int], counted: Sequence[int], rule: Rule) -> None:
-        """Work out everything that is to be written, then write it in one go."""
-        sums = update.sums
-        scales = direction_scales(sums, self._bilateral, update.max_norm)
-        finite = can_update(sums, *scales, self._bilateral, self.limit)
+    def _run(
+        self, update: Update, signs: Sequence[float], members: list[int], counted: Sequence[int], rule: BaseRule
+    ) -> None:
+        """Work out everything that is to be written, then write it in one go. ``signs``: of d, a param group."""
+        finite = torch.as_tensor(self._direction(update.max_norm).can_update(update.sums), device=self.device)
+        mixes = self._mixes(update.sums, update.max_norm, signs)
         # The weights before the step are in saved only where they were perturbed.
         before = {i: self._weights(i) for i in members} | {i: self._view("saved", i) for i in self._perturbed}
         written: list[tuple[Tensor, Tensor]] = []
@@ -195,7 +189,7 @@ class TorchFlatParams(PythonFlatParams):
             start = kept if update.from_saved else self._weights(i)
             master = self._view(MASTER_WEIGHT, i) if MASTER_WEIGHT in self._buffers else None
             w = start.to(self._compute) if master is None else rounding.update_start(start, master)
-            new = rule(i, w, self._direction(i, *scales))
+            new = rule(i, w, self._mixed(i, mixes))
             x = torch.where(finite, new.w, kept.to(self._compute))
             if master is not None:
                 written.append((master, torch.where(finite, new.w, master)))
@@ -221,7 +215,7 @@ class TorchFlatParams(PythonFlatParams):
     def _run_sgd(self, update: Update, groups: Sequence[SGDScalars], members: list[int]) -> None:
         def rule(i: int, w: Tensor, d: Tensor) -> Next:
             o = groups[self.places[i][0]]
-            d = decayed(-d if o.maximize else d, w, o.weight_decay)
+            d = decayed(d, w, o.weight_decay)
             if not o.momentum:
                 return Next(w - o.lr * d, {})
             averaged = o.momentum * self._view("momentum_buffer", i).to(self._compute) + (1 - o.dampening) * d
@@ -229,12 +223,12 @@ class TorchFlatParams(PythonFlatParams):
             d = d + o.momentum * m if o.nesterov else m
             return Next(w - o.lr * d, {"momentum_buffer": m})
 
-        self._run(update, members, [i for i in members if groups[self.places[i][0]].stateful], rule)
+        counted = [i for i in members if groups[self.places[i][0]].stateful]
+        self._run(update, signs(groups), members, counted, rule)
 
     def _run_adam(self, update: Update, groups: Sequence[AdamScalars], members: list[int]) -> None:
         def rule(i: int, w: Tensor, d: Tensor) -> Next:
             o = groups[self.places[i][0]]
-            d = -d if o.maximize else d
             if o.decoupled:
                 w = w * (1 - o.lr * o.weight_decay)
             else:
@@ -246,8 +240,13 @@ class TorchFlatParams(PythonFlatParams):
             correction = (1 - o.beta2**t).sqrt().to(self._compute)
             return Next(w - step_size * m / (v.sqrt() / correction + o.eps), {"exp_avg": m, "exp_avg_sq": v})
 
-        self._run(update, members, members, rule)
+        self._run(update, signs(groups), members, members, rule)
 
     def _run_direction(self, sums: Tensor, max_norm: float) -> dict[int, Tensor]:
-        scales = direction_scales(sums, self._bilateral, max_norm)
-        return {i: self._empty(i).copy_(self._direction(i, *scales)) for i in self._members()}
+        mixes = self._mixes(sums, max_norm)
+        return {i: self._empty(i).copy_(self._mixed(i, mixes)) for i in self._members()}
+
+
+def signs(groups: Sequence[SGDScalars] | Sequence[AdamScalars]) -> list[float]:
+    """Return d's sign a param group: maximize's."""
+    return [-1.0 if o.maximize else 1.0 for o in groups]

@@ -17,11 +17,16 @@ from bsam_fused.ops import holders
 from bsam_fused.ops.contract import (
     ASCENT,
     MAX,
+    MIN,
+    PRODUCT,
+    SQUARE,
     AdamScalars,
     Radius,
+    Rule,
     SGDScalars,
 )
-from bsam_fused.ops.flat_params import SMALL_BYTES, Call, DirectionScales, Update, pick
+from bsam_fused.ops.directions import Mix, Number, is_out_of_reach, step_length
+from bsam_fused.ops.flat_params import SMALL_BYTES, Call, Update, pick
 from bsam_fused.ops.torch_flat import TorchFlatParams, adaptivity, is_too_long, perturbed
 
 BLOCK = 1 << 14  # elements that are summed in their own dtype
@@ -31,6 +36,8 @@ MANY = 32  # from so many tensors on, small ones are worth putting together
 LEAST, MOST = 1e-10, 1e18  # between these norms squares neither vanish from float32 nor overflow it
 
 Tensors = list[Tensor]
+Directions = dict[int, Tensor]
+Calls = list[Call]
 Options = TypeVar("Options", SGDScalars, AdamScalars)
 
 
@@ -63,6 +70,27 @@ def _sum_of_rows(rows: Tensor) -> float:
     if not (min(norms) > LEAST and max(norms) < MOST):
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).tolist()
     return sum([norm * norm for norm in norms])
+
+
+def sum_of_products(xs: Tensors, ys: Tensors) -> float:
+    """Return Σ x y of pairs of dense tensors, likewise: small ones together, in float64."""
+    pairs = list(zip(xs, ys, strict=True))
+    small = [[t for t in side if t.numel() <= BLOCK] for side in (xs, ys)]
+    total = torch.dot(*map(_together, small)).item() if small[0] else 0.0
+    return total + sum([_product_of_rows(x, y) for x, y in pairs if x.numel() > BLOCK])
+
+
+def _together(tensors: Tensors) -> Tensor:
+    return torch._utils._flatten_dense_tensors(tensors).double()
+
+
+def _product_of_rows(x: Tensor, y: Tensor) -> float:
+    whole = x.numel() // BLOCK * BLOCK
+    a, b = (t.as_strided((t.numel(),), (1,)) for t in (x, y))
+    if not all(LEAST < norm.item() < MOST for norm in torch._foreach_norm([a, b])):
+        a, b = a.double(), b.double()
+    rows = torch.linalg.vecdot(a[:whole].view(-1, BLOCK), b[:whole].view(-1, BLOCK))
+    return rows.sum(dtype=torch.float64).item() + torch.dot(a[whole:], b[whole:]).item()
 
 
 def perturb(ws: Tensors, gs: Tensors, step: float, radius: Radius) -> Call:
@@ -114,8 +142,10 @@ class TorchListFlatParams(TorchFlatParams):
     """`contract.FlatParams` in plain torch, of float32 and float64 on a CPU."""
 
     @torch.no_grad()
-    def __init__(self, params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None) -> None:
-        super().__init__(params, places, seed)
+    def __init__(
+        self, params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None, exempt: bool
+    ) -> None:
+        super().__init__(params, places, seed, exempt)
         self._slots = self.sums.unbind()
         self._of_group: dict[int, list[int]] = {}
         for i, (group, _) in enumerate(places):
@@ -132,7 +162,7 @@ class TorchListFlatParams(TorchFlatParams):
     def _weights_of(self, members: Sequence[int]) -> Tensors:
         return [self._weights(i) for i in members] if self._packed else pick(self.params, members)
 
-    def square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
+    def _run_square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
         """Σ (T g)²."""
         total: float
         if any(radius.adaptive for radius in radii):
@@ -141,12 +171,25 @@ class TorchListFlatParams(TorchFlatParams):
             total = sum_of_squares(list(self._now.values()))
         self._slots[slot].fill_(total)
 
-    @torch.no_grad()
     def _adaptive_sum(self, radius: Radius, members: Sequence[int]) -> float:
         gs = [self._now[i] for i in members]
         if radius.adaptive:
             gs = [adaptivity(w, g, radius.eta) * g for w, g in zip(self._weights_of(members), gs, strict=True)]
         return sum_of_squares(gs)
+
+    def _run_direction_sums(self) -> None:
+        """Σ y², Σ x², Σ x y of d = a x + b y, of lists."""
+        rule = self._mixing.rule
+        self._square_norm(rule.last_slot)
+        both = [i for i in self._g if i in self._now]
+        xs, ys = [self._g[i] for i in both], [self._now[i] for i in both]
+        alone = [g for i, g in self._g.items() if i not in self._now]
+        if rule is Rule.EXTRAPOLATED:
+            alone += [g_max for i, g_max in self._now.items() if i not in self._g]
+            xs, ys = both_gradients(xs, ys), extrapolated(xs, ys, [self._number(self.places[i][0]) for i in both])
+            self._slots[MIN].fill_(sum_of_squares(ys))
+        self._slots[SQUARE].fill_(sum_of_squares(xs + alone))
+        self._slots[PRODUCT].fill_(sum_of_products(xs, ys))
 
     def _take(self) -> None:
         """Take large gradients that nobody else can see; copy the others."""
@@ -174,23 +217,23 @@ class TorchListFlatParams(TorchFlatParams):
         self._perturb_all(ASCENT, sums, radii, norm_eps, self._now)
 
     def _run_descend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
-        self.square_norm(MAX, [Radius(0.0)] * len(radii))
+        self._square_norm(MAX)
         if self._perturbed:
             self._reset()()
         if math.isfinite(self._slots[MAX].item()):
             self._perturb_all(MAX, sums, radii, norm_eps, {i: self._g[i] for i in self._perturbed})
-        both = [i for i in self._perturbed if i in self._now]
+        both = [i for i in self._now if i in self._ascended]
         if both:
-            so_far = [self._g[i] for i in both]
-            torch._foreach_add_(so_far, [self._now[i] for i in both])
-            if not self._are_short(sums, radii) and any(bool(is_too_long(s).any()) for s in so_far):
+            kept = [self._g[i] for i in both]
+            torch._foreach_add_(kept, [self._now[i] for i in both])
+            if not self._are_short(sums, radii) and any(bool(is_too_long(s).any()) for s in kept):
                 self._slots[MAX].fill_(math.nan)
 
     def _are_short(self, sums: Tensor, radii: Sequence[Radius]) -> bool:
         """Return whether the norms of g and g_max alone say that no g + g_max is too long."""
-        adaptive = any(radius.adaptive for radius in radii)
+        unknown = self._exempt or any(radius.adaptive for radius in radii)
         longest = math.sqrt(max(sums[ASCENT].item(), self._slots[MAX].item()))
-        return not adaptive and longest < torch.finfo(self.dtype).max / 4
+        return not unknown and longest < torch.finfo(self.dtype).max / 4
 
     def _reset(self) -> Call:
         """Prepare w = saved, where a phase works on it."""
@@ -201,39 +244,51 @@ class TorchListFlatParams(TorchFlatParams):
         self, slot: int, sums: Tensor, radii: Sequence[Radius], norm_eps: float, gradients: dict[int, Tensor]
     ) -> None:
         """Perturb all; out of reach none, which is noted in ``slot``."""
-        length = math.sqrt(sums[ASCENT].item()) + norm_eps
-        if not math.isfinite(length):
+        sum_ascent = sums[ASCENT].item()
+        if not math.isfinite(sum_ascent):
             return
-        if length and radii[0].largest / length > self.limit:
+        if is_out_of_reach(radii[0], sum_ascent, norm_eps, self.limit):
             self._slots[slot].fill_(math.nan)
             return
         for group, members in self._grouped(gradients).items():
-            step = radii[group].radius / length if length else 0.0
+            step = float(step_length(radii[group], sum_ascent, norm_eps))
             gs = [gradients[i] for i in members]
             perturb(self._weights_of(members), gs, step, radii[group])()
 
-    def _directions(self, members: Sequence[int], scales: DirectionScales) -> tuple[dict[int, Tensor], list[Call]]:
+    def _directions(self, members: Sequence[int], sums: Sequence[float], max_norm: float) -> tuple[Directions, Calls]:
         """Return d of every member, once the calls were made: g is written to, this pass's gradients are not."""
-        c, factor = scales
-        if not self._bilateral and factor == 1 and len(members) == len(self._now):
+        mixes = self._mixes(sums, max_norm)
+        if self._mixing.rule.keeps:
+            return self._mixed_lists(members, mixes)
+        factor = mixes(0, True).last
+        if factor == 1 and len(members) == len(self._now):
             return self._now, []
-        none = [i for i in members if i not in self._now and i not in self._g]
-        made = {i: torch.zeros_like(self._empty(i)) for i in none}
-        if not self._bilateral:
-            last = self._now if factor == 1 or not self._now else scaled(self._now, factor)
-            return {**last, **made}, []
-        new = {i: g for i, g in self._now.items() if i not in self._g}
-        made.update(scaled(new, -c) if new else {})
-        both = [i for i in self._g if i in self._now]
-        calls: list[Call] = []
-        if both:
-            calls.append(
-                partial(torch._foreach_add_, [self._g[i] for i in both], [self._now[i] for i in both], alpha=-c)
-            )
-        ds = {**self._g, **made}
-        if factor != 1 and ds:
-            calls.append(partial(torch._foreach_mul_, list(ds.values()), factor))
-        return ds, calls
+        made = {i: torch.zeros_like(self._empty(i)) for i in members if i not in self._now}
+        return {**(self._now if factor == 1 or not self._now else scaled(self._now, factor)), **made}, []
+
+    def _mixed_lists(self, members: Sequence[int], mixes: Callable[[int, bool], Mix]) -> tuple[Directions, Calls]:
+        """Return d = a x + b y of every member, likewise: a call or two over all tensors of one mix."""
+        alike: dict[Mix, list[int]] = {}
+        for group, own in self._grouped(members).items():
+            for both, some in self._by_gradients(own):
+                alike.setdefault(mixes(group, both), []).extend(some)
+        made: Directions = {}
+        calls: Calls = []
+        for (a, b), some in alike.items():
+            kept, new = [i for i in some if i in self._g], {i: self._now[i] for i in some if i not in self._g}
+            made.update(scaled(new, b) if new else {})
+            if kept and a != 1:
+                calls.append(partial(torch._foreach_mul_, [self._g[i] for i in kept], a))
+            pairs = [(self._g[i], self._now[i]) for i in kept if i in self._now]
+            if pairs:
+                calls.append(partial(torch._foreach_add_, *map(list, zip(*pairs, strict=True)), alpha=b))
+        return {**self._g, **made}, calls
+
+    def _by_gradients(self, members: list[int]) -> list[tuple[bool, list[int]]]:
+        """Return those with both gradients, and the others, where the rule makes a difference."""
+        if self._mixing.rule is not Rule.EXTRAPOLATED:
+            return [(True, members)]
+        return [(both, [i for i in members if self._has_both(i) == both]) for both in (True, False)]
 
     def _update(
         self,
@@ -243,11 +298,11 @@ class TorchListFlatParams(TorchFlatParams):
         rule: Callable[[Options, list[int], Tensors, Tensors], list[Call]],
     ) -> None:
         count = partial(self.step_count.add_, 1)
-        scales = self._scales(update.sums, update.max_norm)
-        if scales is None:
+        sums = update.sums.tolist()
+        if not self._direction(update.max_norm).can_update(sums):
             self._commit(*self._put_back(), partial(self.skipped.add_, 1), count)
             return
-        ds, writes = self._directions(members, scales)
+        ds, writes = self._directions(members, sums, update.max_norm)
         if update.from_saved and self._perturbed:
             writes.append(self._reset())
         grouped = self._grouped(members)
@@ -283,7 +338,7 @@ class TorchListFlatParams(TorchFlatParams):
         self._update(update, groups, members, rule)
 
     def _run_direction(self, sums: Tensor, max_norm: float) -> dict[int, Tensor]:
-        ds, calls = self._directions(self._members(), DirectionScales.of(sums.tolist(), self._bilateral, max_norm))
+        ds, calls = self._directions(self._members(), sums.tolist(), max_norm)
         for call in calls:
             call()
         for i in ds:
@@ -291,12 +346,29 @@ class TorchListFlatParams(TorchFlatParams):
         return {i: d for i, d in ds.items() if d is not self.params[i].grad}
 
 
-def scaled(tensors: dict[int, Tensor], factor: float) -> dict[int, Tensor]:
+def both_gradients(gs: Tensors, g_maxs: Tensors) -> Tensors:
+    """Return g + g_max."""
+    return list(torch._foreach_add(gs, g_maxs)) if gs else []
+
+
+def extrapolated(gs: Tensors, g_maxs: Tensors, rs: Sequence[float]) -> Tensors:
+    """Return ĝ_min = g + r (g − g_max)."""
+    if not gs:
+        return []
+    differences = torch._foreach_sub(gs, g_maxs)
+    torch._foreach_mul_(differences, rs)
+    torch._foreach_add_(differences, gs)
+    return list(differences)
+
+
+def scaled(tensors: Directions, factor: Number) -> Directions:
     """Return factor x."""
     return dict(zip(tensors, torch._foreach_mul(list(tensors.values()), factor), strict=True))
 
 
-def flat_params(params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None) -> TorchFlatParams:
+def flat_params(
+    params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None, exempt: bool
+) -> TorchFlatParams:
     """Return `contract.FlatParams` in plain torch: over lists where that is possible, else a tensor at a time."""
     on_lists = params[0].device.type == "cpu" and params[0].dtype.itemsize >= torch.float32.itemsize
-    return (TorchListFlatParams if on_lists else TorchFlatParams)(params, places, seed)
+    return (TorchListFlatParams if on_lists else TorchFlatParams)(params, places, seed, exempt)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bsam_fused.ops import holders
-from bsam_fused.ops.contract import ASCENT, MASTER_WEIGHT, AdamScalars, Radius, SGDScalars
+from bsam_fused.ops.contract import ASCENT, MASTER_WEIGHT, SQUARE, AdamScalars, Radius, SGDScalars
 from bsam_fused.ops.flat_params import SMALL_BYTES, Call, PythonFlatParams, Update, is_capturing
 from bsam_fused.ops.one_go import in_one_go
 
@@ -28,8 +28,8 @@ OLDEST = "3.4"
 CHUNK = {2: 2048, 4: 2048, 8: 512}  # elements of so many bytes: more spill
 THREADS = 256  # of a program
 PROGRAMS = 8  # of a launch, a multiprocessor
-TERMS = 3  # sums that a launch makes, at most
-WANTED, PERTURBED, COUNTED = 1, 2, 4  # as triton_pieces.py has them
+TERMS = 4  # sums that a launch makes, at most
+WANTED, PERTURBED, COUNTED, ASCENDED = 1, 2, 4, 8  # as triton_pieces.py has them
 
 Rows = list[tuple[Any, ...]]
 Pointers = tuple[int, int, int, int]
@@ -147,13 +147,15 @@ class TritonFlatParams(PythonFlatParams):
     """`contract.FlatParams` with Triton kernels."""
 
     @torch.no_grad()
-    def __init__(self, params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None) -> None:
-        super().__init__(params, places, seed)
+    def __init__(
+        self, params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None, exempt: bool
+    ) -> None:
+        super().__init__(params, places, seed, exempt)
         import triton.language as tl
 
-        from bsam_fused.ops import triton_kernels
+        from bsam_fused.ops import triton_kernels, triton_updates
 
-        self._kernels = triton_kernels
+        self._kernels = {**vars(triton_kernels), **vars(triton_updates)}
         chunk = CHUNK[self.dtype.itemsize]
         self._map = _chunks(self._numels, chunk).to(self.device)
         groups, keys = [group for group, _ in places], self._keys or [0] * len(self.params)
@@ -190,10 +192,13 @@ class TritonFlatParams(PythonFlatParams):
     def write_options(self, tables: Sequence[Sequence[Sequence[float]]]) -> None:
         """Write what captured phases read."""
         self._norm_options(ASCENT, [Radius(*row) for row in tables[0]])  # type: ignore[arg-type]
-        for name, rows in zip(("ascend", "descend", "update"), tables, strict=True):
+        *phases, numbers = tables
+        for name, rows in zip(("ascend", "descend", "update"), phases, strict=True):
             if rows and name in self._tables:
                 (*_, last, _), *_ = self._tables[name].rows  # norm_eps or max_norm
                 self._table(name, [(*row, last, self.limit) for row in rows])
+        if numbers and "mixing" in self._tables:
+            self._table("mixing", [tuple(row) for row in numbers])
 
     def _launch(self, name: str, wanted: Iterable[int], pointers: Callable[[int], Pointers], **arguments: Any) -> None:
         """Launch a kernel over the ``wanted`` parameters."""
@@ -213,7 +218,7 @@ class TritonFlatParams(PythonFlatParams):
             self._refuse_capture()
             self._pointers[launch] = _Pointers(rows, self.device)
         table = self._pointers[launch].write(rows)
-        kernel = getattr(self._kernels, name)[self._grid]
+        kernel = self._kernels[name][self._grid]
         return partial(kernel, self._tensors, table, self._map, len(self._map), **arguments, **self._how)
 
     def _at(self, key: str) -> int:
@@ -226,10 +231,16 @@ class TritonFlatParams(PythonFlatParams):
         return self._table(name, [(*radius, norm_eps, self.limit) for radius in radii])
 
     def _norm_options(self, slot: int, radii: Sequence[Radius]) -> Tensor:
-        return self._reach(f"square_norm {slot}", [radius._replace(radius=0.0, largest=0.0) for radius in radii], 0.0)
+        return self._reach(f"square_norm {slot}", [Radius(0.0, r.adaptive, r.eta) for r in radii], 0.0)
 
-    @torch.no_grad()
-    def square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
+    def _numbers(self) -> Tensor:
+        """Return the rule's numbers, on the device; what is not read, where it has none."""
+        return self._table("mixing", [*map(tuple, self._mixing.numbers)]) if self._mixing.numbers else self.sums
+
+    def _flags(self, i: int) -> int:
+        return WANTED | (ASCENDED if i in self._ascended else 0)
+
+    def _run_square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
         """Σ (T g)²."""
         adaptive = any(radius.adaptive for radius in radii)
         options = self._norm_options(slot, radii)
@@ -239,14 +250,21 @@ class TritonFlatParams(PythonFlatParams):
 
         self._launch("square_norm", self._now, pointers, options=options, sums=self.sums, slot=slot, **self._reduction)
 
-    @torch.no_grad()
-    def direction_sums(self) -> None:
-        """Σ g_min², Σ s², Σ s g_min."""
+    def _run_direction_sums(self) -> None:
+        """Σ y², Σ x², Σ x y of d = a x + b y; of g_max and ĝ_min, where that is extrapolated."""
 
         def pointers(i: int) -> Pointers:
-            return 0, _address(self._g.get(i)), _address(self._now.get(i)), WANTED
+            return 0, _address(self._g.get(i)), _address(self._now.get(i)), self._flags(i)
 
-        self._launch("direction_sums", self._members(), pointers, sums=self.sums, **self._reduction)
+        self._launch(
+            "direction_sums",
+            self._members(),
+            pointers,
+            sums=self.sums,
+            numbers=self._numbers(),
+            RULE=self._mixing.rule.value,
+            **self._reduction,
+        )
 
     def _written(self, members: Iterable[int]) -> list[Call]:
         """Return what makes the parameters what was written; of a kernel's writes torch does not know."""
@@ -268,6 +286,9 @@ class TritonFlatParams(PythonFlatParams):
                 self._g[i] = self._kept(i)
             else:
                 self._g[i] = self._now[i]
+        if self._exempt and self._copying:  # no kernel of `ascend` runs
+            torch._foreach_copy_([self._g[i] for i in self._copying], [self._now[i] for i in self._copying])
+            self._copying = set()
 
     def _run_ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
         def pointers(i: int) -> Pointers:
@@ -294,18 +315,19 @@ class TritonFlatParams(PythonFlatParams):
         def pointers(i: int) -> Pointers:
             now = _address(self._now.get(i))
             if i in perturbed:
-                return self._weights(i).data_ptr(), self._g[i].data_ptr(), now, WANTED | PERTURBED
-            return 0, self._g[i].data_ptr() if i in self._copying else 0, now, WANTED
+                return self._weights(i).data_ptr(), self._g[i].data_ptr(), now, self._flags(i) | PERTURBED
+            written = i in self._ascended or i in self._copying
+            return 0, self._g[i].data_ptr() if written else 0, now, self._flags(i)
 
         options = self._reach("descend", radii, norm_eps)
         self._launch(
             "descend",
-            perturbed.union(self._now),
+            self._ascended.union(self._now),
             pointers,
             options=options,
             sums=sums,
             own_sums=self.sums,
-            saved=self._at("saved"),
+            saved=self._at_if_any("saved"),
             **self._perturbing,
             **self._reduction,
         )
@@ -316,7 +338,7 @@ class TritonFlatParams(PythonFlatParams):
         perturbed = set(self._perturbed)
 
         def pointers(i: int) -> Pointers:
-            flags = WANTED | (PERTURBED if i in perturbed else 0) | (COUNTED if i in counted else 0)
+            flags = self._flags(i) | (PERTURBED if i in perturbed else 0) | (COUNTED if i in counted else 0)
             return self._weights(i).data_ptr(), _address(self._g.get(i)), _address(self._now.get(i)), flags
 
         launch = self._prepared(
@@ -324,7 +346,9 @@ class TritonFlatParams(PythonFlatParams):
             members,
             pointers,
             options=options,
+            numbers=self._numbers(),
             sums=update.sums,
+            square_slot=SQUARE if self._summed else ASCENT,
             saved=self._at_if_any("saved"),
             master=self._at_if_any(MASTER_WEIGHT),
             MASTER=MASTER_WEIGHT in self._buffers,
@@ -332,7 +356,7 @@ class TritonFlatParams(PythonFlatParams):
             skipped=self.skipped,
             ticket=self._reduction["ticket"],
             count=len(self.params),
-            BILATERAL=self._bilateral,
+            RULE=self._mixing.rule.value,
             FROM_SAVED=update.from_saved,
             **self._rounding,
             **state,
@@ -355,10 +379,10 @@ class TritonFlatParams(PythonFlatParams):
         directions = {i: self._empty(i) for i in self._members()}
 
         def pointers(i: int) -> Pointers:
-            return directions[i].data_ptr(), _address(self._g.get(i)), _address(self._now.get(i)), WANTED
+            return directions[i].data_ptr(), _address(self._g.get(i)), _address(self._now.get(i)), self._flags(i)
 
-        options = self._table("direction", [(max_norm, self.limit)])
-        self._launch("direction", directions, pointers, options=options, sums=sums, BILATERAL=self._bilateral)
+        how = {"options": self._table("direction", [(max_norm,)]), "numbers": self._numbers()}
+        self._launch("direction", directions, pointers, sums=sums, RULE=self._mixing.rule.value, **how)
         return directions
 
 

@@ -1,8 +1,8 @@
 """Every formula of bsam_fused for Triton: csrc/math.h's twin, function by function, under the same names.
 
 Scalars of a step are float64, elements float32 (float64 of float64 parameters). The symbols are the papers': SAM arXiv
-2010.01412, ASAM 2102.11600, BSAM 2409.13173; the base updates are torch.optim's. Kernels are compiled with
-``enable_fp_fusion=False``: what is fused is written ``tl.fma``.
+2010.01412, ASAM 2102.11600, BSAM 2409.13173, others' beside their rules; the base updates are torch.optim's. Kernels
+are compiled with ``enable_fp_fusion=False``: what is fused is written ``tl.fma``.
 """
 
 from __future__ import annotations
@@ -41,22 +41,68 @@ def square_root(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def step_length(radius: tl.tensor, sum_ascent: tl.tensor, norm_eps: tl.tensor) -> tl.tensor:
-    """radius / (‖T g‖ + norm_eps), the factor of T² g; 0 where that divides by 0."""
-    length = tl.sqrt(sum_ascent) + norm_eps
-    return tl.where(length == 0, 0.0, radius / tl.where(length == 0, 1.0, length))
+def step_length(radius: tl.tensor, budget: tl.tensor, sum_ascent: tl.tensor, norm_eps: tl.tensor) -> tl.tensor:
+    """radius / (‖T g‖ + norm_eps), the factor of T² g; 0 where that divides by 0.
+
+    A loss budget cuts the radius to budget / ‖T g‖. LE-SAM 2605.10183, where there is one.
+    """
+    norm = tl.sqrt(sum_ascent)
+    length = norm + norm_eps
+    bounded = tl.abs(radius) * norm > budget
+    reach = tl.where(bounded, tl.where(radius < 0, -budget, budget), radius)
+    over = tl.where(bounded, norm * length, length)
+    return tl.where(over == 0, 0.0, reach / tl.where(over == 0, 1.0, over))
 
 
 @triton.jit
-def bilateral_coefficient(sum_max: tl.tensor, sum_min: tl.tensor) -> tl.tensor:
-    """c = ‖g_max‖ / ‖g_min‖, and 0 where ‖g_min‖ = 0. From the sums of squares. BSAM."""
-    return tl.where(sum_min > 0, tl.sqrt(sum_max) / tl.sqrt(tl.where(sum_min > 0, sum_min, 1.0)), 0.0)
+def norm_ratio(square_x: tl.tensor, square_y: tl.tensor) -> tl.tensor:
+    """x / y from their squares, and 0 where y = 0."""
+    return tl.where(square_y > 0, tl.sqrt(square_x) / tl.sqrt(tl.where(square_y > 0, square_y, 1.0)), 0.0)
+
+
+# A direction d = kept · x + last · y of two vectors, x, what the phases before kept, and y, the last gradient: a rule
+# returns `kept` and `last`.
 
 
 @triton.jit
-def bilateral_square(sum_so_far: tl.tensor, sum_cross: tl.tensor, sum_min: tl.tensor, c: tl.tensor) -> tl.tensor:
-    """‖d‖² of BSAM's d = s − c g_min, s = g + g_max, from Σ s², Σ s g_min and Σ g_min²; nowhere below 0."""
-    square = tl.fma(c, tl.fma(c, sum_min, -2 * sum_cross), sum_so_far)
+def last_alone() -> tl.tuple:
+    """SAM: d = g_max."""
+    return 0.0, 1.0
+
+
+@triton.jit
+def bilateral(c: tl.tensor) -> tl.tuple:
+    """BSAM, of x = g + g_max and y = g_min: d = g + g_max − c g_min, c = ‖g_max‖ / ‖g_min‖."""
+    return 1.0, -c
+
+
+@triton.jit
+def extrapolated(c: tl.tensor, r: tl.tensor) -> tl.tuple:
+    """The same of g and g_max, with ĝ_min = g − r (g_max − g) for g_min."""
+    return 1 - c * (1 + r), 1 + c * r
+
+
+@triton.jit
+def surrogate_gap(alpha: tl.tensor, product: tl.tensor, square_max: tl.tensor) -> tl.tuple:
+    """GSAM 2203.08065: d = g_max − α g⊥, g⊥ = g − (⟨g, g_max⟩ / ‖g_max‖²) g_max, and 0 where g_max = 0."""
+    there = square_max > 0
+    along = product / tl.where(there, square_max, 1.0)
+    return tl.where(there, -alpha, 0.0), tl.where(there, 1 + alpha * along, 1.0)
+
+
+@triton.jit
+def weighted(gamma: tl.tensor) -> tl.tuple:
+    """WSAM 2305.15817: d = (1 − 2γ)/(1 − γ) g + γ/(1 − γ) g_max."""
+    last = gamma / (1 - gamma)
+    return 1 - last, last
+
+
+@triton.jit
+def mixed_square(
+    kept: tl.tensor, last: tl.tensor, square_kept: tl.tensor, product: tl.tensor, square_last: tl.tensor
+) -> tl.tensor:
+    """‖d‖² of a mix, from ‖x‖², ⟨x, y⟩ and ‖y‖²; rounding takes it below 0 nowhere."""
+    square = tl.fma(last, tl.fma(last, square_last, 2 * kept * product), kept * kept * square_kept)
     return tl.where(square > 0, square, 0.0)
 
 
@@ -103,12 +149,12 @@ def perturbed(w: tl.tensor, g: tl.tensor, t: tl.tensor, step: tl.tensor, MOST: t
     return tl.where(tl.abs(moved) <= MOST, moved, w)
 
 
-# ---- directions (SAM's is g_max itself)
+# ---- directions
 
 
 @triton.jit
-def direction_so_far(g: tl.tensor, g_max: tl.tensor) -> tl.tensor:
-    """The part of BSAM's d that is known before the last pass: g + g_max."""
+def both_gradients(g: tl.tensor, g_max: tl.tensor) -> tl.tensor:
+    """What exact BSAM keeps of the first two passes: g + g_max."""
     return g + g_max
 
 
@@ -119,12 +165,18 @@ def is_too_long(g_plus_g_max: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def bilateral_direction(g_plus_g_max: tl.tensor, g_min: tl.tensor, c: tl.tensor) -> tl.tensor:
-    """d = g + g_max − c g_min. BSAM."""
-    return tl.fma(-c, g_min, g_plus_g_max)
+def extrapolated_gradient(g: tl.tensor, g_max: tl.tensor, r: tl.tensor) -> tl.tensor:
+    """ĝ_min = g − r (g_max − g): where the loss is quadratic g_min, of a descent r times as long as the ascent."""
+    return tl.fma(r, g - g_max, g)
 
 
-# ---- base updates: torch.optim's rules from w with gradient d, their cases as coefficients
+@triton.jit
+def mixed(kept: tl.tensor, x: tl.tensor, last: tl.tensor, y: tl.tensor) -> tl.tensor:
+    """d = kept · x + last · y."""
+    return tl.fma(last, y, kept * x)
+
+
+# ---- base updates: torch.optim's rules from w with gradient d, which has maximize's sign; cases are coefficients
 
 
 @triton.jit
@@ -134,26 +186,18 @@ def decaying(weight_decay: tl.tensor, w: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def sgd_rule(
-    momentum: tl.tensor,
-    dampening: tl.tensor,
-    nesterov: tl.tensor,
-    maximize: tl.tensor,
-    first: tl.tensor,
-    factor: tl.tensor,
-) -> tl.tuple:
-    """Return the coefficients of `sgd`: of the gradient, keep, take, of d, of m.
+def sgd_rule(momentum: tl.tensor, dampening: tl.tensor, nesterov: tl.tensor, first: tl.tensor) -> tl.tuple:
+    """Return the coefficients of `sgd`: keep, take, of d, of m.
 
     The step is d + μ m with nesterov, d without momentum, else m. `first`: the momentum starts as d, whatever the
-    dampening. `factor`: of d.
+    dampening.
     """
     plain = momentum == 0
-    of_gradient = tl.where(maximize, -factor, factor)
     keep = tl.where(first, 0.0, momentum)
     take = tl.where(plain, 0.0, tl.where(first, 1.0, 1 - dampening))
     of_d = tl.where(plain | nesterov, 1.0, 0.0)
     of_m = tl.where(plain, 0.0, tl.where(nesterov, momentum, 1.0))
-    return of_gradient, keep, take, of_d, of_m
+    return keep, take, of_d, of_m
 
 
 @triton.jit
@@ -163,14 +207,13 @@ def sgd(
     m: tl.tensor,
     lr: tl.tensor,
     weight_decay: tl.tensor,
-    of_gradient: tl.tensor,
     keep: tl.tensor,
     take: tl.tensor,
     of_d: tl.tensor,
     of_m: tl.tensor,
 ) -> tl.tuple:
     """m = μ m + (1 − dampening) d;  (w − lr m, or w − lr (d + μ m), or w − lr d; m)."""
-    d = tl.fma(weight_decay, decaying(weight_decay, w), of_gradient * d)
+    d = tl.fma(weight_decay, decaying(weight_decay, w), d)
     m = tl.fma(keep, m, take * d)
     return tl.fma(-lr, tl.fma(of_m, m, of_d * d), w), m
 
@@ -194,18 +237,15 @@ def adam_rule(
     beta2: tl.tensor,
     weight_decay: tl.tensor,
     decoupled: tl.tensor,
-    maximize: tl.tensor,
     t: tl.tensor,
-    factor: tl.tensor,
 ) -> tl.tuple:
-    """Return the coefficients of `adam` in step t: of the gradient, weight decay of it, shrink, step size, √(1 − β2^t).
+    """Return the coefficients of `adam` in step t: weight decay of the gradient, shrink, step size, √(1 − β2^t).
 
-    The weight is shrunk by 1 − lr weight_decay in AdamW (`decoupled`). `factor`: of d.
+    The weight is shrunk by 1 − lr weight_decay in AdamW (`decoupled`).
     """
-    of_gradient = tl.where(maximize, -factor, factor)
     decay = tl.where(decoupled, 0.0, weight_decay)
     shrink = tl.where(decoupled, 1 - lr * weight_decay, 1.0)
-    return of_gradient, decay, shrink, lr / bias_correction(beta1, t), tl.sqrt(bias_correction(beta2, t))
+    return decay, shrink, lr / bias_correction(beta1, t), tl.sqrt(bias_correction(beta2, t))
 
 
 @triton.jit
@@ -218,14 +258,13 @@ def adam(
     beta2: tl.tensor,
     one_minus_beta2: tl.tensor,
     eps: tl.tensor,
-    of_gradient: tl.tensor,
     weight_decay: tl.tensor,
     shrink: tl.tensor,
     step_size: tl.tensor,
     sqrt_bias_correction: tl.tensor,
 ) -> tl.tuple:
     """m = β1 m + (1 − β1) d;  v = β2 v + (1 − β2) d²;  (w − lr m̂ / (√v̂ + eps); m; v), m̂ and v̂ bias-corrected."""
-    d = tl.fma(weight_decay, decaying(weight_decay, w), of_gradient * d)
+    d = tl.fma(weight_decay, decaying(weight_decay, w), d)
     m = tl.fma(one_minus_beta1, d - m, m)
     v = tl.fma(beta2, v, one_minus_beta2 * d * d)
     denominator = divided(square_root(v), sqrt_bias_correction) + eps

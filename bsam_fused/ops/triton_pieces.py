@@ -17,6 +17,7 @@ ROW = tl.constexpr(4)
 WANTED = tl.constexpr(1)  # takes part in the launch
 PERTURBED = tl.constexpr(2)  # w is not w, but saved is
 COUNTED = tl.constexpr(4)  # the base optimizer keeps state for it
+ASCENDED = tl.constexpr(8)  # had a gradient in the first pass, which, if anything is kept, is in g
 
 PARTIALS = tl.constexpr(1024)  # partial sums that are added up at a time
 

@@ -79,3 +79,22 @@ def update_start(weight: tl.tensor, master: tl.tensor) -> tl.tensor:
     """The master weight, but the weight itself where it is not the master's rounding: somebody has set it since."""
     same = master.to(weight.dtype).to(tl.int16, bitcast=True) == weight.to(tl.int16, bitcast=True)
     return tl.where(same, master, weight.to(tl.float32))
+
+
+@triton.jit
+def rounded(
+    x: tl.tensor,
+    operand: tl.constexpr,
+    key: tl.tensor,
+    step_count: tl.tensor,
+    begin: tl.tensor,
+    S: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+) -> tl.tensor:
+    """x, whose first element is the tensor's `begin`-th, as S."""
+    if STOCHASTIC:
+        i = word(begin) + word(tl.arange(0, CHUNK))
+        return stochastic(x, random_bits(step_key(key, tl.load(step_count)), operand, i), S)
+    else:
+        return x.to(S)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
 import torch
 
 from bsam_fused import checks
+from bsam_fused.ops.contract import Radius
 from bsam_fused.ops.identity import same_items
 from bsam_fused.optim import groups, names, scaling
 from bsam_fused.optim.flats import Flats
@@ -135,4 +137,42 @@ class Around(torch.optim.Optimizer):
         groups.check_saved(group, index)
         for option in ("rho", "eta"):
             self._non_negative(group, option, index)
-        self._flag(group, "adaptive", index)
+        for option in ("adaptive", "perturb"):
+            self._flag(group, option, index)
+        self._budget(group, index)
+
+    def _budget(self, group: dict[str, Any], index: int) -> float:
+        return math.inf if group[self._key("loss_budget")] is None else self._non_negative(group, "loss_budget", index)
+
+    # ---- radii
+
+    def _radii(self, option: str, sign: float) -> list[Radius]:
+        """Return a radius a group: ``option``, with ``sign`` the other way under maximize."""
+        radii = [self._radius(group, option, i) for i, group in enumerate(self._groups)]
+        largest, budget = max(radii), self._key("loss_budget")
+        return [
+            Radius(
+                (-sign if group.get("maximize") else sign) * radius,
+                self._flag(group, "adaptive", i),
+                self._non_negative(group, "eta", i),
+                largest,
+                math.inf if group[budget] is None else self._budget_of(group, option, i),
+            )
+            for i, (group, radius) in enumerate(zip(self._groups, radii, strict=True))
+        ]
+
+    def _budget_of(self, group: dict[str, Any], option: str, index: int) -> float:
+        """Return what cuts a radius: ρ by the loss budget, the others in the same ratio."""
+        budget = self._budget(group, index)
+        if option == "rho":
+            return budget
+        rho = self._radius(group, "rho", index)
+        return budget * self._radius(group, option, index) / rho if rho else math.inf
+
+    def _exempt(self) -> list[bool]:
+        """Return which param groups are left out of the perturbations."""
+        perturb = self._key("perturb")
+        return [not checks.flag("perturb", group[perturb], i) for i, group in enumerate(self._groups)]
+
+    def _radius(self, group: dict[str, Any], option: str, index: int) -> float:
+        return self._non_negative(group, option, index)

@@ -17,7 +17,7 @@ from torch.optim.optimizer import ParamsT
 
 from bsam_fused import callers, checks, distributed
 from bsam_fused.ops import contract, dispatch
-from bsam_fused.ops.contract import ASCENT, MAX, MIN, Radius
+from bsam_fused.ops.contract import ASCENT, MAX, Mixing, Radius
 from bsam_fused.optim import fused, groups, hooks, metrics, scaling, shown, trainers
 from bsam_fused.optim.flats import Flats
 from bsam_fused.optim.options import clipping_norm
@@ -39,9 +39,8 @@ class SharpnessAware(Phased):
     Subclasses name their calls, and add the ones of their own.
     """
 
-    _last_slot: int
-    """Where the sums keep the last pass's gradient: MAX, or MIN."""
     _from_saved = True
+    _mixed = Mixing()  # how this step's direction is
     _lacking = False  # a pass of this step that was read had no gradient at all
 
     def __init__(
@@ -63,6 +62,7 @@ class SharpnessAware(Phased):
         self.backend: dispatch.Backend = common["backend"]
         self.active = True
         self.sharpness: Sharpness | None = None
+        options = {**options, "perturb": True}
         if isinstance(base_optimizer, SharpnessAware) or (
             isinstance(base_optimizer, type) and issubclass(base_optimizer, SharpnessAware)
         ):
@@ -135,24 +135,23 @@ class SharpnessAware(Phased):
         """
         return metrics.read(self)
 
+    # ---- the direction
+
+    def _mixing(self) -> Mixing:
+        """Return how the direction of a step that begins is mixed."""
+        return Mixing()
+
+    def _needs_sums(self, max_norm: float) -> bool:
+        """Whether an update needs more of the gradients than the norm of the last one."""
+        return False
+
+    def _check_clipping(self, mixing: Mixing, max_norm: float) -> None:
+        """Raise ValueError where the direction, so mixed, cannot be clipped."""
+
+    def _give(self, totals: Sequence[Tensor]) -> None:
+        """Have the coefficients of a user's own rule join the sums."""
+
     # ---- phases
-
-    def _radii(self, option: str, sign: float) -> list[Radius]:
-        """Return a radius a group: ``option``, with ``sign`` the other way under maximize."""
-        radii = [self._radius(group, option, i) for i, group in enumerate(self._groups)]
-        largest = max(radii)
-        return [
-            Radius(
-                (-sign if group.get("maximize") else sign) * radius,
-                self._flag(group, "adaptive", i),
-                self._non_negative(group, "eta", i),
-                largest,
-            )
-            for i, (group, radius) in enumerate(zip(self._groups, radii, strict=True))
-        ]
-
-    def _radius(self, group: dict[str, Any], option: str, index: int) -> float:
-        return self._non_negative(group, option, index)
 
     @property
     def _norm_eps(self) -> float:
@@ -166,8 +165,8 @@ class SharpnessAware(Phased):
         at_rest = self._phase is Phase.REST
         if not at_rest:
             for flat in self._flats.thaw(self._groups, self.backend):
-                flat.join(self._keeps_g, self._phase is Phase.DESCENDED)
-        elif not self._flats.fit(self._groups):
+                flat.join(self._mixed, self._phase is Phase.DESCENDED)
+        elif not self._flats.fit(self._groups, self._exempt()):
             self._build()
         try:
             self._flats.read_gradients(first=at_rest)
@@ -192,7 +191,7 @@ class SharpnessAware(Phased):
     def _build(self) -> None:
         """Build FlatParams of the parameters as they are; only when all are built do they count."""
         flats = self._flats.anew()
-        flats.build(self._groups, self.backend)
+        flats.build(self._groups, self._exempt(), self.backend)
         self._flats = flats
 
     def ascend(self) -> None:
@@ -214,6 +213,8 @@ class SharpnessAware(Phased):
             raise RuntimeError(f"{ascend}() while active is False: {step}() is then the base optimizer's step")
         self._notice()
         radii, norm_eps = self._radii("rho", +1.0), self._norm_eps
+        self._mixed = self._mixing()
+        self._check_clipping(self._mixed, clipping_norm(self.max_grad_norm))
         self.sharpness, self._flats.slots = None, ()
         self._read_gradients()
         for flat in self._flats:
@@ -226,7 +227,7 @@ class SharpnessAware(Phased):
             self._enter(Phase.ASCENDED)
             self._flats.slots = (ASCENT,)
             for flat, sums in zip(self._flats, totals, strict=True):
-                flat.ascend(sums, radii, norm_eps, self._keeps_g)
+                flat.ascend(sums, radii, norm_eps, self._mixed)
         except BaseException:
             self.restore()
             raise
@@ -249,13 +250,19 @@ class SharpnessAware(Phased):
 
     def _tell_scaler(self, params: Iterable[Tensor]) -> None:
         """Make a gradient of the last pass NaN where an earlier one was not finite."""
-        scaling.mark(params, self._flats.failed(self._last_slot))
+        kept = self._needs_sums(math.inf) and any(self._exempt())  # whose g is in no other sum
+        if kept:
+            self._read_gradients()
+            self._sum_last_gradients(math.inf)
+        scaling.mark(params, self._flats.failed(self._rule.last_slot, kept=kept))
 
     def _tell_scaler_of_all_ranks(self) -> None:
         """Likewise where a gradient of any pass was not finite on any rank: scalers must go on alike."""
         self._read_gradients()
         self._sum_last_gradients(math.inf)
-        scaling.mark(self._parameters(), self._flats.failed_anywhere(self._group, self._last_slot + 1))
+        kept = self._needs_sums(math.inf)
+        failed = self._flats.failed_anywhere(self._group, self._rule.last_slot + 1, kept=kept)
+        scaling.mark(self._parameters(), failed)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -334,6 +341,7 @@ class SharpnessAware(Phased):
             scaling.refuse_closure(scaling.told(self))
             if self._phase is not Phase.REST:
                 self._out_of_order("step(closure)")
+            self._notice()
             active = self._active
         except Exception:
             scaling.forget(self)
@@ -373,20 +381,23 @@ class SharpnessAware(Phased):
             scaled = scaling.told(self)
             self._expect("step")
             scaling.refuse_unscaled(
-                scaled, type(self).__name__, mixes=self._keeps_g, too_early=self._unscaled_at is Phase.REST
+                scaled, type(self).__name__, mixes=self._rule.keeps, too_early=self._unscaled_at is Phase.REST
             )
             self._notice()
+            scaling.refuse_budget(scaled, (self._budget(group, i) for i, group in enumerate(self._groups)))
             rule = self._fused_rule()
             scalars = [rule.scalars(group) for group in self._groups] if rule else []
             max_norm = clipping_norm(self.max_grad_norm)
+            self._check_clipping(self._mixed, max_norm)
             self._read_gradients()
             self._sum_last_gradients(max_norm if self._group is None else math.inf)
-            self._flats.poison(self._last_slot, loss)
-            self._flats.note(self._last_slot, scaled)
+            self._flats.poison(self._rule.last_slot, loss)
+            self._flats.note(self._rule.last_slot, scaled)
             if self._group is None:
                 totals = self._flats.totals()
+                self._give(totals)
             else:
-                totals = self._flats.averaged(self._group, mixed=self._keeps_g)
+                totals = self._flats.averaged(self._group, mixed=self._rule.keeps, give=self._give)
             self._require_gradients("step")
             if rule:
                 self._flats.update(rule, self.state, scalars, totals, self._from_saved, max_norm)
@@ -398,17 +409,17 @@ class SharpnessAware(Phased):
             raise
         self._come_to_rest()
         self._unscaled_at = None
-        self._flats.end_step((ASCENT, MAX, MIN)[: self._last_slot + 1], made)
+        self._flats.end_step(self._rule.slots, made)
 
     def _fused_rule(self) -> fused.FusedRule | None:
         return fused.rule_for(self.base_optimizer, wanted="master_weights=True" if self._flats.masters else "")
 
     def _sum_last_gradients(self, max_norm: float) -> None:
         for flat in self._flats:
-            if self._keeps_g and max_norm < math.inf:
+            if self._needs_sums(max_norm):
                 flat.direction_sums()
             else:
-                flat.square_norm(self._last_slot, self._plain_radii())
+                flat.square_norm(self._rule.last_slot, self._plain_radii())
 
     def _general_update(self, totals: Sequence[Tensor], max_norm: float) -> bool:
         try:
@@ -420,7 +431,7 @@ class SharpnessAware(Phased):
     # ---- captured steps
 
     def _all_radii(self) -> list[list[Radius]]:
-        """Return the radii of every phase that moves the weights, in order."""
+        """Return the radii that there are, in the order of the phases that go by them."""
         return [self._radii("rho", +1.0)]
 
     def write_options(self) -> None:
@@ -430,12 +441,16 @@ class SharpnessAware(Phased):
 
         Raises:
             RuntimeError: the backend does not read its options from the device.
-            ValueError: the base optimizer is not fused, or a radius is negative or not finite.
+            ValueError: the base optimizer is not fused, a radius is negative or not finite, or the direction cannot be
+                clipped.
         """
         rule = fused.rule_for(self.base_optimizer, wanted="a captured step")
         assert rule  # a missing one raised
-        radii = [*self._all_radii(), []][:2]
-        self._flats.write_options([*radii, [rule.scalars(group) for group in self._groups]])
+        radii = [*self._all_radii()[: len(self._calls) - 1], []][:2]
+        scalars = [rule.scalars(group) for group in self._groups]
+        mixing = self._mixing()
+        self._check_clipping(mixing, clipping_norm(self.max_grad_norm))
+        self._flats.write_options([*radii, scalars, mixing.numbers])
 
     # ---- several ranks
 
@@ -445,7 +460,7 @@ class SharpnessAware(Phased):
         return distributed.averaging_group(self.sync, self.model)
 
     def _clear_gradients(self) -> None:
-        if self._flats.fit(self._groups):
+        if self._flats.fit(self._groups, self._exempt()):
             self._flats.clear_gradients()
         else:
             self.zero_grad()

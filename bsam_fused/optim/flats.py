@@ -20,6 +20,7 @@ from bsam_fused.ops.contract import (
     MAX,
     NORMS,
     SCALE,
+    SQUARE,
     AdamScalars,
     FlatParams,
     Radius,
@@ -37,7 +38,7 @@ from bsam_fused.optim.state import Kept, State, StateViews
 
 Groups = Sequence[dict[str, Any]]
 Kind = tuple[Any, ...]
-"""Device, dtype, whether they are DTensors, and the process groups of the shards."""
+"""Device, dtype, whether they are DTensors, the process groups of the shards, and whether they are exempt."""
 
 _GRADIENTS = "on which parameters have gradients; every rank must use the same ones in a pass, with zeros if need be"
 _NOT_REDUCED = "on the last pass's gradient; it must be outside DDP's no_sync(): `with optimizer.one_pass():` for all"
@@ -69,6 +70,7 @@ class Flats:
         self._built: list[FlatParams] | None = None
         self._shards: list[tuple[Any, ...]] = []  # of each, the process groups that hold its shards
         self._lists: list[list[Tensor]] = []  # the param groups' parameters, when built
+        self._exempt: list[bool] = []  # whether a param group is left out of the perturbations, when built
         self._left_out: list[Tensor] = []  # frozen, and in no FlatParams
         self._exchanges: dict[Any, Exchange] = {}
         self.slots: tuple[int, ...] = ()  # of the sums: where the norms of the step's passes are
@@ -142,9 +144,9 @@ class Flats:
 
     # ---- parameters
 
-    def fit(self, groups: Groups) -> bool:
+    def fit(self, groups: Groups, exempt: Sequence[bool]) -> bool:
         """Return whether all that takes part, and nothing else, is here: at rest, else see `thaw`."""
-        return self._built is not None and self._same_lists(groups) and not self._thawed()
+        return self._built is not None and self._exempt == exempt and self._same_lists(groups) and not self._thawed()
 
     def _same_lists(self, groups: Groups) -> bool:
         lists = [params if isinstance(params := group["params"], list) else list(params) for group in groups]
@@ -153,13 +155,14 @@ class Flats:
     def _thawed(self) -> bool:
         return bool(self._left_out) and any(map(takes_part, self._left_out))
 
-    def build(self, groups: Groups, backend: str) -> None:
-        """Build a FlatParams of each kind of parameters.
+    def build(self, groups: Groups, exempt: list[bool], backend: str) -> None:
+        """Build a FlatParams of each kind of parameters; ``exempt``: which groups are left out of the perturbations.
 
         Raises:
             RuntimeError: a parameter is uninitialized or on meta, or a backend cannot be had.
             TypeError, ValueError: a parameter that cannot be optimized, or not together with another; by name.
         """
+        self._exempt = exempt
         self._add(groups, backend, known=[])
         self._lists = [list(group["params"]) for group in groups]
 
@@ -190,28 +193,27 @@ class Flats:
         for i, group in enumerate(groups):
             check_parameters(group, i, seen)
             seen += group["params"]
-        kinds, left_out = _sorted(groups, {id(p) for flat in known for p in flat.params})
+        kinds, left_out = _sorted(groups, self._exempt, {id(p) for flat in known for p in flat.params})
         for params, places in kinds.values():
             contract.check_memory([distributed.local(p) for p in params], places)
-        built = [self._flat(kind[0], params, places, backend) for kind, (params, places) in kinds.items()]
+        built = [self._flat(kind, params, places, backend) for kind, (params, places) in kinds.items()]
         count = known[0].step_count if known else torch.tensor(self._rounded_before or 0, device="cpu")
         for flat in built:
             flat.step_count.copy_(count)
         limit = min((flat.limit for flat in (*known, *built)), default=math.inf)
         for flat in (*known, *built):
             flat.limit = limit
-        shards = [*self._shards, *(groups for *_, groups in kinds)]
+        shards = [*self._shards, *(groups for *_, groups, _ in kinds)]
         self._built, self._shards, self._left_out = [*known, *built], shards, left_out
 
-    def _flat(
-        self, device: torch.device, params: list[Tensor], places: list[tuple[int, int]], backend: str
-    ) -> FlatParams:
+    def _flat(self, kind: Kind, params: list[Tensor], places: list[tuple[int, int]], backend: str) -> FlatParams:
+        device, _, sharded, _, exempt = kind
         build = dispatch.choose(backend, device).build
-        if not distributed.is_dtensor(params[0]):
-            return build(params, places, self._seed)
+        if not sharded:
+            return build(params, places, self._seed, exempt)
         if self.local_passes:
             raise ValueError(f'{contract.describe(params[0], places[0])} is a DTensor, with sync="last": use "every"')
-        return cast(FlatParams, ShardedFlatParams(params, places, self._seed, build))
+        return cast(FlatParams, ShardedFlatParams(params, places, self._seed, exempt, build))
 
     @property
     def sharded(self) -> bool:
@@ -264,14 +266,15 @@ class Flats:
     def _exchange(self, group: Any) -> Exchange:
         return self._exchanges.setdefault(group, Exchange(group))
 
-    def averaged(self, group: Any, *, mixed: bool) -> list[Tensor]:
+    def averaged(self, group: Any, *, mixed: bool, give: Callable[[Sequence[Tensor]], None]) -> list[Tensor]:
         """Make the direction the mean over the ranks of ``group``; return the sums for the update.
 
         One of these is not finite where one is not on any rank.
 
         Args:
             group: of the ranks whose passes were local.
-            mixed: whether d, g + g_max − c g_min, has to be reduced; else the last gradient, which is, is d.
+            mixed: whether d is mixed of several gradients, and has to be reduced; else the last one, which is, is d.
+            give: has what a user's own rule makes of this rank's sums join them.
 
         Raises:
             RuntimeError: as `distributed.Exchange` has it.
@@ -281,6 +284,7 @@ class Flats:
         alike: list[Tensor | float] = [self._fingerprint] if mixed else [self._fingerprint, sums[0][MAX]]
         rows = exchange(sums[0], alike, [_GRADIENTS, _NOT_REDUCED][: len(alike)])
         if mixed:
+            give(sums)
             for flat, total in zip(self, sums, strict=True):
                 distributed.average(flat.merge(total, 1 / exchange.ranks), group)
                 flat.read_gradients()
@@ -328,23 +332,26 @@ class Flats:
         if scaled.found_inf is not None:
             sums[slot].masked_fill_(scaled.found_inf.to(sums.device) > 0, math.nan)
 
-    def failed(self, passes: int) -> Tensor:
-        """Return whether one of the first ``passes`` sums is not finite: bool (), on the first one's device."""
-        if passes > MAX:
+    def failed(self, passes: int, *, kept: bool = False) -> Tensor:
+        """Return whether one of the first ``passes`` sums is not finite: bool (), on the first one's device.
+
+        ``kept``: or that of what the direction keeps, which is in.
+        """
+        if passes > MAX or kept:
             sums = self.totals()
         else:  # of the ascent alone nothing has changed since, but for what it found itself
             sums = [total + 0 * flat.sums for total, flat in zip(self._latest[:1], self, strict=False)]
         if not sums:  # nothing has trained in these passes
             return torch.zeros((), dtype=torch.bool, device="cpu")
-        return ~sums[0][:passes].isfinite().all()
+        return _failed(sums[0].unsqueeze(0), passes, kept)
 
-    def failed_anywhere(self, group: Any, passes: int) -> Tensor:
+    def failed_anywhere(self, group: Any, passes: int, *, kept: bool) -> Tensor:
         """Return the same, of any rank of ``group``.
 
         Raises:
             RuntimeError: as `distributed.Exchange` has it.
         """
-        return ~self._exchange(group)(self.totals()[0], [self._fingerprint], [_GRADIENTS])[:, :passes].isfinite().all()
+        return _failed(self._exchange(group)(self.totals()[0], [self._fingerprint], [_GRADIENTS]), passes, kept)
 
     def write_options(self, tables: Sequence[Sequence[Sequence[float]]]) -> None:
         """Write the groups' options to where captured phases read them."""
@@ -439,8 +446,13 @@ class Flats:
                 flat.drop_state()
 
 
+def _failed(rows: Tensor, passes: int, kept: bool) -> Tensor:
+    failed = ~rows[:, :passes].isfinite().all()
+    return failed | ~rows[:, SQUARE].isfinite().all() if kept else failed
+
+
 def _sorted(
-    groups: Groups, known: set[int]
+    groups: Groups, exempt: Sequence[bool], known: set[int]
 ) -> tuple[dict[Kind, tuple[list[Tensor], list[tuple[int, int]]]], list[Tensor]]:
     """Return the parameters of each kind with their places, and those that are frozen; none that is ``known``.
 
@@ -463,7 +475,7 @@ def _sorted(
                     f"{contract.describe(param, (i, j))} is on meta, without values: build the optimizer after the "
                     "model has its memory, as to_empty() makes new parameters; or put those into param_groups"
                 )
-            kind = param.device, param.dtype, distributed.is_dtensor(param), distributed.shard_groups(param)
+            kind = param.device, param.dtype, distributed.is_dtensor(param), distributed.shard_groups(param), exempt[i]
             params, places = kinds.setdefault(kind, ([], []))
             params.append(param)
             places.append((i, j))

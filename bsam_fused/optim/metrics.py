@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bsam_fused.ops.contract import Radius
 from bsam_fused.optim.sharpness import Sharpness
 
 _NORMS = ("norm_g", "norm_g_max", "norm_g_min")
@@ -23,7 +25,9 @@ def read(optimizer: Any) -> dict[str, float]:
     values = {name: norms[slot] for name, slot in zip(_NORMS, flats.slots, strict=False)}
     values.update(_losses(optimizer.sharpness))
     for name, radii in zip(_RADII, optimizer._all_radii(), strict=False):
-        values.update(_by_group(name, (abs(radius.radius) for radius in radii)))
+        in_effect = [_in_effect(radius, values.get("norm_g")) for radius in radii]
+        left_out = optimizer._exempt()
+        values.update(_by_group(name, (None if out else x for x, out in zip(in_effect, left_out, strict=False))))
     values.update(_by_group("lr", (group.get("lr") for group in optimizer.param_groups)))
     *numbers, steps, skipped = _floats([*values.values(), *flats.counts])
     flats.hear(int(steps), int(skipped))
@@ -38,6 +42,14 @@ def _losses(sharpness: Sharpness | None) -> dict[str, Any]:
         for name, value in values.items()
         if value is not None and not (isinstance(value, Tensor) and value.numel() != 1)
     }
+
+
+def _in_effect(radius: Radius, norm: Tensor | None) -> Any:
+    """Return a radius as its loss budget has cut it in a step whose ‖T g‖ was ``norm``."""
+    length = abs(radius.radius)
+    if norm is None or radius.budget == math.inf:
+        return length
+    return torch.where(length * norm > radius.budget, radius.budget / norm, length)
 
 
 def _by_group(name: str, values: Iterable[Any]) -> dict[str, Any]:

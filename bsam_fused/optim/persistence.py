@@ -20,7 +20,8 @@ _OWN = ("norm_eps", "max_grad_norm", "sync", "same_randomness", "model", "backen
 class Persistent(Around):
     """An optimizer around a base optimizer that can be saved, loaded and copied."""
 
-    _from_saved: bool
+    _own: ClassVar[tuple[str, ...]] = ()
+    """Those that a class adds."""
     _masters: ClassVar[dict[Tensor, Tensor]] = {}
     """Master weights on their way from a saved state, past torch, which would cast them."""
 
@@ -88,12 +89,11 @@ class Persistent(Around):
         for key, entry in self.state.items():
             state[key] = _cloned(entry) if isinstance(key, Tensor) else entry
         base = {**self.base_optimizer.__getstate__(), "state": state, "param_groups": self._groups}
-        ours = {name: self.__dict__[name] for name in _OWN}
+        ours = {name: getattr(self, name) for name in (*_OWN, *self._own)}
         return {
             "defaults": self.defaults,
             **ours,
             "base": (type(self.base_optimizer), base),
-            "_from_saved": self._from_saved,
             "_flats": self._flats.anew(),
         }
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bsam_fused import checks, distributed
+from bsam_fused.ops.contract import Rule
 from bsam_fused.optim import trainers
 from bsam_fused.optim.passes import Passes
 from bsam_fused.optim.persistence import Persistent
@@ -31,14 +32,13 @@ class Phased(Persistent):
     A phase is noted before its first write and left after its last one, so `restore` knows what there may be to do.
     """
 
-    _calls: tuple[str, ...]
+    _calls: tuple[str, ...] = ("ascend", "step")
     """The phases' calls in order, one after each backward pass; the last is "step"."""
+    _rule = Rule.LAST_ALONE
+    """How the direction is mixed of the passes' gradients."""
     _NUMBERED: ClassVar[tuple[str, ...]] = ("first_step", "second_step", "third_step")
     """The names by which SAM users know them."""
     _PHASES: ClassVar[tuple[Phase, ...]] = (Phase.REST, Phase.ASCENDED, Phase.DESCENDED)
-
-    _keeps_g: bool
-    """Whether the direction needs g, the gradient at w."""
 
     active: bool
     model: nn.Module | None
@@ -86,12 +86,26 @@ class Phased(Persistent):
         """Return the name by which the user calls the phase of ``call``."""
         return self._NUMBERED[self._calls.index(call)] if self._by_number else call
 
-    def _call_by_number(self, index: int) -> None:
+    def _call_by_number(self, index: int, zero_grad: bool) -> None:
+        """Make the ``index``-th phase's call; ``zero_grad``: clear the gradients, which all but the last one take."""
         self._by_number = True
         try:
             getattr(self, self._calls[index])()
         finally:
             self._by_number = not self._at_rest
+        if zero_grad and self._at_rest:
+            self.zero_grad()
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """`ascend`, under the name SAM users know. The gradient is taken whatever ``zero_grad`` says."""
+        self._call_by_number(0, zero_grad)
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """The second phase's call, under the name SAM users know.
+
+        Where that is `step`, ``zero_grad`` clears the gradients afterwards; else they are taken whatever it says.
+        """
+        self._call_by_number(1, zero_grad)
 
     @property
     def _at_rest(self) -> bool:
@@ -180,7 +194,7 @@ class Phased(Persistent):
         return (p for group in self._groups for p in group["params"])
 
     def _unreduced(self) -> AbstractContextManager[None]:
-        mixes = self._keeps_g or self._following != "step"
+        mixes = self._rule.keeps or self._following != "step"
         if self.sync == "last" and mixes and distributed.averaging_group(self.sync, self.model) is not None:
             return self.model.no_sync()  # type: ignore[union-attr, operator, return-value]
         return nullcontext()

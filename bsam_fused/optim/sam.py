@@ -10,7 +10,6 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from bsam_fused.distributed import Sync
-from bsam_fused.ops.contract import MAX
 from bsam_fused.ops.dispatch import Backend
 from bsam_fused.optim.base import Closure, R, SharpnessAware
 from bsam_fused.optim.options import Rounding, common
@@ -25,14 +24,17 @@ class SAM(SharpnessAware):
     or |w| + η where adaptive (SAM eq. 2, ASAM eq. 5). Two passes a step.
 
     Args:
-        params: parameters, (name, parameter) pairs or param groups; groups may set ``rho``, ``adaptive``, ``eta``
-            and the base optimizer's options (where the base has an option of such a name, Adadelta's rho, ours is
-            ``sharpness_rho``).
+        params: parameters, (name, parameter) pairs or param groups; groups may set ``rho``, ``adaptive``, ``eta``,
+            ``loss_budget`` and the base optimizer's options (where the base has an option of such a name, Adadelta's
+            rho, ours is ``sharpness_rho``), and ``perturb=False``: trained, but neither perturbed nor in the norm (all
+            but normalization layers: SAM-ON, arXiv 2306.04226).
         base_optimizer: a torch.optim.Optimizer class, or an instance over the same parameters. Exactly torch's
             SGD, Adam and AdamW are fused; any other gets the direction in ``.grad`` and runs its own ``step()``.
         rho: radius ρ ≥ 0 of the neighbourhood, in units of ‖w‖ (adaptive: relative to |w|).
         adaptive: scale the neighbourhood by |w| + η, elementwise.
         eta: η ≥ 0.
+        loss_budget: σ ≥ 0, what the loss may rise by to first order: the radius is min(σ / ‖T g‖, ρ) (LE-SAM,
+            arXiv 2605.10183, which calls ρ then ρ_max); not with a GradScaler. None: ρ alone.
         norm_eps: added to the norm, ≥ 0.
         max_grad_norm: > 0: scale the direction down to this norm over all parameters where it is longer, as
             torch.nn.utils.clip_grad_norm_ would; after a GradScaler's scale is divided out. None: do not.
@@ -59,10 +61,6 @@ class SAM(SharpnessAware):
         RuntimeError: a backend asked for by name that cannot be had, with the reason.
     """
 
-    _calls = ("ascend", "step")
-    _last_slot = MAX
-    _keeps_g = False
-
     def __init__(
         self,
         params: ParamsT,
@@ -71,6 +69,7 @@ class SAM(SharpnessAware):
         rho: float = 0.05,
         adaptive: bool = False,
         eta: float = 0.0,
+        loss_budget: float | None = None,
         norm_eps: float = 1e-12,
         max_grad_norm: float | None = None,
         rounding: Rounding = "stochastic",
@@ -82,7 +81,7 @@ class SAM(SharpnessAware):
         backend: Backend = "auto",
         **base_kwargs: Any,
     ) -> None:
-        options = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        options = {"rho": rho, "adaptive": adaptive, "eta": eta, "loss_budget": loss_budget}
         super().__init__(params, base_optimizer, options, base_kwargs, common(locals()))
 
     @overload
@@ -115,16 +114,6 @@ class SAM(SharpnessAware):
             raise TypeError("ascent_closure without closure: pass both, or call the phases by hand")
         return self._run([ascent_closure, closure])
 
-    def first_step(self, zero_grad: bool = False) -> None:
-        """`ascend`, under the name SAM users know. The gradient is taken whatever ``zero_grad`` says."""
-        self._call_by_number(0)
-
-    def second_step(self, zero_grad: bool = False) -> None:
-        """`step`, under the name SAM users know; ``zero_grad``: clear the gradients afterwards."""
-        self._call_by_number(1)
-        if zero_grad:
-            self.zero_grad()
-
 
 class ASAM(SAM):
     """Adaptive SAM: `SAM` with ``adaptive=True`` and the ASAM paper's radius.
@@ -134,6 +123,7 @@ class ASAM(SAM):
         base_optimizer: as `SAM` has it.
         rho: radius ρ ≥ 0, relative to |w| + η.
         eta: η ≥ 0.
+        loss_budget: as `SAM` has it.
         norm_eps: as `SAM` has it.
         max_grad_norm: as `SAM` has it.
         rounding: as `SAM` has it.
@@ -156,6 +146,7 @@ class ASAM(SAM):
         *,
         rho: float = 0.5,
         eta: float = 0.01,
+        loss_budget: float | None = None,
         norm_eps: float = 1e-12,
         max_grad_norm: float | None = None,
         rounding: Rounding = "stochastic",
@@ -168,4 +159,5 @@ class ASAM(SAM):
         **base_kwargs: Any,
     ) -> None:
         shared = common(locals())
-        super().__init__(params, base_optimizer, rho=rho, adaptive=True, eta=eta, **shared, **base_kwargs)
+        radius: dict[str, Any] = {"rho": rho, "adaptive": True, "eta": eta, "loss_budget": loss_budget}
+        super().__init__(params, base_optimizer, **radius, **shared, **base_kwargs)

@@ -101,6 +101,16 @@ def refuse_unscaled(scaled: Scaled, name: str, *, mixes: bool, too_early: bool) 
         )
 
 
+def refuse_budget(scaled: Scaled, budgets: Iterable[float]) -> None:
+    """Raise RuntimeError where there is a scaler and a loss budget, which cuts radii by the norm of what it scaled."""
+    if scaled.found_inf is not None and min(budgets) < math.inf:
+        raise RuntimeError(
+            "loss_budget with GradScaler: the radius is cut by the norm of the first pass's gradients, which are "
+            "scaled, by what is told in the last pass only. Train in bfloat16, or without loss_budget; restore() gives "
+            "up this step"
+        )
+
+
 def mark(params: Iterable[Tensor], bad: Tensor) -> None:
     """Make an element of the smallest gradient NaN where ``bad`` (bool, 0-dim), without asking the device.
 

@@ -1,7 +1,7 @@
-"""SAM and BSAM as a careful engineer writes them for a GPU: `torch._foreach` and torch's fused optimizers.
+"""SAM, BSAM, relatives as a careful engineer writes them for a GPU: `torch._foreach` and torch's fused optimizers.
 
 For comparison. As `bsam_fused.report.foreach`, but norms stay on the device, so that nothing ever waits for it. w_min
-is reached from w_max and not from the saved w, which saves a copy; temporaries are made by no call. With SGD with
+is reached from w_max and not from the saved w, which saves a copy; SAM and BSAM make no temporaries. With SGD with
 momentum SAM moves 15 N elements a step, BSAM 30 N. Unlike `bsam_fused`, they want a gradient for every parameter in
 every pass and norms other than 0, and do not look for inf and NaN.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 NORM_EPS = 1e-12
 
 
-def total_norm(tensors: list[Tensor]) -> Tensor:
+def total_norm(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """Return the L2 norm over all tensors, on their device."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
 
@@ -34,8 +34,8 @@ class DeviceForeachSAM:
     """SAM (arXiv 2010.01412), the update by the base optimizer; 15 N.
 
     Args:
-        params: float parameters of one device and dtype.
-        base: the base optimizer over the same parameters.
+        params: float parameters of one device and dtype, those that are perturbed.
+        base: the base optimizer over the same parameters, and perhaps more.
         rho: radius ρ ≥ 0.
     """
 
@@ -50,6 +50,7 @@ class DeviceForeachSAM:
         torch._foreach_copy_(self.saved, self.params)
         torch._foreach_mul_(g, self.rho / (total_norm(g) + NORM_EPS))
         torch._foreach_add_(self.params, g)
+        self.base.zero_grad()  # of those that are not perturbed
 
     @torch.no_grad()
     def step(self) -> None:
@@ -104,3 +105,71 @@ class DeviceForeachBSAM(DeviceForeachSAM):
             p.grad = d
         self.g = []
         super().step()
+
+
+class DeviceForeachMixed(DeviceForeachSAM):
+    """A step in two passes whose direction is mixed of g and g_max: the relatives of SAM. Args: as `DeviceForeachSAM`.
+
+    A temporary of N is made for w_max, as g stays as it is.
+    """
+
+    def direction(self, g: list[Tensor], g_max: list[Tensor]) -> list[Tensor]:
+        """Return d, in the memory of one of them."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        """w = w + ρ g / ‖g‖; keeps g."""
+        self.g = take_gradients(self.params)
+        self.norm = total_norm(self.g)
+        torch._foreach_copy_(self.saved, self.params)
+        torch._foreach_add_(self.params, torch._foreach_mul(self.g, self.rho / (self.norm + NORM_EPS)))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Back to w, and the base optimizer's step with d."""
+        for p, d in zip(self.params, self.direction(self.g, take_gradients(self.params)), strict=True):
+            p.grad = d
+        self.g = []
+        super().step()
+
+
+class DeviceForeachExtrapolated(DeviceForeachMixed):
+    """BSAM of ĝ_min = g − r (g_max − g), r = ρ_min / ρ: 1 at first, and falls with the learning rate; 28 N."""
+
+    def __init__(self, params: Iterable[Tensor], base: torch.optim.Optimizer, rho: float = 0.05) -> None:
+        super().__init__(params, base, rho)
+        self.lr_max = base.param_groups[0]["lr"]
+
+    def direction(self, g: list[Tensor], g_max: list[Tensor]) -> list[Tensor]:
+        """Return d = g + g_max − ‖g_max‖ / ‖ĝ_min‖ ĝ_min."""
+        g_min = torch._foreach_lerp(g, g_max, -self.base.param_groups[0]["lr"] / self.lr_max)
+        torch._foreach_mul_(g_min, -total_norm(g_max) / total_norm(g_min))
+        torch._foreach_add_(g, g_max)
+        torch._foreach_add_(g, g_min)
+        return g
+
+
+class DeviceForeachGSAM(DeviceForeachMixed):
+    """GSAM (arXiv 2203.08065), α = 0.4; 25 N."""
+
+    alpha = 0.4
+
+    def direction(self, g: list[Tensor], g_max: list[Tensor]) -> list[Tensor]:
+        """Return d = −α g + (1 + α ⟨g, g_max⟩ / ‖g_max‖²) g_max, the product from ‖g + g_max‖: few launches."""
+        square = total_norm(g_max).square()
+        product = (total_norm(torch._foreach_add(g, g_max)).square() - self.norm.square() - square) / 2
+        torch._foreach_mul_(g_max, 1 + self.alpha * product / square)
+        torch._foreach_add_(g_max, g, alpha=-self.alpha)
+        return g_max
+
+
+class DeviceForeachWSAM(DeviceForeachMixed):
+    """WSAM (arXiv 2305.15817), in its coupled form, γ = 0.9; 18 N."""
+
+    gamma = 0.9
+
+    def direction(self, g: list[Tensor], g_max: list[Tensor]) -> list[Tensor]:
+        """Return d = g + γ/(1 − γ) (g_max − g)."""
+        torch._foreach_lerp_(g, g_max, self.gamma / (1 - self.gamma))
+        return g

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import bsam_fused
 from bsam_fused.ops.dispatch import Backend
 from bsam_fused.report import device_foreach, foreach, loops
-from bsam_fused.report.packaged import PackagedSAM
+from bsam_fused.report.packaged import PackagedGSAM, PackagedSAM, PackagedWSAM
 
 Build = Callable[[list[Tensor]], Any]
 """Makes an optimizer of parameters, whose methods are its algorithm's calls."""
@@ -26,7 +27,7 @@ WORDS = {
     "alone": "torch's own optimizer, one pass a step: what the others are measured against",
     REFERENCE: "the papers' formulas in plain Python, a tensor at a time",
     "foreach": "the same as a careful engineer writes it, by torch's operations on lists of tensors",
-    PACKAGE: "SAM of the package of this name",
+    PACKAGE: "SAM, GSAM and WSAM of the package of this name",
     "torch": "this package on torch's operations alone, without compiled code",
     "cpp": "this package's C++ kernels",
     "triton": "this package's Triton kernels",
@@ -62,11 +63,15 @@ class Algorithm(NamedTuple):
     """Elements that a step must move over a base without state, in N (docs/design.md)."""
     extra: int
     """Elements that it keeps beside the base optimizer's, in N (docs/design.md)."""
-    fused: type[bsam_fused.SAM] | type[bsam_fused.BSAM]
+    fused: Callable[..., Any]
     options: dict[str, Any]
     loops: type[loops.PlainSAM]
-    foreach: type | None
-    device_foreach: type | None
+    foreach: type | None = None
+    device_foreach: type | None = None
+    packaged: Callable[..., Any] | None = None
+    """Where `PACKAGE` has the same algorithm."""
+    exempts: bool = False
+    """Whether it leaves parameters of more than one dimension as they are: those of normalization layers have one."""
 
     @property
     def calls(self) -> tuple[str, ...]:
@@ -77,16 +82,47 @@ class Algorithm(NamedTuple):
         """Return the elements that a step over ``base`` must move, in N: its state is read and written."""
         return self.stateless + 2 * base.state
 
+    def perturbed(self, params: list[Tensor], perturb: bool = True) -> list[Tensor]:
+        """Return the parameters that are perturbed, or the others."""
+        return [p for p in params if (not self.exempts or p.dim() < 2) == perturb]
+
+    def groups(self, params: list[Tensor]) -> list[dict[str, Any]]:
+        """Return param groups of ours that say so."""
+        groups = [{"params": self.perturbed(params, perturb), "perturb": perturb} for perturb in (True, False)]
+        return [group for group in groups if group["params"]]
+
 
 ALGORITHMS = {
     "sam": Algorithm(
-        "SAM", 9, 1, bsam_fused.SAM, {}, loops.PlainSAM, foreach.ForeachSAM, device_foreach.DeviceForeachSAM
+        *("SAM", 9, 1, bsam_fused.SAM, {}),
+        *(loops.PlainSAM, foreach.ForeachSAM, device_foreach.DeviceForeachSAM, PackagedSAM),
     ),
-    "asam": Algorithm("ASAM", 10, 1, bsam_fused.ASAM, {"rho": RHO, "eta": 0.0}, loops.PlainASAM, None, None),
-    "bsam": Algorithm(
-        "BSAM", 15, 2, bsam_fused.BSAM, {}, loops.PlainBSAM, foreach.ForeachBSAM, device_foreach.DeviceForeachBSAM
+    "asam": Algorithm(
+        *("ASAM", 10, 1, bsam_fused.ASAM, {"rho": RHO, "eta": 0.0}),
+        *(loops.PlainASAM, None, None, partial(PackagedSAM, adaptive=True)),
+    ),
+    "bsam": Algorithm(  # the package's BSAM is another algorithm
+        *("BSAM", 15, 2, bsam_fused.BSAM, {}),
+        *(loops.PlainBSAM, foreach.ForeachBSAM, device_foreach.DeviceForeachBSAM),
+    ),
+    "extrapolated": Algorithm(
+        *("BSAM, extrapolated", 11, 2, bsam_fused.BSAM, {"descent": "extrapolate"}),
+        *(loops.PlainExtrapolated, foreach.ForeachExtrapolated, device_foreach.DeviceForeachExtrapolated),
+    ),
+    "gsam": Algorithm(
+        *("GSAM", 11, 2, bsam_fused.GSAM, {"alpha": loops.PlainGSAM.alpha}),
+        *(loops.PlainGSAM, foreach.ForeachGSAM, device_foreach.DeviceForeachGSAM, PackagedGSAM),
+    ),
+    "wsam": Algorithm(
+        *("WSAM", 10, 2, bsam_fused.WSAM, {"gamma": loops.PlainWSAM.gamma}),
+        *(loops.PlainWSAM, foreach.ForeachWSAM, device_foreach.DeviceForeachWSAM, PackagedWSAM),
+    ),
+    "norms": Algorithm(  # the package cannot leave parameters out of the norm
+        *("SAM on normalization layers", 4, 0, bsam_fused.SAM, {}),
+        *(loops.PlainSAM, foreach.ForeachSAM, device_foreach.DeviceForeachSAM, None, True),
     ),
 }
+"""By name. Bytes of the one on normalization layers are those of a network whose other parameters are nearly all."""
 
 
 def implementations(
@@ -104,20 +140,20 @@ def implementations(
         "loops" first, the backend that matters last. What cannot be had here raises the reason when built.
     """
     found: dict[str, Build] = {
-        REFERENCE: lambda params: algorithm.loops(params, base.build(params, foreach=False), RHO)
+        REFERENCE: lambda params: algorithm.loops(algorithm.perturbed(params), base.build(params, foreach=False), RHO)
     }
     listed = algorithm.foreach if device_type == "cpu" else algorithm.device_foreach
     if listed is not None:
-        found["foreach"] = lambda params: listed(params, base.build(params, fused=True), RHO)
-    if algorithm.name != "BSAM":  # the package's BSAM is another algorithm
-        adaptive = algorithm.name == "ASAM"
-        found[PACKAGE] = lambda params: PackagedSAM(params, base.kind, RHO, adaptive, **base.options)
+        found["foreach"] = lambda params: listed(algorithm.perturbed(params), base.build(params, fused=True), RHO)
+    packaged = algorithm.packaged
+    if packaged is not None:
+        found[PACKAGE] = lambda params: packaged(params, base.kind, RHO, **base.options)
     return found | {backend: _fused(algorithm, base, backend, model) for backend in BACKENDS[device_type]}
 
 
 def _fused(algorithm: Algorithm, base: Base, backend: Backend, model: nn.Module | None) -> Build:
     options = {"rho": RHO, "model": model, **algorithm.options, **base.options}
-    return lambda params: algorithm.fused(params, base.kind, backend=backend, **options)
+    return lambda params: algorithm.fused(algorithm.groups(params), base.kind, backend=backend, **options)
 
 
 def reason(error: BaseException) -> str:

@@ -1,11 +1,11 @@
-"""SAM and BSAM as the papers write them: plain loops, a tensor at a time. What people run today.
+"""SAM, BSAM and their relatives as the papers write them: plain loops, a tensor at a time. What people run today.
 
 For comparison only; nothing else in the package uses it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ class PlainSAM:
     """SAM by loops (arXiv 2010.01412), the update by the base optimizer.
 
     Args:
-        params: float parameters.
-        base: the base optimizer over the same parameters.
+        params: float parameters, those that are perturbed.
+        base: the base optimizer over the same parameters, and perhaps more.
         rho: radius ρ ≥ 0.
     """
 
@@ -63,7 +63,7 @@ class PlainASAM(PlainSAM):
     def ascend(self) -> None:
         """w = w + ρ T² g / ‖T g‖."""
         scaled = {p: p.abs() * p.grad for p in self.params if p.grad is not None}
-        self.norm = torch.norm(torch.stack([g.norm(p=2) for g in scaled.values()]), p=2)
+        self.norm = _total([*scaled.values()])
         for p, g in scaled.items():
             self.saved[p] = p.clone()
             p.add_(p.abs() * g * (self.rho / (self.norm + 1e-12)))
@@ -104,8 +104,7 @@ class PlainBSAM(PlainSAM):
     @torch.no_grad()
     def step(self) -> None:
         """Back to w, and the base optimizer's step with d = g + g_max − ‖g_max‖ / ‖g_min‖ g_min."""
-        norm_max = torch.norm(torch.stack([g.norm(p=2) for g in self.g_max.values()]), p=2)
-        c = norm_max / _norm(self.params)
+        c = _total([*self.g_max.values()]) / _norm(self.params)
         for p in self.params:
             if p.grad is None:
                 continue
@@ -114,5 +113,64 @@ class PlainBSAM(PlainSAM):
         self.base.step()
 
 
+class PlainMixed(PlainSAM):
+    """A step in two passes whose direction is mixed of g and g_max: the relatives of SAM. Args: as `PlainSAM`."""
+
+    def direction(self, g: Sequence[Tensor], g_max: Sequence[Tensor]) -> Iterable[Tensor]:
+        """Return d, a tensor a parameter."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Back to w, and the base optimizer's step with d."""
+        params = [p for p in self.params if p.grad is not None]
+        g_max: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
+        for p, d in zip(params, self.direction([self.g[p] for p in params], g_max), strict=True):
+            p.copy_(self.saved[p])
+            p.grad = d
+        self.base.step()
+
+
+class PlainExtrapolated(PlainMixed):
+    """BSAM of ĝ_min = g − r (g_max − g), r = ρ_min / ρ: 1 at first, and falls with the learning rate."""
+
+    def __init__(self, params: Iterable[Tensor], base: torch.optim.Optimizer, rho: float = 0.05) -> None:
+        super().__init__(params, base, rho)
+        self.lr_max = base.param_groups[0]["lr"]
+
+    def direction(self, g: Sequence[Tensor], g_max: Sequence[Tensor]) -> Iterable[Tensor]:
+        """Return d = g + g_max − ‖g_max‖ / ‖ĝ_min‖ ĝ_min."""
+        r = self.param_groups[0]["lr"] / self.lr_max
+        g_min = [a - r * (b - a) for a, b in zip(g, g_max, strict=True)]
+        c = _total(g_max) / _total(g_min)
+        return (a + b - c * m for a, b, m in zip(g, g_max, g_min, strict=True))
+
+
+class PlainGSAM(PlainMixed):
+    """GSAM by loops (arXiv 2203.08065, algorithm 1), α = 0.4."""
+
+    alpha = 0.4
+
+    def direction(self, g: Sequence[Tensor], g_max: Sequence[Tensor]) -> Iterable[Tensor]:
+        """Return d = g_max − α g⊥, g⊥ = g − ⟨g, g_max⟩ / ‖g_max‖² g_max."""
+        along = sum((a * b).sum() for a, b in zip(g, g_max, strict=True)) / _total(g_max) ** 2
+        return (b - self.alpha * (a - along * b) for a, b in zip(g, g_max, strict=True))
+
+
+class PlainWSAM(PlainMixed):
+    """WSAM by loops (arXiv 2305.15817), in its coupled form, γ = 0.9."""
+
+    gamma = 0.9
+
+    def direction(self, g: Sequence[Tensor], g_max: Sequence[Tensor]) -> Iterable[Tensor]:
+        """Return d = (1 − 2γ)/(1 − γ) g + γ/(1 − γ) g_max."""
+        of_g, of_g_max = (1 - 2 * self.gamma) / (1 - self.gamma), self.gamma / (1 - self.gamma)
+        return (of_g * a + of_g_max * b for a, b in zip(g, g_max, strict=True))
+
+
 def _norm(params: Iterable[Tensor]) -> Tensor:
-    return torch.norm(torch.stack([p.grad.norm(p=2) for p in params if p.grad is not None]), p=2)
+    return _total([p.grad for p in params if p.grad is not None])
+
+
+def _total(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.norm(torch.stack([t.norm(p=2) for t in tensors]), p=2)

@@ -1,7 +1,11 @@
-"""SAM as the pytorch_optimizer package from the registry has it. For comparison; the package is an extra."""
+"""SAM, GSAM and WSAM as the pytorch_optimizer package from the registry has them, their options as they are by default.
+
+For comparison; the package is an extra. Without it each raises ModuleNotFoundError.
+"""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,7 +13,7 @@ from torch import Tensor
 
 
 class PackagedSAM:
-    """pytorch_optimizer's SAM, its options as they are by default.
+    """pytorch_optimizer's SAM.
 
     Args:
         params: float parameters.
@@ -17,13 +21,17 @@ class PackagedSAM:
         rho: radius ρ ≥ 0.
         adaptive: ASAM with η = 0.
         **options: of the base optimizer.
-
-    Raises:
-        ModuleNotFoundError: pytorch_optimizer is not installed.
     """
 
+    optimizer: Any
+
     def __init__(
-        self, params: list[Tensor], base: type[torch.optim.Optimizer], rho: float, adaptive: bool, **options: Any
+        self,
+        params: list[Tensor],
+        base: type[torch.optim.Optimizer],
+        rho: float,
+        adaptive: bool = False,
+        **options: Any,
     ) -> None:
         from pytorch_optimizer.optimizer.sam import SAM
 
@@ -34,5 +42,41 @@ class PackagedSAM:
         self.optimizer.first_step(zero_grad=True)
 
     def step(self) -> None:
-        """Back to w, and the base optimizer's step with the gradient at w_max."""
+        """Back to w, and the base optimizer's step with d."""
         self.optimizer.second_step()
+
+
+class PackagedGSAM(PackagedSAM):
+    """pytorch_optimizer's GSAM, as its ``step(closure)`` calls its parts. Args: as `PackagedSAM`; α: alpha."""
+
+    def __init__(
+        self, params: list[Tensor], base: type[torch.optim.Optimizer], rho: float, alpha: float = 0.4, **options: Any
+    ) -> None:
+        from pytorch_optimizer.optimizer.sam import GSAM
+
+        constant: Any = SimpleNamespace(step=lambda: rho)
+        model: Any = None  # whose BatchNorm layers its step() would guard
+        self.optimizer = GSAM(params, base(params, **options), model, constant, alpha)
+
+    def ascend(self) -> None:
+        """w = w + ρ g / ‖g‖."""
+        self.optimizer.perturb_weights(self.optimizer.rho_t)
+        self.optimizer.base_optimizer.zero_grad()
+
+    def step(self) -> None:
+        """Back to w, and the base optimizer's step with d."""
+        self.optimizer.gradient_decompose(self.optimizer.alpha)
+        self.optimizer.un_perturb()
+        self.optimizer.base_optimizer.step()
+
+
+class PackagedWSAM(PackagedSAM):
+    """pytorch_optimizer's WSAM, in its coupled form. Args: as `PackagedSAM`; γ: gamma."""
+
+    def __init__(
+        self, params: list[Tensor], base: type[torch.optim.Optimizer], rho: float, gamma: float = 0.9, **options: Any
+    ) -> None:
+        from pytorch_optimizer.optimizer.sam import WSAM
+
+        model: Any = None  # of which only clipping asks
+        self.optimizer = WSAM(model, params, base, rho=rho, gamma=gamma, decouple=False, **options)

@@ -15,7 +15,7 @@ import bsam_fused
 
 from . import gradients, setups
 from .model import CALLS, Model, tidy
-from .setups import BASES, TOLERANCE, completed, values
+from .setups import BASES, OWN, TOLERANCE, completed, values
 
 REFUSALS = (RuntimeError, ValueError, TypeError)
 OUR_WORDS = ("param", "group", "order", "step", "rho", "unperturbed")  # one is in every message that says what is wrong
@@ -47,10 +47,18 @@ class Beside(RuleBasedStateMachine):
         settings = {"max_grad_norm": max_grad_norm, **({"update_from": update_from} if kind == "BSAM" else {})}
         self.net = nn.BatchNorm1d(2)
         self.net.trained = self.params[0]
-        self.optimizer = getattr(bsam_fused, kind)(
+        self.optimizer = getattr(bsam_fused, kind.split()[-1])(
             [{**group, "params": [self.params[i] for i in group["params"]]} for group in cut],
             self.base,
-            **{"lr": 0.1, "backend": backend, "rounding": "nearest", "model": self.net, **settings, **options},
+            **{
+                "lr": 0.1,
+                "backend": backend,
+                "rounding": "nearest",
+                "model": self.net,
+                **settings,
+                **options,
+                **OWN.get(kind, {}),
+            },
         )
         cut = [completed(kind, {**options, **group}) for group in cut]
         self.model = Model(kind, self.params, cut, self.base, {"lr": 0.1, **options}, fused=self.fused, **settings)

@@ -79,8 +79,9 @@ class Copies(Beside):
     @rule(seed=SEEDS, options=setups.group_options)
     def add_a_group_to_the_base(self, seed, options):
         """It counts, or raises."""
-        if self.kind == "BSAM":  # whose largest lr and rho_min are otherwise those of when it is noticed
-            options = {"rho_min": 0.1, "given_lr": options.get("lr", 0.1), "largest_lr": 0.0, **options}
+        if "BSAM" in self.kind:  # whose largest lr and rho_min are otherwise those of when it is noticed
+            given = {"rho_min": options.get("rho", 0.05), "given_lr": options.get("lr", 0.1), "largest_lr": 0.0}
+            options = {**given, **options}
         self._add_group(self.optimizer.base_optimizer, seed, options)
         self.disturb()
 

@@ -48,6 +48,8 @@ class Machine(Steps, Edits, Copies):
         self.tracked = int(self.net.num_batches_tracked)
 
     def _interruptible_go_on(self, seed, after):
+        if after.at_rest and after.refused:
+            return self._interruptible_look(seed, after)
         self.backward(seed, {})
         grads = self.read()
         name = "plain_step" if after.at_rest and after.plain else after.next
@@ -55,7 +57,7 @@ class Machine(Steps, Edits, Copies):
         return getattr(self.optimizer, name.removeprefix("plain_"))
 
     def _interruptible_closure(self, seed, after):
-        if not after.at_rest:
+        if not after.at_rest or after.refused:
             return self._interruptible_restore(seed, after)
         for n, name in enumerate(after.calls if after.active else ["plain_step"]):
             params = self.mine(trainable=True)

@@ -9,7 +9,11 @@ import math
 import torch
 from torch import nn
 
-CALLS = {"SAM": ("ascend", "step"), "ASAM": ("ascend", "step"), "BSAM": ("ascend", "descend", "step")}
+CALLS = {
+    **dict.fromkeys(("SAM", "ASAM", "GSAM", "WSAM", "extrapolated BSAM"), ("ascend", "step")),
+    "BSAM": ("ascend", "descend", "step"),
+}
+ALPHA, GAMMA = 0.4, 0.9
 
 
 def norm(tensors):
@@ -27,7 +31,7 @@ def T(w, o):
 
 def rho_min(o):
     """BSAM eq. 12, with ρ_end = lr_end = 0."""
-    lr_max = max(o["given_lr"], o["largest_lr"])
+    lr_max = max(o["lr"], o["given_lr"], o["largest_lr"])
     return o["rho_min"] * (o["lr"] / lr_max if o["rho_min_decay"] == "lr" and lr_max else 1.0)
 
 
@@ -35,7 +39,7 @@ class Model:
     """A sharpness-aware optimizer over weights of its own.
 
     Args:
-        kind: "SAM", "ASAM" or "BSAM".
+        kind: one of `CALLS`.
         weights: a tensor a parameter.
         groups: param groups with all of their options; "params" are indices.
         base: a torch.optim class.
@@ -49,7 +53,8 @@ class Model:
         self.w = [nn.Parameter(w.detach().double().clone()) for w in weights]
         cut = [{**group, "params": [self.w[i] for i in group["params"]]} for group in groups]
         self.base = base(cut, **options)
-        self.calls, self.fused, self.update_from, self.max_grad_norm = CALLS[kind], fused, update_from, max_grad_norm
+        self.kind, self.calls, self.fused = kind, CALLS[kind], fused
+        self.update_from, self.max_grad_norm = update_from, max_grad_norm
         self.active, self.skipped = True, 0
         self.synced()
         self.forget()
@@ -78,6 +83,12 @@ class Model:
     def plain(self):
         return not self.active or all(group["lr"] == 0 for group in self.base.param_groups)
 
+    @property
+    def refused(self):
+        """Whether no step can begin: there is no line from w_max through w."""
+        extrapolates = self.kind == "extrapolated BSAM"
+        return extrapolates and any(rho_min(o) and not o["rho"] for o in self.base.param_groups)
+
     def index(self, param):
         return next(i for i, w in enumerate(self.w) if w is param)
 
@@ -94,10 +105,14 @@ class Model:
 
     def ascend(self, grads, loss=0.0):
         """w_max = w + ρ T² g / ‖T g‖"""
-        self._note(grads, loss)
-        self.saved = {i: self.w[i].detach().clone() for i in grads}
         options = self.options()
-        self.n = norm([T(self.w[i].detach(), options[i]) * g for i, g in grads.items()])
+        perturbed = {i: g for i, g in grads.items() if options[i]["perturb"]}
+        keeps = self.kind not in {"SAM", "ASAM"}  # else nobody looks at what is not perturbed
+        self._note(grads, loss, grads if keeps else perturbed)
+        self.saved = {i: self.w[i].detach().clone() for i in perturbed}
+        self.n = norm([T(self.w[i].detach(), options[i]) * g for i, g in perturbed.items()])
+        if self.kind == "extrapolated BSAM":
+            self.ratios = {i: rho_min(o) / o["rho"] if o["rho"] else 0.0 for i, o in options.items()}
         self._perturb({i: o["rho"] for i, o in options.items()})
 
     def descend(self, grads, loss=0.0):
@@ -111,9 +126,9 @@ class Model:
             if group.get("rho_min_decay") == "lr":
                 group["largest_lr"] = max(group.get("largest_lr", 0.0), group["lr"])
 
-    def _note(self, grads, loss):
+    def _note(self, grads, loss, looked_at=None):
         self.grads.append(grads)
-        self.failed |= not (finite(grads) and math.isfinite(loss))
+        self.failed |= not (finite(grads if looked_at is None else looked_at) and math.isfinite(loss))
 
     def _perturb(self, radii):
         options = self.options()
@@ -122,13 +137,17 @@ class Model:
             if self.failed or not self.n:
                 self.w[i].data = w.clone()
                 continue
+            budget = math.inf if o["loss_budget"] is None else o["loss_budget"] / self.n
+            radius = radii[i] * (min(1.0, budget / o["rho"]) if o["rho"] else 1.0)
             sign = -1 if o["maximize"] else 1
-            self.w[i].data = w + sign * radii[i] * T(w, o) ** 2 * g / (self.n + 1e-12)
+            self.w[i].data = w + sign * radius * T(w, o) ** 2 * g / (self.n + 1e-12)
             self.moved.add(i)
 
     def step(self, grads, loss=0.0):
         """The base's rule from w with d; skipped where something was not finite."""
         self._note(grads, loss)
+        if self.kind == "extrapolated BSAM":
+            self._note_rates()
         if self.failed:
             self.skipped += 1
             self.restore()
@@ -142,14 +161,25 @@ class Model:
         self.forget()
 
     def _direction(self, i):
-        """SAM: g_max; BSAM: g + g_max − c g_min, c = ‖g_max‖ / ‖g_min‖; zero for what is missing."""
+        """Of the passes' gradients, zero for what is missing."""
         zero = torch.zeros_like(self.w[i].data)
-        passes = [grads.get(i, zero) for grads in self.grads]
-        if len(passes) == 2:
-            return passes[1]
-        g, g_max, g_min = passes
-        norm_max, norm_min = (norm(grads.values()) for grads in self.grads[1:])
-        return g + g_max - (norm_max / norm_min if norm_min else 0.0) * g_min
+        g, g_max, *_ = (grads.get(i, zero) for grads in self.grads)
+        norm_max = norm(self.grads[1].values())
+        if self.kind == "GSAM":
+            along = sum((x * self.grads[1][k]).sum().item() for k, x in self.grads[0].items() if k in self.grads[1])
+            return g_max - ALPHA * (g - along / norm_max**2 * g_max) if norm_max else g_max
+        if self.kind == "WSAM":
+            return ((1 - 2 * GAMMA) * g + GAMMA * g_max) / (1 - GAMMA)
+        if self.kind in {"SAM", "ASAM"}:
+            return g_max
+        g_mins = self.grads[2] if self.kind == "BSAM" else self._extrapolated()
+        norm_min = norm(g_mins.values())
+        return g + g_max - (norm_max / norm_min if norm_min else 0.0) * g_mins.get(i, zero)
+
+    def _extrapolated(self):
+        """ĝ_min = g − r (g_max − g), of what has both."""
+        g, g_max = self.grads
+        return {i: g[i] - self.ratios[i] * (g_max[i] - g[i]) for i in g.keys() & g_max.keys()}
 
     def plain_step(self, grads, loss=0.0):
         """The base's own step, d = g."""

@@ -6,6 +6,8 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
+from .model import ALPHA, GAMMA
+
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 """Of a step's result, relative to 1 + |value|: roundings, and far less than a wrong formula."""
 
@@ -81,27 +83,28 @@ group_options = st.fixed_dictionaries(
         "adaptive": st.booleans(),
         "weight_decay": st.sampled_from([0.0, 0.2]),
         "maximize": st.booleans(),
+        "perturb": st.booleans(),
+        "loss_budget": st.sampled_from([None, 0.5]),
     },
 )
+PLAIN = {"rho": 0.05, "adaptive": False, "eta": 0.0}
+BILATERAL = {**PLAIN, "rho_min": None, "rho_min_decay": "lr", "rho_min_end": 0.0, "rho_min_lr_end": 0.0}
 DEFAULTS = {
-    "SAM": {"rho": 0.05, "adaptive": False, "eta": 0.0},
+    "SAM": PLAIN,
     "ASAM": {"rho": 0.5, "adaptive": True, "eta": 0.01},
-    "BSAM": {
-        "rho": 0.05,
-        "adaptive": False,
-        "eta": 0.0,
-        "rho_min": None,
-        "rho_min_decay": "lr",
-        "rho_min_end": 0.0,
-        "rho_min_lr_end": 0.0,
-    },
+    "GSAM": PLAIN,
+    "WSAM": PLAIN,
+    "BSAM": BILATERAL,
+    "extrapolated BSAM": BILATERAL,
 }
+OWN = {"GSAM": {"alpha": ALPHA}, "WSAM": {"gamma": GAMMA}, "extrapolated BSAM": {"descent": "extrapolate"}}
+"""What a kind's class is told beside what all are."""
 
 
 def completed(kind, group):
     """A param group with the sharpness-aware options that it lacks."""
-    options = {"lr": 0.1, "maximize": False, **DEFAULTS[kind], **group}
-    if kind == "BSAM":
+    options = {"lr": 0.1, "maximize": False, "perturb": True, "loss_budget": None, **DEFAULTS[kind], **group}
+    if "rho_min" in options:
         options.setdefault("given_lr", options["lr"])
         options.setdefault("largest_lr", 0.0)
         options["rho_min"] = options["rho"] if options["rho_min"] is None else options["rho_min"]

@@ -50,7 +50,8 @@ class Steps(Beside):
         grads, model = self.read(), self.model
         if model.at_rest and name == "step" and model.plain:
             return self.expect(self.optimizer.step, lambda: model.plain_step(grads))
-        refused = model.next != name or (name == "ascend" and not model.active) or self.lacks(grads)
+        begins = name == "ascend" and (not model.active or model.refused)
+        refused = model.next != name or begins or self.lacks(grads)
         call = getattr(self.optimizer, ALIASES[model.calls.index(name)] if alias else name)
         return self.expect(call, lambda: getattr(model, name)(grads), refused)
 
@@ -58,6 +59,7 @@ class Steps(Beside):
     def closure_step(self, seed, kinds, at, fault):
         """The fault, and the gradients of these kinds, in pass number ``at``."""
         model, at_rest, passes, ending, lacking = self.model, self.model.at_rest, 0, [], False
+        refused = not at_rest or (model.active and model.refused)
         names = model.calls if model.active else ("plain_step",)
 
         def closure():
@@ -75,12 +77,12 @@ class Steps(Beside):
             grads = self.read()
             lacking = self.lacks(grads) and (model.active or fault != "no loss" or not here)
             ending[:] = [lambda: None if lacking else getattr(model, name)(grads, loss)]
-            if passes < len(names):  # now; the last one when the update was made
+            if passes < len(names) and not refused:  # now; the last one when the update was made
                 ending.pop()()
             return None if here and fault == "no loss" else torch.tensor(loss)
 
         try:
-            self.expect(lambda: self.optimizer.step(closure), lambda: [end() for end in ending], refused=not at_rest)
+            self.expect(lambda: self.optimizer.step(closure), lambda: [end() for end in ending], refused)
         except ZeroDivisionError:
             model.restore()
         except RuntimeError as error:

@@ -25,7 +25,7 @@ int main(int count, char** arguments) {
   const FlatIndex index(numels, sizeof(S));
   cuda::Items items;
   for (size_t i = 0; i < numels.size(); ++i)
-    items.push_back({w, nullptr, nullptr, index.offset(int64_t(i)), numels[i], 0, false, false});
+    items.push_back({w, nullptr, nullptr, index.offset(int64_t(i)), numels[i], 0, false, false, false});
   cuda::Rows<8> rows;
   cuda::fill<S>(rows, items, 0);
   if (ends) {

@@ -1,0 +1,215 @@
+"""The scalars of a step in torch: math.h's step length and rules, and groups.h's Direction, under the same names.
+
+Written once for sums that the host knows, floats, and for those on a device, tensors without dimensions, which is not
+asked: `_root`, `_ratio` and `_where` alone tell the two apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bsam_fused.ops.contract import (
+    ASCENT,
+    GIVEN_KEPT,
+    GIVEN_LAST,
+    MAX,
+    MIN,
+    PRODUCT,
+    SCALE,
+    SQUARE,
+    Radius,
+    Rule,
+)
+
+Number = float | Tensor
+Sums = Sequence[float] | Tensor
+
+
+def _root(square: Number) -> Number:
+    """Return √x, and 0 where rounding took x below it."""
+    if isinstance(square, Tensor):
+        return square.clamp(min=0).sqrt()
+    return math.sqrt(max(square, 0.0))
+
+
+def _ratio(x: Number, y: Number) -> Number:
+    """Return x / y, and 0 where y = 0."""
+    if isinstance(y, Tensor):
+        return torch.where(y == 0, 0.0, x / y)
+    return x / y if y else 0.0
+
+
+def _where(condition: bool | Tensor, x: Number, y: Number) -> Number:
+    if isinstance(condition, Tensor):
+        return torch.where(condition, x, y)
+    return x if condition else y
+
+
+def _larger(x: Number, y: Number) -> Number:
+    return _where(x > y, x, y)
+
+
+def _is_finite(x: Number) -> bool | Tensor:
+    return x - x == 0
+
+
+# ---- perturbations
+
+
+def step_length(radius: Radius, sum_ascent: Number, norm_eps: float) -> Number:
+    """Return the factor of T² g: radius / (‖T g‖ + norm_eps), |radius| at most budget / ‖T g‖; 0 where it divides by 0.
+
+    LE-SAM 2605.10183, where there is a budget.
+    """
+    norm = _root(sum_ascent)
+    most = math.copysign(1.0, radius.radius) * _ratio(radius.budget, norm)
+    reach = _where(abs(radius.radius) * norm > radius.budget, most, radius.radius)
+    return _ratio(reach, norm + norm_eps)
+
+
+def is_out_of_reach(radius: Radius, sum_ascent: Number, norm_eps: float, limit: float) -> bool | Tensor:
+    """Return whether a step length, of any group, is beyond ``limit``: nothing is perturbed, the step skipped."""
+    return step_length(Radius(radius.largest), sum_ascent, norm_eps) > limit
+
+
+# ---- directions
+
+
+class Mix(NamedTuple):
+    """A direction d = kept · x + last · y: x what the phases before kept, y the last gradient."""
+
+    kept: Number
+    last: Number
+
+    def times(self, factor: Number) -> Mix:
+        """Return the mix that gives ``factor`` d."""
+        return Mix(factor * self.kept, factor * self.last)
+
+
+def bilateral(c: Number) -> Mix:
+    """BSAM, of g + g_max and g_min: d = g + g_max − c g_min."""
+    return Mix(1.0, -c)
+
+
+def extrapolated(c: Number, r: float) -> Mix:
+    """Return the same of g and g_max, with ĝ_min = g − r (g_max − g) for g_min."""
+    return Mix(1 - c * (1 + r), 1 + c * r)
+
+
+def surrogate_gap(alpha: float, product: Number, square_max: Number) -> Mix:
+    """GSAM 2203.08065: d = g_max − α g⊥, g⊥ = g − (⟨g, g_max⟩ / ‖g_max‖²) g_max, and 0 where g_max = 0."""
+    one_or_none = _ratio(square_max, square_max)
+    return Mix(-alpha * one_or_none, 1 + alpha * _ratio(product, square_max))
+
+
+def weighted(gamma: float) -> Mix:
+    """WSAM 2305.15817: d = (1 − 2γ)/(1 − γ) g + γ/(1 − γ) g_max."""
+    last = gamma / (1 - gamma)
+    return Mix(1 - last, last)
+
+
+def mixed_square(mix: Mix, square_kept: Number, product: Number, square_last: Number) -> Number:
+    """Return ‖d‖² of a mix, from ‖x‖², ⟨x, y⟩ and ‖y‖²."""
+    a, b = mix
+    return a * a * square_kept + b * (2 * a * product + b * square_last)
+
+
+def direction_factor(norm: Number, scale: Number, max_norm: float) -> Number:
+    """Return the factor of d, whose norm is ``norm``: 1 / scale, and what clips ‖d‖ / scale to max_norm.
+
+    The loss was multiplied by scale, if that is not 0. As torch.nn.utils.clip_grad_norm_ has it.
+    """
+    unscaled = _ratio(1.0, scale) + (scale == 0)
+    clip = max_norm / (norm * unscaled + 1e-6)
+    return _where(clip < 1, clip, 1.0) * unscaled
+
+
+class Direction(NamedTuple):
+    """How an update's direction comes about, of all param groups: from the sums and a group's number, r, α or γ."""
+
+    rule: Rule
+    summed: bool
+    """Whether `SQUARE` and `PRODUCT` are of this step."""
+    max_norm: float
+    """Of d."""
+    limit: float
+    """Of what d is made of."""
+    largest: float
+    """Of the groups' numbers, by which all decide alike."""
+
+    def of(self, sums: Sums, number: float, both: bool) -> Mix:
+        """Return the mix of a tensor, which has ``both`` gradients, of the first pass and the last; else ĝ_min is 0."""
+        if self.rule is Rule.BILATERAL:
+            return bilateral(_norm_ratio(sums))
+        if self.rule is Rule.EXTRAPOLATED:
+            return extrapolated(_norm_ratio(sums), number) if both else Mix(1.0, 1.0)
+        if self.rule is Rule.SURROGATE_GAP:
+            return surrogate_gap(number, sums[PRODUCT], sums[MAX])
+        if self.rule is Rule.WEIGHTED:
+            return weighted(number)
+        if self.rule is Rule.GIVEN:
+            return Mix(sums[GIVEN_KEPT], sums[GIVEN_LAST])
+        return Mix(0.0, 1.0)
+
+    def factor(self, sums: Sums) -> Number:
+        """Return what all of d is multiplied by.
+
+        With the extrapolated rule the sums are of g + g_max and ĝ_min, as if that was measured; the others' are of one
+        mix, as groups' numbers may differ only where d is not clipped.
+        """
+        extrapolates = self.rule is Rule.EXTRAPOLATED
+        mix = bilateral(_norm_ratio(sums)) if extrapolates else self.of(sums, self.largest, True)
+        square = sums[MIN if extrapolates else self.rule.last_slot]
+        if self.rule.keeps:
+            square = mixed_square(mix, sums[SQUARE], sums[PRODUCT], square)
+        return direction_factor(_root(square), sums[SCALE], self.max_norm)
+
+    def can_update(self, sums: Sums) -> bool | Tensor:
+        """Return whether an update can be made: else the step is skipped."""
+        finite = _is_finite(sums[ASCENT]) & _is_finite(sums[MAX]) & _is_finite(sums[MIN]) & _is_finite(sums[SCALE])
+        return finite & self._is_within(sums)
+
+    def _is_within(self, sums: Sums) -> bool | Tensor:
+        """Whether no coefficient and no d, of any group, can be beyond the limit: they are monotonous in the number."""
+        factor, longest_last = self.factor(sums), _root(sums[self.rule.last_slot])
+        if not self.rule.keeps:
+            return (factor <= 1) | (factor * longest_last <= self.limit)
+        most = self.of(sums, self.largest, True).times(factor)
+        least = self.of(sums, 0.0, self.rule is not Rule.EXTRAPOLATED).times(factor)
+        a, b = (_larger(_larger(x, -x), _larger(y, -y)) for x, y in zip(most, least, strict=True))
+        longest = self._longest_kept(sums, a) + b * longest_last
+        is_norm = factor > 0  # ‖d‖, by which d is clipped, is not beyond float64
+        return is_norm & (a <= self.limit) & (b <= self.limit) & (longest <= self.limit)
+
+    def _longest_kept(self, sums: Sums, a: Number) -> Number:
+        """Return what no element of a x, x what was kept, can be beyond: descend saw to g + g_max, in the loss's scale.
+
+        A loss scaled below 1 makes no difference.
+        """
+        if self.rule is Rule.BILATERAL:
+            return _where(a < 1, a, 1.0) * (self.limit / 2)
+        square = sums[SQUARE if self.summed else ASCENT]
+        return a * _root(square + sums[MAX] + sums[MIN] if self.rule is Rule.EXTRAPOLATED else square)
+
+
+def _norm_ratio(sums: Sums) -> Number:
+    """Return c = ‖g_max‖ / ‖g_min‖, or of ĝ_min; 0 where that is."""
+    return _ratio(_root(sums[MAX]), _root(sums[MIN]))
+
+
+# ---- elements
+
+
+def both_gradients(g: Tensor, g_max: Tensor) -> Tensor:
+    """Return what exact BSAM keeps of the first two passes: g + g_max."""
+    return g + g_max
+
+
+def extrapolated_gradient(g: Tensor, g_max: Tensor, r: float) -> Tensor:
+    """Return ĝ_min = g − r (g_max − g)."""
+    return g + r * (g - g_max)

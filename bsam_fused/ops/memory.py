@@ -1,0 +1,37 @@
+"""Where tensors lie, and whether they have memory of their own."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import repeat
+from operator import add, gt
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Memory(NamedTuple):
+    """Where parameters and flat buffers lie."""
+
+    weights: list[int]
+    """The parameters' addresses."""
+    begins: list[int]
+    """Where each begins, in order."""
+    ends: list[int]
+    """Where the first 0, 1, 2, … of them end."""
+
+    def shares(self, addresses: Sequence[int], sizes: Sequence[int]) -> list[bool]:
+        """Return of each of other spans whether it overlaps one of these."""
+        before = map(bisect_left, repeat(self.begins), map(add, addresses, sizes))
+        return list(map(gt, map(self.ends.__getitem__, before), addresses))
+
+
+def can_be_written(tensor: Tensor) -> bool:
+    """Return whether a tensor has memory of its own for every element: others may have freed or shrunk it."""
+    if not tensor.numel():
+        return True
+    pairs = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in pairs)
+    room = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return last < room and all(stride for _, stride in pairs) and not tensor.is_neg()
