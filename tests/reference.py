@@ -92,7 +92,17 @@ def extrapolated_bsam(passes, options):
 def extrapolated(g, g_max, options):
     """ĝ_min."""
     missing = [x is None or y is None for x, y in zip(g, g_max)]
-    return [None if m else x - ratio(rho_min(o), o["rho"]) * (y - x) for x, y, o, m in zip(g, g_max, options, missing)]
+    return [None if m else x - r * (y - x) for x, y, r, m in zip(g, g_max, ratios(options), missing)]
+
+
+def ratios(options):
+    """r = ρ_min / ρ of each parameter; what stays at w has that of all others, where they have one."""
+    own = [ratio(rho_min(o), o["rho"]) for o in options]
+    moves = [o["rho"] > 0 and o["perturb"] for o in options]
+    others = [r for r, moved in zip(own, moves) if moved]
+    if not others or max(others) - min(others) > 1e-6 * max(others):
+        return own
+    return [r if moved else others[0] for r, moved in zip(own, moves)]
 
 
 def gsam(passes, options):

@@ -147,6 +147,30 @@ def test_numbers_that_cannot_be(backend, kind, option, wrong):
     assert torch.equal(flat(params), before)
 
 
+@pytest.mark.parametrize("name", ["BSAM", "extrapolated BSAM", "GSAM", "WSAM"])
+def test_an_overflow_of_what_is_exempt_backs_the_scale_off(backend, name):
+    """Its g is in no norm of the ascent, and what the scaler looks at, the last gradients, is finite."""
+    params = parameters((7, 5, 4, 6))
+    member = MEMBERS[name]
+    groups = [{"params": params[:2]}, {"params": params[2:], "perturb": False}]
+    opt = member.kind(groups, lr=0.1, backend=backend, **member.options)
+    scaler = torch.amp.GradScaler(params[0].device.type, init_scale=1024.0)
+    scaler.scale(torch.ones((), device=params[0].device))  # which makes its scale
+    before = [p.detach().clone() for p in params]
+    for k, call in enumerate(opt._calls):
+        assign(params, gradients(params, k))
+        if call == "ascend":
+            params[3].grad.view(-1)[5] = math.inf
+        if call == "step":
+            scaler.step(opt)
+            scaler.update()
+        else:
+            getattr(opt, call)()
+    assert scaler.get_scale() == 512.0
+    assert opt.skipped_steps == 1
+    assert all(torch.equal(p, w) for p, w in zip(params, before))
+
+
 def test_clipping_where_numbers_differ(backend):
     """‖d‖ is of one a and b; extrapolated BSAM's sums have each group's r, and are not concerned."""
     for kind, option in ((GSAM, "alpha"), (WSAM, "gamma")):

@@ -29,6 +29,15 @@ def T(w, o):
     return w.abs() + o["eta"] if o["adaptive"] else torch.ones_like(w)
 
 
+def ratios(options, groups):
+    """r = ρ_min / ρ of each parameter; one that stays at w has that of all others, where they have one."""
+    own = {i: rho_min(o) / o["rho"] if o["rho"] else 0.0 for i, o in options.items()}
+    moving = [rho_min(o) / o["rho"] for o in groups if o["rho"] and o["perturb"]]
+    if not moving or max(moving) - min(moving) > 1e-6 * max(moving):
+        return own
+    return {i: r if options[i]["rho"] and options[i]["perturb"] else moving[0] for i, r in own.items()}
+
+
 def rho_min(o):
     """BSAM eq. 12, with ρ_end = lr_end = 0."""
     lr_max = max(o["lr"], o["given_lr"], o["largest_lr"])
@@ -112,7 +121,7 @@ class Model:
         self.saved = {i: self.w[i].detach().clone() for i in perturbed}
         self.n = norm([T(self.w[i].detach(), options[i]) * g for i, g in perturbed.items()])
         if self.kind == "extrapolated BSAM":
-            self.ratios = {i: rho_min(o) / o["rho"] if o["rho"] else 0.0 for i, o in options.items()}
+            self.ratios = ratios(options, self.base.param_groups)
         self._perturb({i: o["rho"] for i, o in options.items()})
 
     def descend(self, grads, loss=0.0):
