@@ -48,7 +48,8 @@ test: $(READY)
 		-m "not interpreter and not recipe and not interrupts and not rehearsal"
 
 # What depends on the kernels; the rest is the same code for all backends written in Python.
-INTERPRETED := $(addprefix tests/test_,against_reference.py golden.py rounding.py master_weights.py interrupts.py)
+INTERPRETED := $(addprefix tests/test_,against_reference.py directions.py history.py golden.py rounding.py master_weights.py \
+	interrupts.py)
 test-triton: $(READY)
 	$(BIN)/python -m pytest -q -m interpreter $(INTERPRETED)
 
@@ -76,6 +77,7 @@ bench-check: $(READY)
 performance: $(READY)
 	$(BIN)/python -m bench.performance
 	$(BIN)/python -m bench.members
+	$(BIN)/python -m bench.policies
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

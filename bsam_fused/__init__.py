@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from bsam_fused import batchnorm, graphs, losses, schedules, sharpness
     from bsam_fused.optim.base import SharpnessAware
     from bsam_fused.optim.bsam import BSAM
+    from bsam_fused.optim.friendly import FriendlySAM
     from bsam_fused.optim.gsam import GSAM
+    from bsam_fused.optim.looksam import LookSAM
     from bsam_fused.optim.mixed import MixedSAM, PassSums
     from bsam_fused.optim.sam import ASAM, SAM
     from bsam_fused.optim.sharpness import Sharpness
@@ -21,6 +23,8 @@ __all__ = [
     "GSAM",
     "SAM",
     "WSAM",
+    "FriendlySAM",
+    "LookSAM",
     "MixedSAM",
     "PassSums",
     "Sharpness",
@@ -39,6 +43,8 @@ _HOMES = {
     "GSAM": "gsam",
     "SAM": "sam",
     "WSAM": "wsam",
+    "FriendlySAM": "friendly",
+    "LookSAM": "looksam",
     "MixedSAM": "mixed",
     "PassSums": "mixed",
     "Sharpness": "sharpness",

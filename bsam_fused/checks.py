@@ -46,6 +46,30 @@ def positive(name: str, value: Any, also: str = "") -> float:
     return number
 
 
+def finite(name: str, value: Any) -> float:
+    """Return a finite number as a float.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    number = _real(value)
+    if not math.isfinite(number):
+        _refuse(name, value, f"a finite number{_not(value)}")
+    return number
+
+
+def share(name: str, value: Any) -> float:
+    """Return a number in [0, 1] as a float.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    number = _real(value)
+    if not 0 <= number <= 1:
+        _refuse(name, value, f"a number in [0, 1]{_not(value)}")
+    return number
+
+
 def below_one(name: str, value: Any, group: int | None = None) -> float:
     """Return a number in [0, 1) as a float.
 

@@ -1,11 +1,11 @@
-"""A whole sharpness-aware step, all passes and the update, in one CUDA graph."""
+"""Whole sharpness-aware steps, all passes and the update, as CUDA graphs: one of each kind of step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,32 @@ from torch import Tensor, nn
 from bsam_fused import distributed
 from bsam_fused.buffers import Snapshot
 from bsam_fused.optim.base import SharpnessAware
+from bsam_fused.optim.captured import Captured
+from bsam_fused.optim.sharpness import Sharpness
 
 _WARM_UP = 3
+
+
+class _Kind(NamedTuple):
+    """What a step's capture depends on, and may be otherwise in the next step."""
+
+    active: bool
+    passes: int
+    still: bool
+    """A step of one pass moves nothing, as every lr is 0: it counts for nothing then."""
+
+
+class _Capture(NamedTuple):
+    """A captured step."""
+
+    graph: torch.cuda.CUDAGraph
+    loss: Tensor
+    memory: Captured
+    slots: tuple[int, ...]
+    """Where the sums have the norms of its passes."""
+    sharpness: Sharpness | None
+    snapshots: Any
+    """What it copies buffers to and from."""
 
 
 class GraphedStep:
@@ -23,13 +47,15 @@ class GraphedStep:
     A step of hundreds of launches is replayed by one call. Learning rates, radii and the other numbers in the param
     groups are read from the device, so schedules go on; everything else stays as it was when this was built. Building
     trains nothing: the warm-up's steps are skipped ones, and running statistics and random generators are put back.
+    Steps of another number of passes, as ``active`` or `LookSAM` has them, are captured when the first of them comes,
+    which waits for the device.
     Replays and ``optimizer.step(closure)`` may follow each other, on the same state; what gives the optimizer or the
     model other memory (a state dict loaded, state edited, a model moved) ends it, and the next call says so.
 
     Args:
         model: in the mode, training or evaluation, in which it is to stay; on one GPU, as the optimizer's parameters.
         loss_fn: of (model's output, target): a scalar Tensor. Nothing in model and loss may wait for the device.
-        optimizer: at rest, active, with a fused base on the "cuda" or the "triton" backend; its closures are made here.
+        optimizer: at rest, with a fused base on the "cuda" or the "triton" backend; its closures are made here.
         sample_inputs: the model's inputs (at least one), then the target: tensors on the model's device, of the shapes
             and dtypes of all that will come; they are copied.
 
@@ -51,21 +77,12 @@ class GraphedStep:
         self._inputs = [sample.detach().clone() for sample in sample_inputs]
         self._device = self._inputs[0].device
         self._buffers = Snapshot(model)
-        self._warm_up()
-        optimizer.write_options()
+        self._captures: dict[_Kind, _Capture] = {}
+        self._make(self._kind())
         self._fixed = self._structure()
         self._parameters = list(dict.fromkeys([*model.parameters(), *optimizer._parameters()]))
         self._addresses = _addresses(self._parameters)
-        try:
-            self._graph = _capture(self._step, self._device)
-            self._captured = optimizer._flats.captured()
-            # Replays use this memory, too, whoever else lets go of it.
-            self._alive = [*map(_storage, self._parameters)], optimizer._passes.snapshots
-        finally:  # nothing of a step was done, however far it was captured
-            for flat in optimizer._flats:
-                flat.release()
-            optimizer.restore()
-            optimizer.zero_grad()
+        self._alive = [*map(_storage, self._parameters)]  # replays use it, whoever else lets go of it
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Make a step; does not wait for the device.
@@ -85,15 +102,61 @@ class GraphedStep:
         self._check_inputs(inputs)
         self._check_memory()
         self._check_structure()
+        kind = self._kind()
+        if kind not in self._captures:
+            self._make(kind)
+        captured = self._captures[kind]
         with torch.cuda.device(self._device):
             for here, given in zip(self._inputs, inputs, strict=True):
                 here.copy_(given, non_blocking=True)
             self._optimizer.write_options()
-            self._captured.begin()
-            self._graph.replay()
-            return self._loss.clone()
+            captured.memory.begin()
+            captured.graph.replay()
+            self._count(kind, 1)
+            self._optimizer._flats.slots, self._optimizer.sharpness = captured.slots, captured.sharpness
+            return captured.loss.clone()
 
-    def _step(self, factor: float = 1.0) -> None:
+    def _kind(self) -> _Kind:
+        """Return of which kind the coming step is.
+
+        Raises:
+            RuntimeError: the gradient of its first pass decides.
+        """
+        optimizer = self._optimizer
+        if optimizer.decide is not None:
+            raise RuntimeError(
+                "optimizer.decide is set: the gradient of the first pass decides whether there are others, which a "
+                "graph cannot; use optimizer.step(closure)"
+            )
+        passes = optimizer.passes
+        return _Kind(optimizer._active, passes, passes == 1 and optimizer._moves_nothing())
+
+    def _count(self, kind: _Kind, steps: int) -> None:
+        if kind.active and not kind.still:
+            self._optimizer._count(steps)
+
+    def _make(self, kind: _Kind) -> None:
+        """Capture the coming step."""
+        optimizer = self._optimizer
+        self._warm_up(kind)
+        optimizer.write_options()
+        try:
+            graph = _capture(lambda: self._step(kind), self._device)
+            flats, snapshots = optimizer._flats, optimizer._passes.snapshots
+            made = _Capture(graph, self._loss, flats.captured(), flats.slots, optimizer.sharpness, snapshots)
+        finally:  # nothing of a step was done, however far it was captured
+            for flat in optimizer._flats:
+                flat.release()
+            optimizer.restore()
+            optimizer.zero_grad()
+        # The first step with a history gives all state other memory.
+        same = {kind: one for kind, one in self._captures.items() if self._fits(one)}
+        self._captures = {**same, kind: made}
+
+    def _fits(self, captured: _Capture) -> bool:
+        return captured.memory.is_of(list(self._optimizer._flats), self._optimizer.state)
+
+    def _step(self, kind: _Kind, factor: float = 1.0) -> None:
         def closure() -> Tensor:
             *inputs, target = self._inputs
             loss = self._loss_fn(self._model(*inputs), target)
@@ -101,29 +164,30 @@ class GraphedStep:
             return loss.detach() * factor
 
         self._loss = self._optimizer.step(closure)
+        self._count(kind, -1)
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, kind: _Kind) -> None:
         """Allocate, compile and write all that a capture cannot: in steps that are skipped, as their loss is NaN.
 
         The first one allocates what stays, on the caller's stream: to which it is given back when it is let go of.
         """
-        skipped = self._optimizer.skipped_steps
+        steps, skipped = map(int, self._optimizer._flats.counts)
+        self._buffers = Snapshot(self._model, self._buffers)
         try:
             with torch.random.fork_rng(_devices(self._inputs)), torch.cuda.device(self._device):
-                self._step(math.nan)
+                self._step(kind, math.nan)
                 with _side_stream(self._device):
                     for _ in range(_WARM_UP - 1):
-                        self._step(math.nan)
+                        self._step(kind, math.nan)
         finally:
             self._buffers.write_back()
-            self._optimizer._flats.disregard(self._optimizer.skipped_steps - skipped)
+            self._optimizer._flats.disregard((steps, skipped))
             self._optimizer._flats.retract()  # a capture that fails could not look whether there is state
 
     def _structure(self) -> dict[str, Any]:
         """Return what replays have fixed, by the name under which the user knows it."""
         groups, key = self._optimizer.param_groups, self._optimizer._key
         return {
-            "active": self._optimizer.active,
             "norm_eps": self._optimizer.norm_eps,
             "max_grad_norm": self._optimizer.max_grad_norm,
             "model.training": self._model.training,
@@ -143,7 +207,7 @@ class GraphedStep:
             or _addresses(self._parameters) != self._addresses
         ):
             self._refuse("parameters were moved, thawed, or exchanged in param_groups")
-        if not self._captured.is_of(list(optimizer._flats), optimizer.state):
+        if not all(map(self._fits, self._captures.values())):
             self._refuse("optimizer.state was loaded, edited or left to another update")
 
     def _refuse(self, what: str) -> NoReturn:
@@ -178,10 +242,6 @@ def _check(model: nn.Module, optimizer: SharpnessAware, samples: Sequence[Tensor
         raise TypeError(f"optimizer is a {type(optimizer).__name__}: pass one of bsam_fused, such as SAM")
     if isinstance(samples, Tensor) or len(samples) < 2 or not all(isinstance(x, Tensor) for x in samples):
         raise TypeError("sample_inputs: pass a sequence of tensors, the model's inputs and then the target")
-    if not optimizer.active:
-        raise RuntimeError(
-            "optimizer.active is False: capture while it is True, and use optimizer.step(closure) meanwhile"
-        )
     if optimizer.same_randomness:
         raise RuntimeError(
             "optimizer.same_randomness is True: a captured step draws anew in every pass; use optimizer.step(closure)"

@@ -119,6 +119,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("join", exposed(&FlatParams::join))
       .def("clear_gradients", exposed(&FlatParams::clear_gradients))
       .def("square_norm", exposed(&FlatParams::square_norm))
+      .def("mix", exposed(&FlatParams::mix))
       .def("direction_sums", exposed(&FlatParams::direction_sums))
       .def("ascend", exposed(&FlatParams::ascend))
       .def("descend", exposed(&FlatParams::descend))
@@ -127,6 +128,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("update_sgd", exposed(&FlatParams::update<bsam::SgdGroup>))
       .def("update_adam", exposed(&FlatParams::update<bsam::AdamGroup>))
       .def("combine", exposed(&FlatParams::combine))
+      .def("remember", exposed(&FlatParams::remember))
+      .def("remembering",
+           [](const py::object& self) {
+             flat_of(self);
+             return std::vector<py::object>{self.attr("remember")};
+           })
       .def("merge", exposed(&FlatParams::merge))
       .def("write_options", exposed(&FlatParams::write_options))
       .def("restore", exposed(&FlatParams::restore))

@@ -32,6 +32,15 @@ struct Update {
   int64_t count;
 };
 
+// One segment of the history: written `to` is what `memory` makes of kept, last and the history so far.
+struct Remembering {
+  void* to;
+  const void *kept, *last, *history;
+  Memory memory;
+  Site site;
+  int64_t count;
+};
+
 // Each works on one segment; formulas in math.h. Pointers are to the segment's first element, n its length.
 struct Loops {
   double (*square_norm)(const void* w, const void* g, const Reach&, int64_t n);
@@ -47,6 +56,10 @@ struct Loops {
   double (*keep_both)(void* g, const void* g_max, int64_t n);
   // kept becomes d.
   void (*direction)(void* kept, const void* last, const Mix&, int64_t n);
+  // q becomes g − σ m; adds Σ (T q)², Σ m², Σ q².
+  void (*mix)(void* q, const void* g, const void* m, const void* w, double sigma, const Reach&, double* sums,
+              int64_t n);
+  void (*remember)(const Remembering&);
   void (*copy)(void* to, const void* from, bool stream, int64_t n);
   void (*sgd)(const Update&, const SgdGroup&, void* momentum_buffer, bool first);
   void (*adam)(const Update&, const AdamGroup&, void* exp_avg, void* exp_avg_sq, double t);

@@ -87,8 +87,9 @@ double* CpuFlatParams::sum_at(int64_t slot) { return sums_.mutable_data_ptr<doub
 
 const double* CpuFlatParams::on_host(const at::Tensor& sums) const { return sums.const_data_ptr<double>(); }
 
-Site CpuFlatParams::site(const Segment& s) const {
-  return {keys_.empty() ? 0 : step_key(keys_[s.tensor], *step_count_.const_data_ptr<int64_t>()), s.begin};
+Site CpuFlatParams::site(const Segment& s, int64_t ahead) const {
+  if (keys_.empty()) return {0, s.begin};
+  return {step_key(keys_[s.tensor], *step_count_.const_data_ptr<int64_t>() + ahead), s.begin};
 }
 
 // Copies g where it is taken so; before the segment's gradient or g is worked on.
@@ -107,6 +108,18 @@ void CpuFlatParams::run_square_norm(int64_t slot, const Options<RadiusGroup>& ra
   });
 }
 
+void CpuFlatParams::run_mix(const Options<RadiusGroup>& radii) {
+  const auto groups = reaches(radii, 0, 1);
+  const char* m = buffer(history_of(rule_));
+  sum_segments({kAscent, kSquare, kProduct}, [&](const Segment& s, double* sums) {
+    const Entry& e = entries_[s.tensor];
+    if (!e.now) return;
+    const int64_t at = s.begin * itemsize_;
+    loops_.mix(e.g + at, e.now + at, m + s.flat * itemsize_, e.w + at, numbers_of(e).number, groups[e.group], sums,
+               s.count);
+  });
+}
+
 void CpuFlatParams::run_direction_sums() {
   const bool extrapolates = rule_ == Rule::extrapolated;
   const auto add = [&](const Segment& s, double* sums) {
@@ -115,7 +128,7 @@ void CpuFlatParams::run_direction_sums() {
     const int64_t at = s.begin * itemsize_;
     const char *kept = e.g ? e.g + at : kZeros, *last = e.now ? e.now + at : kZeros;
     if (extrapolates && e.now) {
-      const double r = has_both(e) ? RuleGroup::from(numbers_[e.group].data()).number : 0;  // else ĝ_min = g = 0
+      const double r = has_both(e) ? numbers_of(e).number : 0;  // else ĝ_min = g = 0
       loops_.extrapolated_sums(kept, last, r, sums, s.count);
     } else {
       loops_.direction_sums(kept, last, sums, s.count);
@@ -168,8 +181,8 @@ void CpuFlatParams::run_descend(const at::Tensor& sums, const Options<RadiusGrou
 
 // The mixes of every group, without and with both what is kept and a last gradient. The sign is maximize's.
 template <class Group>
-std::vector<std::array<Mix, 2>> CpuFlatParams::mixes(const std::vector<Group>& groups, const double* sums,
-                                                     double max_norm) const {
+std::vector<std::array<Mix, 2>> CpuFlatParams::group_mixes(const std::vector<Group>& groups, const double* sums,
+                                                           double max_norm) const {
   const Direction by = direction(max_norm);
   const double factor = by.factor(sums);
   std::vector<std::array<Mix, 2>> result;
@@ -190,14 +203,14 @@ void CpuFlatParams::apply(const std::vector<Group>& groups, const at::Tensor& su
     if (entries_[i].counted) ++steps[i];
   const char* saved = from_saved ? buffer_if_any(kSaved) : nullptr;
   float* master = master_weights();
-  const auto mix = mixes(groups, sums.const_data_ptr<double>(), max_norm);
+  const auto mix = group_mixes(groups, sums.const_data_ptr<double>(), max_norm);
   for_segments([&](const Segment& s) {
     const Entry& e = entries_[s.tensor];
     if (!e.member) return;
     const int64_t at = s.begin * itemsize_;
     const char *last = e.now ? e.now + at : kZeros, *kept = e.g ? e.g + at : kZeros;
     rule(Update{e.w + at, master ? master + s.flat : nullptr,
-                e.perturbed && saved ? saved + s.flat * itemsize_ : e.w + at, keeps(rule_) ? kept : nullptr, last,
+                e.perturbed && saved ? saved + s.flat * itemsize_ : e.w + at, mixes(rule_) ? kept : nullptr, last,
                 mix[e.group][has_both(e)], site(s), stream_, s.count},
          e, s, steps[s.tensor]);
   });
@@ -232,8 +245,27 @@ void CpuFlatParams::run_direction(const at::Tensor& sums, double max_norm) {
     const Entry& e = entries_[s.tensor];
     if (!e.g) return;
     const int64_t at = s.begin * itemsize_;
-    const double number = RuleGroup::from(numbers_[e.group].data()).number;
-    loops_.direction(e.g + at, e.now ? e.now + at : kZeros, factor * by.of(known, number, has_both(e)), s.count);
+    loops_.direction(e.g + at, e.now ? e.now + at : kZeros, factor * by.of(known, numbers_of(e).number, has_both(e)),
+                     s.count);
+  });
+}
+
+void CpuFlatParams::run_remember(const at::Tensor& sums, double max_norm, char* to, int64_t ahead) {
+  const double* known = sums.const_data_ptr<double>();
+  const Direction by = direction(max_norm);
+  const char* history = buffer(history_of(rule_));
+  for_segments([&](const Segment& s) {
+    const Entry& e = entries_[s.tensor];
+    if (!has_memory(e)) return;
+    const int64_t at = s.begin * itemsize_, flat = s.flat * itemsize_;
+    const RuleGroup numbers = numbers_of(e);
+    const Memory memory = by.memory(known, numbers.number, numbers.decay);
+    const auto operand = [](const char* there, double coefficient) {
+      return there && coefficient != 0 ? there : kZeros;
+    };
+    loops_.remember({to + flat, operand(e.g ? e.g + at : nullptr, memory.kept),
+                     operand(e.now ? e.now + at : nullptr, memory.last), operand(history + flat, memory.history),
+                     memory, site(s, ahead), s.count});
   });
 }
 

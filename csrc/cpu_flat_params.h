@@ -13,22 +13,25 @@ class CpuFlatParams final : public FlatParams {
 
  private:
   void run_square_norm(int64_t slot, const Options<RadiusGroup>& radii) override;
+  void run_mix(const Options<RadiusGroup>& radii) override;
   void run_direction_sums() override;
   void run_ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) override;
   void run_descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) override;
   void run_update(const at::Tensor& sums, const Options<SgdGroup>& groups, bool from_saved, double max_norm) override;
   void run_update(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved, double max_norm) override;
   void run_direction(const at::Tensor& sums, double max_norm) override;
+  void run_remember(const at::Tensor& sums, double max_norm, char* to, int64_t ahead) override;
   void run_restore() override;
   const double* on_host(const at::Tensor& sums) const override;
 
   using Terms = std::array<double, 4>;  // of as many sums at once
 
   double* sum_at(int64_t slot);
-  Site site(const Segment& s) const;
+  Site site(const Segment& s, int64_t ahead = 0) const;
   void copy_taken(const Entry& e, const Segment& s) const;
   template <class Group>
-  std::vector<std::array<Mix, 2>> mixes(const std::vector<Group>& groups, const double* sums, double max_norm) const;
+  std::vector<std::array<Mix, 2>> group_mixes(const std::vector<Group>& groups, const double* sums,
+                                              double max_norm) const;
   template <class Group, class Rule>
   void apply(const std::vector<Group>& groups, const at::Tensor& sums, bool from_saved, double max_norm, Rule rule);
 

@@ -293,6 +293,31 @@ struct SegmentLoops {
     for (int64_t i = 0; i < n; ++i) store(kept[i], mix.template at<true>(kept, last, i));
   }
 
+  static void mix(void* q_, const void* g_, const void* m_, const void* w_, double sigma, const Reach& reach,
+                  double* sums, int64_t n) {
+    S* q = static_cast<S*>(q_);
+    const S *g = static_cast<const S*>(g_), *m = static_cast<const S*>(m_), *w = static_cast<const S*>(w_);
+    BSAM_ELEMENTWISE
+    for (int64_t i = 0; i < n; ++i)
+      store(q[i], friendly_gradient<T>(value(g[i]), value(m[i]), T(sigma), Arithmetic<S>::kMost));
+    sums[0] += square_norm(w, q, reach, n);
+    sums[1] += square_sum<false>(m, m, 0, n);
+    sums[2] += square_sum<false>(q, q, 0, n);
+  }
+
+  static void remember(const Remembering& r) {
+    const S *kept = static_cast<const S*>(r.kept), *last = static_cast<const S*>(r.last),
+            *history = static_cast<const S*>(r.history);
+    S* to = static_cast<S*>(r.to);
+    const T a = T(r.memory.kept), b = T(r.memory.last), c = T(r.memory.history);
+    const Round round(r.site.key, kToHistory);
+    BSAM_ELEMENTWISE
+    for (int64_t i = 0; i < r.count; ++i) {
+      const T x = remembered<T>(a, value(kept[i]), b, value(last[i]), c, value(history[i]), Arithmetic<S>::kMost);
+      round(to[i], x, uint32_t(r.site.begin + i));
+    }
+  }
+
   static void copy(void* to, const void* from, bool stream, int64_t n) {
     copy_elements(static_cast<S*>(to), static_cast<const S*>(from), can_stream(to, stream), n);
   }
@@ -361,9 +386,17 @@ struct SegmentLoops {
 template <class S, template <class> class Round>
 constexpr Loops loops_of() {
   using L = SegmentLoops<S, Round<S>>;
-  return {L::square_norm, L::direction_sums, L::extrapolated_sums,
-          L::ascend,      L::descend,        L::keep_both,
-          L::direction,   L::copy,           L::sgd,
+  return {L::square_norm,
+          L::direction_sums,
+          L::extrapolated_sums,
+          L::ascend,
+          L::descend,
+          L::keep_both,
+          L::direction,
+          L::mix,
+          L::remember,
+          L::copy,
+          L::sgd,
           L::adam};
 }
 

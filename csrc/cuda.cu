@@ -12,6 +12,7 @@
 #include "cuda.h"
 #include "cuda_launch.cuh"
 #include "cuda_pieces.cuh"
+#include "cuda_rounding.cuh"
 #include "cuda_scalars.cuh"
 #include "math.h"
 #include "rounding.h"
@@ -20,36 +21,6 @@
 namespace bsam {
 namespace cuda {
 namespace {
-
-// Ways to round: of() knows how to store an operand of a piece, element by element.
-struct ToNearest {
-  static constexpr bool kNarrow = false;  // of 16-bit types alone
-
-  template <class S>
-  static __device__ ToNearest of(const Rounding&, const Piece<S>&, Operand) {
-    return {};
-  }
-  template <class S>
-  __device__ void operator()(S& to, arithmetic_t<S> x, int) const {
-    bsam::store(to, x);
-  }
-};
-
-struct Stochastic {
-  static constexpr bool kNarrow = true;
-
-  Draw bits;  // the keys, worked out once a piece
-  uint32_t begin;
-
-  template <class S>
-  static __device__ Stochastic of(const Rounding& rounding, const Piece<S>& p, Operand operand) {
-    return {draw(step_key(rounding.keys[p.tensor], *rounding.step_count), operand), p.begin};
-  }
-  template <class S>
-  __device__ void operator()(S& to, float x, int i) const {
-    store_stochastic(to, x, random_bits(bits, begin + uint32_t(i)));
-  }
-};
 
 // w = saved.
 template <class S>
@@ -111,6 +82,39 @@ struct DirectionSums {
           sums[1] = plus_product<T>(sums[1], x, x);
           sums[2] = plus_product<T>(sums[2], x, y);
         });
+      });
+    });
+    add_up(totals, sums, rows.begin == 0);
+  }
+};
+
+// Friendly SAM's q, along which the ascent goes, as it is stored.
+struct MixFriendly {
+  static constexpr Order kOrder = Order::makes_sums;
+  static constexpr int kBlocks = 5;
+  const double *groups, *numbers;
+  const void* history;
+  Totals<3> totals;
+
+  template <class S, int capacity>
+  __device__ void run(const Rows<capacity>& rows) const {
+    using T = arithmetic_t<S>;
+    double sums[3] = {};
+    for_pieces<S>(rows, [&](const Piece<S>& p) {
+      const auto o = groups ? Reach<T>::of(radius_of(groups, p.group), 0) : Reach<T>{};
+      const T sigma = T(rule_of(numbers, p.group).number);
+      for_elements(p, [&](auto at) {
+        auto q = at.load(p.now), m = at.load(static_cast<const S*>(history) + p.flat);
+        auto w = load_if_any(at, o.adaptive ? p.w : nullptr);
+        at.each([&](int j, int) {
+          const T h = value(m[j]);
+          bsam::store(q[j], friendly_gradient<T>(value(q[j]), h, sigma, Arithmetic<S>::kMost));
+          const T x = value(q[j]);
+          sums[0] = plus_square<T>(sums[0], x, o.adaptivity(value(w[j]), x));
+          sums[1] = plus_product<T>(sums[1], h, h);
+          sums[2] = plus_product<T>(sums[2], x, x);
+        });
+        at.store(p.g, q);
       });
     });
     add_up(totals, sums, rows.begin == 0);
@@ -283,7 +287,6 @@ struct Step {
       const auto mix = MixOf<T>::of(u.mixing, p, group.maximize ? -factor : factor);
       return Scalars<T>{Base::template scalars<T>(group, steps), mix};
     });
-    const bool keeps = bsam::keeps(u.mixing.by.rule);
     const bool stateful = o.base.stateful();
     const How round = How::of(u.rounding, p, kWeight);
     How round_state[Base::kStates];
@@ -291,7 +294,7 @@ struct Step {
     for (int s = 0; s < Base::kStates; ++s) round_state[s] = How::of(u.rounding, p, Operand(kFirstState + s));
     const S* from = u.from_saved && p.perturbed ? static_cast<const S*>(u.saved) + p.flat : p.w;
     for_elements(p, [&](auto at) {
-      auto w = at.load(from), last = load_if_any(at, p.now), g = load_if_any(at, keeps ? p.g : nullptr);
+      auto w = at.load(from), last = load_if_any(at, p.now), g = load_if_any(at, p.g);
       decltype(w) held[Base::kStates];
 #pragma unroll
       for (int s = 0; s < Base::kStates; ++s)
@@ -301,7 +304,7 @@ struct Step {
       Elements<T, decltype(at)::kCount> d;  // at once: one by one between divisions they take more registers
       at.each([&](int j, int) {
         const T l = value(last[j]);
-        d[j] = keeps ? mixed<T>(o.mix.kept, value(g[j]), o.mix.last, l) : o.mix.last * l;
+        d[j] = p.g ? mixed<T>(o.mix.kept, value(g[j]), o.mix.last, l) : o.mix.last * l;
       });
       at.each([&](int j, int i) {
         T kept[Base::kStates];
@@ -325,6 +328,36 @@ struct Step {
   }
 };
 
+// From the first chunk on, with which an update ends: the cache has its gradients.
+template <class How>
+struct Remember {
+  static constexpr Order kOrder = Order::alone;
+  static constexpr int kBlocks = 5;
+  Remembering r;
+
+  template <class S, int capacity>
+  __device__ void run(const Rows<capacity>& rows) const {
+    using T = arithmetic_t<S>;
+    if (!Shared<bool>()(0, [&] { return as_written(r.mixing).can_update(r.mixing.sums); })) return;
+    Shared<MemoryOf<T>> shared;
+    for_pieces<S>(rows, [&](const Piece<S>& p) {
+      const MemoryOf<T> by = shared(p.group, [&] { return MemoryOf<T>::of(r.mixing, p.group); });
+      const How round = How::of(r.rounding, p, kToHistory);
+      const S* history = static_cast<const S*>(r.history) + p.flat;
+      for_elements(p, [&](auto at) {  // what counts: 0 · ∞ is no number
+        auto kept = load_if_any(at, by.kept != 0 ? p.g : nullptr);
+        auto last = load_if_any(at, by.last != 0 ? p.now : nullptr);
+        auto held = load_if_any(at, by.history != 0 ? history : nullptr);
+        at.each([&](int j, int i) {
+          const T k = value(kept[j]), l = value(last[j]), h = value(held[j]);
+          round(held[j], remembered<T>(by.kept, k, by.last, l, by.history, h, Arithmetic<S>::kMost), i);
+        });
+        at.store(static_cast<S*>(r.to) + p.flat, held);
+      });
+    });
+  }
+};
+
 struct Words {
   static constexpr size_t kCount = kFewBytes / sizeof(double);
   double word[kCount];
@@ -332,15 +365,6 @@ struct Words {
 
 __global__ void write_words(double* to, const __grid_constant__ Words words, int count) {
   for (int i = int(threadIdx.x); i < count; i += kThreads) to[i] = words.word[i];
-}
-
-// Calls launch_as(how), how 16 bits are rounded.
-template <class Launch>
-void by_rounding(const Rounding& rounding, Launch launch_as) {
-  if (rounding.keys)
-    launch_as(Stochastic{});
-  else
-    launch_as(ToNearest{});
 }
 
 template <class Base>
@@ -389,6 +413,19 @@ void descend(const Context& context, const Items& items, const Reaching& reachin
 
 void direction(const Context& context, const Items& items, const Mixing& mixing) {
   launch(context, items, MakeDirection{mixing});
+}
+
+void mix(const Context& context, const Items& items, const double* groups, const double* numbers, const void* history,
+         double* const (&to)[3]) {
+  const Totals<3> totals{context.partials, context.ticket, {to[0], to[1], to[2]}};
+  launch(context, items, MixFriendly{groups, numbers, history, totals});
+}
+
+void remember(const Context& context, const Items& items, const Remembering& remembering) {
+  by_rounding(remembering.rounding, [&](auto how) {
+    using How = decltype(how);
+    launch<How::kNarrow>(context, items, Remember<How>{remembering});
+  });
 }
 
 void restore(const Context& context, const Items& items, const void* saved) { launch(context, items, Restore{saved}); }

@@ -31,6 +31,7 @@ struct Context {
   void* stream;
   double* partials;  // kTerms * most_blocks(device) of them
   unsigned* ticket;  // 0 at first; every launch leaves it 0
+  bool loading;      // launch nothing: have the kernels loaded, which may fail
 };
 
 // How many sums a launch makes at most.
@@ -44,6 +45,7 @@ using Items = std::vector<Item>;
 struct Rounding {
   const uint32_t* keys;
   const int64_t* step_count;
+  int64_t ahead;  // of step_count
 };
 
 // *to = Σ (T g)², g in `now`; without `groups`, T = 1.
@@ -65,17 +67,21 @@ void ascend(const Context&, const Items&, const Reaching&, void* saved, const Ro
 // only copies g_max.
 void descend(const Context&, const Items&, const Reaching&, const void* saved, const Rounding&, double* to);
 // How a direction is mixed of what is kept and the last gradient. Replays of a graph read the groups' `numbers`, null
-// where nothing is kept, as they were written last: and there `by.largest`, which counts for nothing here.
+// where the rule has none, as they were written last: and there `by.largest`, which counts for nothing here.
 struct Mixing {
   Direction by;
   const double *sums, *numbers;
 };
+// q = g − σ m into g, of g in `now` and m in the history; to[0], [1], [2] = Σ (T q)², Σ m², Σ q². `groups`: those of
+// the radii, null where T = 1; `numbers`: as Mixing has them.
+void mix(const Context&, const Items&, const double* groups, const double* numbers, const void* history,
+         double* const (&to)[3]);
 // g = d, of what is kept in g and the last gradient in `now`.
 void direction(const Context&, const Items&, const Mixing&);
 // w = saved.
 void restore(const Context&, const Items&, const void* saved);
 
-// What every update needs: the last gradient is in `now`, what is kept in g.
+// What every update needs: the last gradient is in `now`, what is kept in g, where it is a part of d.
 struct Update {
   const double* groups;
   Mixing mixing;
@@ -89,6 +95,16 @@ struct Update {
 };
 void sgd(const Context&, const Items&, const Update&, void* momentum_buffer);
 void adam(const Context&, const Items&, const Update&, void* exp_avg, void* exp_avg_sq);
+
+// The history that comes of a step, `to`, which may be it: of what is kept in g, the last gradient in `now` and the
+// history so far. Where the step is skipped nothing is written.
+struct Remembering {
+  Mixing mixing;
+  const void* history;
+  void* to;
+  Rounding rounding;
+};
+void remember(const Context&, const Items&, const Remembering&);
 
 // Writes doubles that travel with the launch itself: nothing waits, and a graph may capture it.
 void write(double* to, const double* values, size_t count, void* stream);

@@ -45,10 +45,14 @@ void CudaFlatParams::keep_until_read(const at::Tensor& grad) const {
   c10::cuda::CUDACachingAllocator::recordStream(grad.storage().data_ptr(), stream);
 }
 
-cuda::Context CudaFlatParams::context() const {
+cuda::Context CudaFlatParams::context(bool loading) const {
   double* workspace = reinterpret_cast<double*>(data(workspace_, 0));
-  return {element_type(dtype_), device_.index(), c10::cuda::getCurrentCUDAStream(device_.index()).stream(),
-          workspace + 1, reinterpret_cast<unsigned*>(workspace)};
+  return {element_type(dtype_),
+          device_.index(),
+          c10::cuda::getCurrentCUDAStream(device_.index()).stream(),
+          workspace + 1,
+          reinterpret_cast<unsigned*>(workspace),
+          loading};
 }
 
 // The tensors of a launch: those that are `wanted`, with their pointers.
@@ -90,6 +94,25 @@ void CudaFlatParams::prepare_options(Use use, const double* values, size_t count
   table(use, values, count);
 }
 
+// Those of the update of each FlatParams, and of what is remembered after it, before the first of any is launched.
+template <class Launch>
+void CudaFlatParams::load(Launch launch) {
+  c10::DeviceGuard guard(device_);
+  cuda::Update update{};
+  update.master = master_weights();
+  update.rounding = rounding();
+  launch(context(true), update);
+  if (remembers(rule_)) cuda::remember(context(true), items_, {{}, nullptr, nullptr, rounding()});
+}
+
+void CudaFlatParams::prepare_kernels(const Options<SgdGroup>&) {
+  load([this](const auto& context, const auto& update) { cuda::sgd(context, items_, update, nullptr); });
+}
+
+void CudaFlatParams::prepare_kernels(const Options<AdamGroup>&) {
+  load([this](const auto& context, const auto& update) { cuda::adam(context, items_, update, nullptr, nullptr); });
+}
+
 void CudaFlatParams::write_options(const std::vector<Rows>& tables) {
   c10::DeviceGuard guard(device_);
   for (size_t use : c10::irange(std::min(tables.size(), tables_.size()))) {
@@ -99,18 +122,29 @@ void CudaFlatParams::write_options(const std::vector<Rows>& tables) {
   }
 }
 
-cuda::Rounding CudaFlatParams::rounding() const {
-  return {reinterpret_cast<const uint32_t*>(data(keys_on_device_, 0)), step_count_.const_data_ptr<int64_t>()};
+cuda::Rounding CudaFlatParams::rounding(int64_t ahead) const {
+  return {reinterpret_cast<const uint32_t*>(data(keys_on_device_, 0)), step_count_.const_data_ptr<int64_t>(), ahead};
 }
 
 double* CudaFlatParams::sum(int64_t slot) { return sums_.mutable_data_ptr<double>() + slot; }
 
-void CudaFlatParams::run_square_norm(int64_t slot, const Options<RadiusGroup>& radii) {
-  c10::DeviceGuard guard(device_);
+// What T is made of, on the device; none where it is 1.
+const double* CudaFlatParams::adaptivities(const Options<RadiusGroup>& radii) {
   const bool adaptive =
       std::any_of(radii.begin(), radii.end(), [](const auto& o) { return RadiusGroup::from(o.data()).adaptive; });
-  const double* groups = adaptive ? table(kAscending, radii) : nullptr;
-  cuda::square_norm(context(), items([](const Entry& e, cuda::Item&) { return e.now != nullptr; }), groups, sum(slot));
+  return adaptive ? table(kAscending, radii) : nullptr;
+}
+
+void CudaFlatParams::run_square_norm(int64_t slot, const Options<RadiusGroup>& radii) {
+  c10::DeviceGuard guard(device_);
+  cuda::square_norm(context(), items([](const Entry& e, cuda::Item&) { return e.now != nullptr; }), adaptivities(radii),
+                    sum(slot));
+}
+
+void CudaFlatParams::run_mix(const Options<RadiusGroup>& radii) {
+  c10::DeviceGuard guard(device_);
+  cuda::mix(context(), items([](const Entry& e, cuda::Item&) { return e.now != nullptr; }), adaptivities(radii),
+            numbers(), buffer(history_of(rule_)), {sum(kAscent), sum(kSquare), sum(kProduct)});
 }
 
 void CudaFlatParams::run_direction_sums() {
@@ -147,11 +181,14 @@ void CudaFlatParams::run_descend(const at::Tensor& sums, const Options<RadiusGro
 }
 
 const cuda::Items& CudaFlatParams::members() {
-  return items([](const Entry& e, cuda::Item&) { return e.member; });
+  return items([this](const Entry& e, cuda::Item& item) {
+    if (!mixes(rule_)) item.g = nullptr;
+    return e.member;
+  });
 }
 
 // Of the rule of the step's direction, on the device.
-const double* CudaFlatParams::numbers() { return keeps(rule_) ? table(kMixing, numbers_) : nullptr; }
+const double* CudaFlatParams::numbers() { return numbers_.empty() ? nullptr : table(kMixing, numbers_); }
 
 cuda::Mixing CudaFlatParams::mixing(const at::Tensor& sums, double max_norm) {
   return {direction(max_norm), sums.const_data_ptr<double>(), numbers()};
@@ -188,6 +225,12 @@ void CudaFlatParams::run_update(const at::Tensor& sums, const Options<AdamGroup>
 void CudaFlatParams::run_direction(const at::Tensor& sums, double max_norm) {
   c10::DeviceGuard guard(device_);
   cuda::direction(context(), items([](const Entry& e, cuda::Item&) { return e.g != nullptr; }), mixing(sums, max_norm));
+}
+
+void CudaFlatParams::run_remember(const at::Tensor& sums, double max_norm, char* to, int64_t ahead) {
+  c10::DeviceGuard guard(device_);
+  cuda::remember(context(), items([this](const Entry& e, cuda::Item&) { return has_memory(e); }),
+                 {mixing(sums, max_norm), buffer(history_of(rule_)), to, rounding(ahead)});
 }
 
 void CudaFlatParams::run_restore() {

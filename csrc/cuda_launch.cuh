@@ -52,6 +52,7 @@ int attribute(cudaDeviceAttr which, int device) {
   return found;
 }
 
+// Known once the device has loaded the kernel, which it does as late as it can.
 struct Launching {
   int blocks;    // as many as the device runs at once
   bool overlap;  // may begin before the launch before it has ended
@@ -90,9 +91,8 @@ Launching launching(int device) {
 }
 
 template <class Kernel, class S, int capacity>
-void launch_rows(const Context& context, const Rows<capacity>& rows, const Kernel& work) {
+void launch_rows(const Context& context, const Launching& how, const Rows<capacity>& rows, const Kernel& work) {
   static_assert(sizeof(Kernel) <= kArguments, "the arguments must fit beside the rows");
-  const Launching how = launching<Kernel, S, capacity>(context.device);
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -140,11 +140,13 @@ void fill(Rows<capacity>& rows, const Items& items, size_t begin) {
 // Launches for all items, in as many parts as their rows need; without items once, for what a kernel does at its end.
 template <class S, int capacity, class Kernel>
 void launch_parts(const Context& context, const Items& items, const Kernel& work) {
+  const Launching how = launching<Kernel, S, capacity>(context.device);
+  if (context.loading) return;
   Rows<capacity> rows;
   size_t done = 0;
   do {
     fill<S>(rows, items, done);
-    launch_rows<Kernel, S>(context, rows, work);
+    launch_rows<Kernel, S>(context, how, rows, work);
     done += rows.count;
   } while (done < items.size());
 }

@@ -43,7 +43,7 @@ __device__ bool is_out_of_reach(const Reaching& r, double sum) {
   return bsam::is_out_of_reach(RadiusGroup::from(r.groups), sum, r.norm_eps, r.limit);
 }
 
-// A group's number of a direction's rule.
+// A group's numbers of a direction's rule.
 __device__ RuleGroup rule_of(const double* numbers, uint32_t group) {
   return numbers ? RuleGroup::from(numbers + RuleGroup::kOptions * group) : RuleGroup{};
 }
@@ -65,6 +65,18 @@ struct MixOf {
   static __device__ MixOf of(const Mixing& m, const Piece<S>& p, double factor) {
     const Mix mix = factor * m.by.of(m.sums, rule_of(m.numbers, p.group).number, p.has_both());
     return {T(mix.kept), T(mix.last)};
+  }
+};
+
+// What is remembered, as elements meet it.
+template <class T>
+struct MemoryOf {
+  T kept, last, history;
+
+  static __device__ MemoryOf of(const Mixing& m, uint32_t group) {
+    const RuleGroup numbers = rule_of(m.numbers, group);
+    const Memory memory = m.by.memory(m.sums, numbers.number, numbers.decay);
+    return {T(memory.kept), T(memory.last), T(memory.history)};
   }
 };
 

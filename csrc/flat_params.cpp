@@ -250,10 +250,16 @@ void FlatParams::make_room() {
     if (!e.now || e.g) continue;
     const bool small = index_.numel(int64_t(i)) * itemsize_ <= kSmallBytes;
     e.copying = small || e.staging || gradient(i).requires_grad() || held_elsewhere(gradient(i));
-    if (!e.copying || e.copy) continue;
-    e.own = empty(i);
-    e.copy = address(e.own);
+    if (e.copying) make_copy(i);
   }
+}
+
+// Makes room for what is kept of a tensor in memory of its own, if there is none.
+void FlatParams::make_copy(size_t i) {
+  Entry& e = entries_[i];
+  if (e.copy) return;
+  e.own = empty(i);
+  e.copy = address(e.own);
 }
 
 // Takes the gradients of this pass into g, where g is not there yet; copies are made where the phase runs over the
@@ -284,6 +290,12 @@ void FlatParams::copy_gradients() {
 void FlatParams::take(Entry& e, at::Tensor g) {
   e.g = address(g);
   e.taken = std::move(g);
+}
+
+// Copies the history that is an operand of d, where d is to be.
+void FlatParams::own_history() {
+  for (size_t i : c10::irange(entries_.size()))
+    if (entries_[i].g) take(entries_[i], empty(i).copy_(view(history_of(rule_), i)));
 }
 
 // Gives g away, which is then nowhere.
@@ -347,10 +359,12 @@ void FlatParams::clear_state(int64_t i) {
   entries_[i].begun = false;
   steps_[i].zero_();
   for (const auto& [key, flat] : buffers_)
-    if (key != kSaved && key != kDirection) view(key, size_t(i)).zero_();
+    if (key != kSaved && key != kDirection && key != kRemembered && !is_history(key)) view(key, size_t(i)).zero_();
 }
 
 void FlatParams::drop_state() {
+  if (phase_ == Phase::kPlain && rule_ == Rule::reused)
+    throw std::runtime_error("FlatParams: drop_state() in a step whose direction has the history");
   steps_ = new_buffer(int64_t(params_.size()), at::kFloat);
   for (auto it = buffers_.begin(); it != buffers_.end();)
     it = it->first == kSaved || it->first == kDirection ? std::next(it) : buffers_.erase(it);

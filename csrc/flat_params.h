@@ -25,11 +25,19 @@ namespace bsam {
 
 // The flat buffers.
 constexpr char kSaved[] = "saved";
-constexpr char kDirection[] = "direction";  // where `merge` leaves d
+constexpr char kDirection[] = "direction";    // where `merge` leaves d
+constexpr char kRemembered[] = "remembered";  // what the history is to be once a base has made its own step
 constexpr char kMasterWeight[] = "master_weight";
 constexpr char kMomentumBuffer[] = "momentum_buffer";
 constexpr char kExpAvg[] = "exp_avg";
 constexpr char kExpAvgSq[] = "exp_avg_sq";
+
+// What steps remember: Friendly SAM's, and LookSAM's.
+constexpr char kAverage[] = "gradient_average";
+constexpr char kOrthogonal[] = "orthogonal_gradient";
+
+inline const char* history_of(Rule rule) { return rule == Rule::friendly ? kAverage : kOrthogonal; }
+inline bool is_history(const std::string& key) { return key == kAverage || key == kOrthogonal; }
 
 namespace py = pybind11;
 
@@ -55,10 +63,11 @@ class FlatParams : public Built {
   virtual ~FlatParams() = default;
 
   void read_gradients();
-  void begin_plain();
+  void begin_plain(const Mixing& mixing);
   void join(const Mixing& mixing, bool descended);
   void clear_gradients();
   void square_norm(int64_t slot, const Options<RadiusGroup>& radii);
+  void mix(const Options<RadiusGroup>& radii, const Mixing& mixing);
   void direction_sums();
   void ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps, const Mixing& mixing);
   void descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps);
@@ -75,6 +84,7 @@ class FlatParams : public Built {
     make_update<Group>(sums, groups, from_saved, max_norm);
   }
   bool combine(const at::Tensor& sums, bool from_saved, double max_norm);
+  void remember();
   at::Tensor merge(const at::Tensor& sums, double share);
   virtual void write_options(const std::vector<Rows>& tables);
   void restore();
@@ -127,6 +137,7 @@ class FlatParams : public Built {
   // What a device does in a phase, over the elements of all entries. ascend saves w, moves it and notes what it
   // moved; ascend and descend also copy the gradients that are `copying`.
   virtual void run_square_norm(int64_t slot, const Options<RadiusGroup>& radii) = 0;
+  virtual void run_mix(const Options<RadiusGroup>& radii) = 0;
   virtual void run_direction_sums() = 0;
   virtual void run_ascend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) = 0;
   virtual void run_descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps) = 0;
@@ -135,12 +146,17 @@ class FlatParams : public Built {
   virtual void run_update(const at::Tensor& sums, const Options<AdamGroup>& groups, bool from_saved,
                           double max_norm) = 0;
   virtual void run_direction(const at::Tensor& sums, double max_norm) = 0;  // g = d, of all that have a g
+  // The history of those that `remembers`, into the flat buffer `to`; `ahead`: how many steps step_count is behind.
+  virtual void run_remember(const at::Tensor& sums, double max_norm, char* to, int64_t ahead) = 0;
   virtual void run_restore() = 0;  // saved -> w, of the perturbed that have a w
   // A gradient is let go of as soon as its launch is under way: the work before it must be done until its memory is
   // given to the stream that it came from.
   virtual void keep_until_read(const at::Tensor& /*grad*/) const {}
   // What can raise as a phase's options come to the device, before anything is written.
   virtual void prepare_options(Use, const double* /*values*/, size_t /*count*/) {}
+  // Likewise, as the kernels that an update launches come there.
+  virtual void prepare_kernels(const Options<SgdGroup>&) {}
+  virtual void prepare_kernels(const Options<AdamGroup>&) {}
   // The sums, where the host can read them without waiting, else null: the update itself then looks.
   virtual const double* on_host(const at::Tensor& sums) const = 0;
 
@@ -170,6 +186,11 @@ class FlatParams : public Built {
 
   // Whether a tensor has a gradient kept of the first pass, and one of the last.
   static bool has_both(const Entry& e) { return e.ascended && e.now; }
+  // Whether a tensor's history is written: Friendly SAM's where it has a q.
+  bool has_memory(const Entry& e) const { return rule_ == Rule::friendly ? e.g != nullptr : e.member; }
+  RuleGroup numbers_of(const Entry& e) const {
+    return numbers_.empty() ? RuleGroup{} : RuleGroup::from(numbers_[e.group].data());
+  }
   Direction direction(double max_norm) const {
     return {rule_, summed_, max_norm, limit, numbers_.empty() ? 0 : RuleGroup::from(numbers_[0].data()).largest};
   }
@@ -209,9 +230,13 @@ class FlatParams : public Built {
   void write(size_t i, const at::Tensor& from);
 
   // The phase of the last pass, which an update follows.
-  Phase last_phase() const { return rule_ == Rule::bilateral ? Phase::kDescended : Phase::kAscended; }
+  Phase last_phase() const {
+    if (rule_ == Rule::reused) return Phase::kPlain;
+    return rule_ == Rule::bilateral ? Phase::kDescended : Phase::kAscended;
+  }
   void mix_by(Rule rule, const Options<RuleGroup>& numbers);
   void prepare_mixing();
+  void make_copy(size_t i);
   void make_room();
   void take_gradients();
   void copy_gradients();
@@ -225,6 +250,8 @@ class FlatParams : public Built {
   std::vector<at::Tensor> last_gradients(double factor) const;
   std::vector<at::Tensor> mixed_directions(const at::Tensor& sums, double max_norm);
   void complete_g();
+  void own_history();
+  void keep_history(const at::Tensor& sums, double max_norm);
   void save_rest();
   void write_saved();
   at::Tensor view(const std::string& key, size_t i);

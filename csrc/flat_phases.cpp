@@ -97,8 +97,9 @@ void FlatParams::begin_last(const at::Tensor& sums) const {
 
 void FlatParams::check_mixing(const Mixing& mixing) const {
   const auto& [rule, numbers] = mixing;
-  if (rule < 0 || rule > int64_t(Rule::given)) throw std::invalid_argument("FlatParams: no such rule of a direction");
-  if (keeps(Rule(rule))) check_groups(numbers.size());
+  if (rule < 0 || rule > int64_t(Rule::friendly))
+    throw std::invalid_argument("FlatParams: no such rule of a direction");
+  if (Rule(rule) != Rule::last_alone) check_groups(numbers.size());
 }
 
 // ---- phases
@@ -110,15 +111,23 @@ void FlatParams::mix_by(Rule rule, const Options<RuleGroup>& numbers) {
 }
 
 void FlatParams::prepare_mixing() {
-  if (keeps(rule_)) prepare_options(kMixing, numbers_.data()->data(), RuleGroup::kOptions * numbers_.size());
+  if (!numbers_.empty()) prepare_options(kMixing, numbers_.data()->data(), RuleGroup::kOptions * numbers_.size());
 }
 
-void FlatParams::begin_plain() {
+void FlatParams::begin_plain(const Mixing& mixing) {
+  check_mixing(mixing);
+  const Rule rule = Rule(mixing.first);
+  require(rule == Rule::last_alone || rule == Rule::reused, "begin_plain() with the rule of a step of several passes");
   require(phase_ == Phase::kRest, "begin_plain() within a step");
   require(read_, "begin_plain() without read_gradients()");
   check_own();
+  char* history = rule == Rule::reused ? buffer(history_of(rule)) : nullptr;
   sums_.zero_();
-  mix_by(Rule::last_alone, {});
+  mix_by(rule, mixing.second);
+  for (size_t i : c10::irange(entries_.size())) {
+    Entry& e = entries_[i];
+    e.g = history && e.now ? history + index_.offset(int64_t(i)) * itemsize_ : nullptr;
+  }
   phase_ = Phase::kPlain;
 }
 
@@ -140,8 +149,36 @@ void FlatParams::square_norm(int64_t slot, const Options<RadiusGroup>& radii) {
     run_square_norm(slot, radii);
 }
 
+// Puts q where g is kept, and has it be what `ascend` takes for the gradient of this pass.
+void FlatParams::mix(const Options<RadiusGroup>& radii, const Mixing& mixing) {
+  check_groups(radii.size());
+  check_mixing(mixing);
+  require(Rule(mixing.first) == Rule::friendly, "mix() with a rule that perturbs along g");
+  require(phase_ == Phase::kRest, "mix() within a step");
+  check_own();
+  check_noted();
+  mix_by(Rule::friendly, mixing.second);
+  if (exempt_) {
+    sums_.zero_();
+    return;
+  }
+  prepare_mixing();
+  buffer(history_of(rule_));
+  for (const Entry& e : entries_) require(!e.now || e.now != e.g, "mix() twice of one pass");
+  for (size_t i : c10::irange(entries_.size()))
+    if (entries_[i].now) make_copy(i);
+  for (Entry& e : entries_) e.g = e.now ? e.copy : nullptr;
+  run_mix(radii);
+  for (Entry& e : entries_) {
+    if (!e.now) continue;
+    e.now = e.g;
+    e.staging = true;
+  }
+}
+
 void FlatParams::direction_sums() {
-  require(keeps(rule_) && phase_ == last_phase(), "direction_sums() before the last pass of a step that keeps g");
+  require((keeps(rule_) || rule_ == Rule::reused) && phase_ == last_phase(),
+          "direction_sums() before the last pass of a step with an x");
   check_own();
   check_noted();
   prepare_mixing();
@@ -159,7 +196,10 @@ void FlatParams::ascend(const at::Tensor& sums, const Options<RadiusGroup>& radi
   check_noted();
   prepare_options(kAscending, radii.data()->data(), RadiusGroup::kOptions * radii.size());
   if (!exempt_) buffer(kSaved);
+  require(Rule(mixing.first) != Rule::reused, "ascend() with the rule of a step of one pass");
   mix_by(Rule(mixing.first), mixing.second);
+  if (rule_ != Rule::friendly)  // of an earlier call of mix(), whose step never came
+    for (Entry& e : entries_) e.g = nullptr;
   if (keeps(rule_)) make_room();
   if (keeps(rule_)) take_gradients();
   for (Entry& e : entries_) e.ascended = e.now != nullptr;
@@ -232,8 +272,10 @@ void FlatParams::prepare_update(const at::Tensor& sums, const Options<Group>& gr
   for (const char* key : state_keys(groups)) buffer(key);
   buffer_if_any(kSaved);
   buffer_if_any(kMasterWeight);
+  if (remembers(rule_)) buffer(history_of(rule_));
   prepare_options(kUpdating, groups.data()->data(), Group::kOptions * groups.size());
   prepare_mixing();
+  prepare_kernels(groups);
 }
 
 template <class Group>
@@ -243,6 +285,7 @@ void FlatParams::make_update(const at::Tensor& sums, const Options<Group>& group
     return;
   }
   run_update(sums, groups, from_saved, max_norm);
+  if (remembers(rule_)) run_remember(sums, max_norm, buffer(history_of(rule_)), 0);
   for (size_t i : c10::irange(params_.size()))
     if (entries_[i].member) wrote_weights(i);
   finish();
@@ -311,13 +354,15 @@ bool FlatParams::combine(const at::Tensor& sums, bool from_saved, double max_nor
   }
   prepare_mixing();
   std::vector<at::Tensor> directions;
-  if (keeps(rule_))
+  if (rule_ == Rule::reused) own_history();
+  if (mixes(rule_))
     complete_g();
   else
     directions = last_gradients(by.factor(known));
+  if (remembers(rule_)) keep_history(sums, max_norm);
   save_rest();
   if (from_saved) write_saved();
-  if (keeps(rule_)) directions = mixed_directions(sums, max_norm);
+  if (mixes(rule_)) directions = mixed_directions(sums, max_norm);
   if (itemsize_ == 2 && !are_finite(directions)) {  // 16 bits may hold less than what d was computed with
     skip();
     return false;
@@ -329,6 +374,23 @@ bool FlatParams::combine(const at::Tensor& sums, bool from_saved, double max_nor
   phase_ = Phase::kCombined;
   read_ = false;
   return true;
+}
+
+// Works out what the history is to be, beside it: a base may raise, or write to the gradients.
+void FlatParams::keep_history(const at::Tensor& sums, double max_norm) {
+  buffer(history_of(rule_));
+  char* to = buffer(kRemembered);
+  buffers_[kRemembered].copy_(buffers_[history_of(rule_)]);
+  for (Entry& e : entries_) e.member = e.ascended || e.now;
+  run_remember(sums, max_norm, to, 1);
+}
+
+void FlatParams::remember() {
+  require(phase_ == Phase::kCombined, "remember() before combine()");
+  if (!remembers(rule_)) return;
+  require(buffers_.count(kRemembered) > 0, "remember() after drop_state()");
+  buffer(history_of(rule_));
+  buffers_[history_of(rule_)].copy_(buffers_[kRemembered]);
 }
 
 // w -> saved, of those that the step did not perturb: a base may write to any weights.
@@ -343,7 +405,8 @@ void FlatParams::save_rest() {
 at::Tensor FlatParams::merge(const at::Tensor& sums, double share) {
   check_sums(sums);
   check_own();
-  require(keeps(rule_) && phase_ == last_phase(), "merge() before the last pass of a step that keeps g");
+  require(keeps(rule_) && !remembers(rule_) && phase_ == last_phase(),
+          "merge() before the last pass of a step that keeps g");
   check_noted();
   prepare_mixing();
   buffer(kDirection);

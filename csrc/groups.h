@@ -20,10 +20,17 @@ BSAM_INLINE bool all_finite(const double* sums) {
 }
 
 // How a direction is mixed of what was kept and the last gradient: math.h's function of this name, or the coefficients
-// given in the sums.
-enum class Rule { last_alone, bilateral, extrapolated, surrogate_gap, weighted, given };
+// given in the sums. Two are of the last gradient alone, too, but remember a history, and one mixes that with it.
+enum class Rule { last_alone, bilateral, extrapolated, surrogate_gap, weighted, given, orthogonal, reused, friendly };
 
-BSAM_INLINE bool keeps(Rule rule) { return rule != Rule::last_alone; }
+// Whether a step writes the history.
+BSAM_INLINE bool remembers(Rule rule) { return rule == Rule::orthogonal || rule == Rule::friendly; }
+
+// Whether d is not the last gradient alone.
+BSAM_INLINE bool mixes(Rule rule) { return rule != Rule::last_alone && !remembers(rule); }
+
+// Whether `ascend` keeps g.
+BSAM_INLINE bool keeps(Rule rule) { return rule != Rule::last_alone && rule != Rule::reused && rule != Rule::friendly; }
 
 // Where the sum of the last gradient's squares is.
 BSAM_INLINE Slot last_slot(Rule rule) { return rule == Rule::bilateral ? kMin : kMax; }
@@ -48,6 +55,8 @@ struct Direction {
         return weighted(number);
       case Rule::given:
         return {sums[kGivenKept], sums[kGivenLast]};
+      case Rule::reused:
+        return reused(number, sums[kMax], sums[kSquare]);
       default:
         return last_alone();
     }
@@ -59,7 +68,7 @@ struct Direction {
     const bool extrapolates = rule == Rule::extrapolated;
     const Mix mix = extrapolates ? bilateral(norm_ratio(sums[kMax], sums[kMin])) : of(sums, largest, true);
     const double last = sums[extrapolates ? kMin : last_slot(rule)];
-    const double square = keeps(rule) ? mixed_square(mix, sums[kSquare], sums[kProduct], last) : last;
+    const double square = mixes(rule) ? mixed_square(mix, sums[kSquare], sums[kProduct], last) : last;
     return direction_factor(square, sums[kScale], max_norm);
   }
 
@@ -71,12 +80,26 @@ struct Direction {
   // number.
   BSAM_INLINE bool within(const double* sums, double f) const {
     const double longest_last = std::sqrt(sums[last_slot(rule)]);
-    if (!keeps(rule)) return f <= 1 || f * longest_last <= limit;
+    if (!mixes(rule)) return (f <= 1 || f * longest_last <= limit) && (!remembers(rule) || can_remember(sums));
     const Mix most = f * of(sums, largest, true), least = f * of(sums, 0, rule != Rule::extrapolated);
     const double a = std::fmax(std::fabs(most.kept), std::fabs(least.kept));
     const double b = std::fmax(std::fabs(most.last), std::fabs(least.last));
     const bool is_norm = f > 0;  // ‖d‖, by which d is clipped, is not beyond double
     return is_norm && a <= limit && b <= limit && longest_kept(sums, a) + b * longest_last <= limit;
+  }
+
+  // What the history becomes, of a group's number and decay. Of what came, whatever d was scaled by.
+  BSAM_INLINE Memory memory(const double* sums, double number, double decay) const {
+    return rule == Rule::orthogonal ? orthogonal(sums[kProduct], sums[kSquare])
+                                    : averaged(number, decay, sums[kSquare]);
+  }
+
+  // Whether neither its coefficients nor it can be beyond the limit, of any group: λ is at most 1.
+  BSAM_INLINE bool can_remember(const double* sums) const {
+    if (rule == Rule::friendly)
+      return std::sqrt(sums[kProduct]) + std::fmax(largest, 1) * std::sqrt(sums[kSquare]) <= limit;
+    const double kept = std::fabs(memory(sums, 0, 0).kept);
+    return kept <= limit && kept * std::sqrt(sums[kSquare]) + std::sqrt(sums[kMax]) <= limit;
   }
 
   // What no element of a x, x what was kept, can be beyond: descend saw to g + g_max, as the loss was scaled; a loss
@@ -108,13 +131,14 @@ BSAM_INLINE bool is_out_of_reach(const RadiusGroup& any, double sum_ascent, doub
   return step_length(any.largest, HUGE_VAL, sum_ascent, norm_eps) > limit;
 }
 
-// The number of a direction's rule.
+// The numbers of a direction's rule.
 struct RuleGroup {
-  static constexpr int kOptions = 2;
+  static constexpr int kOptions = 3;
   double number;
   double largest;  // of all groups
+  double decay;    // Friendly SAM's λ
 
-  static BSAM_INLINE RuleGroup from(const double* o) { return {o[0], o[1]}; }
+  static BSAM_INLINE RuleGroup from(const double* o) { return {o[0], o[1], o[2]}; }
 };
 
 struct SgdGroup {

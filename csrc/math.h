@@ -86,6 +86,26 @@ BSAM_INLINE Mix weighted(double gamma) {
   return {1 - last, last};
 }
 
+// LookSAM 2203.02714 between its k-th steps, of the v that these remembered and of g: d = g + α (‖g‖ / ‖v‖) v.
+BSAM_INLINE Mix reused(double alpha, double square_g, double square_v) {
+  return {alpha * norm_ratio(square_g, square_v), 1};
+}
+
+// What is remembered: kept · k + last · l + history · h, of what was kept, the last gradient and what it was before.
+struct Memory {
+  double kept, last, history;
+};
+
+// LookSAM's v, of g and g_max: g_max − (⟨g, g_max⟩ / ‖g‖²) g, the part of g_max that is orthogonal to g.
+BSAM_INLINE Memory orthogonal(double product, double square_g) {
+  return {square_g > 0 ? -product / square_g : 0.0, 1, 0};
+}
+
+// Friendly SAM 2403.12350: m = λ m + (1 − λ) g of q = g − σ m, which was kept; the first one, where m is 0, is g.
+BSAM_INLINE Memory averaged(double sigma, double lambda, double square_m) {
+  return square_m > 0 ? Memory{1 - lambda, 0, lambda + (1 - lambda) * sigma} : Memory{1, 0, 0};
+}
+
 // ‖d‖² of a mix, from ‖k‖², ⟨k, l⟩ and ‖l‖²; rounding takes it below 0 nowhere.
 BSAM_INLINE double mixed_square(const Mix& mix, double square_kept, double product, double square_last) {
   const double of_last = fmadd(mix.last, square_last, 2 * mix.kept * product);
@@ -154,6 +174,24 @@ BSAM_INLINE T extrapolated_gradient(T g, T g_max, T r) {
 template <class T>
 BSAM_INLINE T mixed(T kept, T k, T last, T l) {
   return fmadd(last, l, kept * k);
+}
+
+// A number as far as it can be stored: at most `most`, but where it is none.
+template <class T>
+BSAM_INLINE T bounded(T x, T most) {
+  return is_finite(x) && std::fabs(x) > most ? std::copysign(most, x) : x;
+}
+
+// Friendly SAM's q = g − σ m, as far as it can be stored: g without the part that the batches have in common.
+template <class T>
+BSAM_INLINE T friendly_gradient(T g, T m, T sigma, T most) {
+  return bounded(fmadd(-sigma, m, g), most);
+}
+
+// The history, as far as it can be stored: kept · k + last · l + history · h.
+template <class T>
+BSAM_INLINE T remembered(T kept, T k, T last, T l, T history, T h, T most) {
+  return bounded(fmadd(history, h, mixed(kept, k, last, l)), most);
 }
 
 // ---- base updates: torch.optim's rules from w with gradient d, whose sign `maximize` has turned

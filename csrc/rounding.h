@@ -14,7 +14,7 @@ namespace bsam {
 inline namespace BSAM_ISA {
 
 // What is rounded in a step, each with bits of its own.
-enum Operand : uint32_t { kToMax = 0, kToMin = 1, kWeight = 2, kFirstState = 3, kSecondState = 4 };
+enum Operand : uint32_t { kToMax = 0, kToMin = 1, kWeight = 2, kFirstState = 3, kSecondState = 4, kToHistory = 5 };
 
 constexpr uint32_t kGolden = 0x9e3779b9u;
 

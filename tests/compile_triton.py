@@ -23,16 +23,18 @@ from bsam_fused.ops.contract import Rule
 
 DTYPES = {"float32": tl.float32, "float64": tl.float64, "bfloat16": tl.bfloat16, "float16": tl.float16}
 CHUNK = {name: triton_flat.CHUNK[dtype.primitive_bitwidth // 8] for name, dtype in DTYPES.items()}
-KERNELS = ("square_norm", "direction_sums", "ascend", "descend", "direction", "update_sgd", "update_adam")
+KERNELS = ("square_norm", "mix", "direction_sums", "ascend", "descend", "direction", "remember")
+KERNELS += ("update_sgd", "update_adam")
 ARGUMENTS = {
     "*i64": ("tensors", "pointers", "step_count", "skipped"),
     "*i32": ("map", "ticket"),
     "*fp64": ("options", "numbers", "sums", "own_sums", "partials"),
     "*fp32": ("steps",),
     "i32": ("chunks", "count", "slot", "square_slot"),
-    "i64": ("saved", "master", "momentum_buffer", "exp_avg", "exp_avg_sq"),
+    "i64": ("saved", "master", "momentum_buffer", "exp_avg", "exp_avg_sq", "history"),
 }
 RULE = Rule.EXTRAPOLATED.value  # it takes the most scalars and sums
+REMEMBERING = {"remember": Rule.FRIENDLY.value}
 TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names}
 ACCESSES = {
     "ptx": (r"ld\.global\S*\.(v4\.b32|v2\.b64)", r"st\.global\S*\.(v4\.b32|v2\.b64)"),
@@ -44,7 +46,7 @@ def compiled(target, name, dtype):
     kernel = getattr(triton_kernels, name, None) or getattr(triton_updates, name)
     size = DTYPES[dtype].primitive_bitwidth // 8
     wide = {"S": DTYPES[dtype], "T": tl.float64 if dtype == "float64" else tl.float32}
-    flags = {"STOCHASTIC": size == 2, "MASTER": size == 2, "RULE": RULE, "FROM_SAVED": True}
+    flags = {"STOCHASTIC": size == 2, "MASTER": size == 2, "RULE": REMEMBERING.get(name, RULE), "FROM_SAVED": True}
     constants = {**wide, "CHUNK": CHUNK[dtype], "MOST": torch.finfo(getattr(torch, dtype)).max, **flags}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {a: "constexpr" if a in constants else TYPES[a] for a in kernel.arg_names}

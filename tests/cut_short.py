@@ -8,6 +8,7 @@ import sys
 from typing import NamedTuple
 
 import torch
+from members import calls
 from torch import nn
 
 import bsam_fused
@@ -21,6 +22,12 @@ OPTIMIZERS = {
     "SAM-SGD": (SAM, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
     "BSAM-AdamW": (BSAM, torch.optim.AdamW, {"lr": 0.1}),
     "SAM-RMSprop": (SAM, torch.optim.RMSprop, {"lr": 0.1, "momentum": 0.9}),
+}
+REMEMBERING = {
+    "LookSAM-SGD": (bsam_fused.LookSAM, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "k": 2}),
+    "LookSAM-RMSprop": (bsam_fused.LookSAM, torch.optim.RMSprop, {"lr": 0.1, "k": 2}),
+    "FriendlySAM-AdamW": (bsam_fused.FriendlySAM, torch.optim.AdamW, {"lr": 0.1}),
+    "FriendlySAM-RMSprop": (bsam_fused.FriendlySAM, torch.optim.RMSprop, {"lr": 0.1}),
 }
 DTYPES = {
     "one": (torch.float32,),
@@ -40,7 +47,7 @@ class Run:
     """An optimizer and the parameters it trains, always the same ones; "model" is a network with BatchNorm."""
 
     def __init__(self, optimizer, backend, dtypes="one", steps=0):
-        kind, base, options = OPTIMIZERS[optimizer]
+        kind, base, options = {**OPTIMIZERS, **REMEMBERING}[optimizer]
         self.net = network() if dtypes == "model" else None
         if self.net is None:
             self.params = [nn.Parameter(torch.linspace(0.5, 2, 3 + i).to(d)) for i, d in enumerate(DTYPES[dtypes])]
@@ -70,7 +77,7 @@ class Run:
         """Weights and the whole saved state, on which the bits of all later steps depend."""
         saved = self.opt.state_dict()
         values = {(i, k): torch.as_tensor(v).clone() for i, e in saved["state"].items() for k, v in e.items()}
-        counts = [group["rounded_steps"] or 0 for group in saved["param_groups"]]
+        counts = [(group["rounded_steps"] or 0, group.get("looks", 0)) for group in saved["param_groups"]]
         return [p.detach().clone() for p in self.params], values, counts
 
 
@@ -88,7 +95,7 @@ def same(one, other):
 
 
 def by_hand(run):
-    for call in run.opt._calls:
+    for call in calls(run.opt):
         run.backward()
         getattr(run.opt, call)()
     run.opt.zero_grad()
@@ -120,7 +127,7 @@ def plain_by_closure(run):
 
 def given_up(run):
     with run.unwatched():
-        for call in run.opt._calls[:-1]:
+        for call in calls(run.opt)[:-1]:
             run.backward()
             getattr(run.opt, call)()
     run.opt.restore()
@@ -128,7 +135,7 @@ def given_up(run):
 
 def edited(run):
     """w seen in every phase; what is written to it in the first one counts from there on."""
-    for call in run.opt._calls:
+    for call in calls(run.opt):
         with run.unwatched():
             run.backward()
             getattr(run.opt, call)()
@@ -264,7 +271,10 @@ def _next(run, left):
     entries = {}
     for (i, key), value in state.items():
         entries.setdefault(i, {})[key] = value.clone()
-    groups = [{**group, "rounded_steps": n} for group, n in zip(packed["param_groups"], counts, strict=True)]
+    groups = [
+        {**group, "rounded_steps": n, **({"looks": looks} if "looks" in group else {})}
+        for group, (n, looks) in zip(packed["param_groups"], counts, strict=True)
+    ]
     run.opt.load_state_dict({"state": entries, "param_groups": groups})
     with torch.no_grad():
         for p, w in zip(run.params, weights):

@@ -18,7 +18,8 @@ from bsam_fused.ops import native_flat
 MODULE = native_flat.load()[0]
 CASES = {}
 RADII = [(0.05, 0.0, 0.0, 0.05, math.inf)]
-KEPT, ALONE = (1, [(0.0, 0.0)]), (0, [])  # BSAM's rule, and SAM's
+KEPT, ALONE = (1, [(0.0, 0.0, 0.0)]), (0, [])  # BSAM's rule, and SAM's
+FRIENDLY = (8, [(1.0, 1.0, 0.9)])
 RULE, ADAM = [(0.1, 0.9, 0.0, 0.0, 0.0, 0.0)], [(0.1, 0.9, 0.999, 1e-8, 0.0, 0.0, 0.0)]
 STAGES = ("rest", "read", "ascended", "read at w_max", "descended", "read at w_min", "plain")
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError)
@@ -58,7 +59,7 @@ class Step:
         }
         if stage == "plain":
             self.read()
-            self.flat.begin_plain()
+            self.flat.begin_plain(ALONE)
         elif stage != "rest":
             for name, call in walk.items():
                 call()
@@ -146,6 +147,8 @@ def touch(flat, name):
     sums = torch.zeros(8, dtype=torch.float64)
     arguments = {
         "square_norm": (0, RADII),
+        "mix": (RADII, FRIENDLY),
+        "begin_plain": (ALONE,),
         "ascend": (sums, RADII, 1e-12, KEPT),
         "descend": (sums, RADII, 1e-12),
         "update_sgd": (sums, RULE, True, math.inf),
@@ -264,7 +267,7 @@ def its_own_sums(spoil):
         spoil(step.flat.sums)
         for phase in step.next_phases(stage):
             refused(phase)
-    refused(step.flat.begin_plain)
+    refused(partial(step.flat.begin_plain, ALONE))
     raise ValueError("all refused")
 
 

@@ -5,9 +5,26 @@ import sys
 from functools import partial
 
 import torch
-from hostile import CASES, KEPT, MEANWHILE, MODULE, RADII, RULE, Step, case, cases, main, refused, touch
+from hostile import (
+    CASES,
+    FRIENDLY,
+    KEPT,
+    MEANWHILE,
+    MODULE,
+    RADII,
+    RULE,
+    SPOILED,
+    STAGES,
+    Step,
+    case,
+    cases,
+    main,
+    refused,
+    touch,
+)
 
-GSAM, EXTRAPOLATED = (3, [(0.4, 0.4)]), (2, [(0.5, 0.5)])
+GSAM, EXTRAPOLATED = (3, [(0.4, 0.4, 0.0)]), (2, [(0.5, 0.5, 0.0)])
+ORTHOGONAL, REUSED = ((rule, [(0.7, 0.7, 0.0)]) for rule in (6, 7))
 LAST = ("update_sgd", "update_adam", "combine", "merge", "direction_sums")
 
 
@@ -22,21 +39,23 @@ class Exempt(Step):
 
 @cases(
     "mixing",
-    minus_one=(-1, [(0.0, 0.0)]),
-    six=(6, [(0.0, 0.0)]),
-    huge=(1 << 62, [(0.0, 0.0)]),
-    beyond_int64=(1 << 70, [(0.0, 0.0)]),
-    fraction=(0.5, [(0.0, 0.0)]),
+    minus_one=(-1, [(0.0, 0.0, 0.0)]),
+    nine=(9, [(0.0, 0.0, 0.0)]),
+    huge=(1 << 62, [(0.0, 0.0, 0.0)]),
+    beyond_int64=(1 << 70, [(0.0, 0.0, 0.0)]),
+    fraction=(0.5, [(0.0, 0.0, 0.0)]),
     none=None,
     no_numbers=(3, None),
     for_no_group=(3, []),
     of_one_number=(3, [(0.4,)]),
-    of_three_numbers=(3, [(0.4, 0.4, 0.4)]),
-    of_words=(3, [("a", "b")]),
+    of_four_numbers=(3, [(0.4, 0.4, 0.4, 0.4)]),
+    of_words=(3, [("a", "b", "c")]),
     a_list_alone=[3],
 )
 def mixing(wrong):
     refused(lambda: Step("read").flat.join(wrong, False))
+    refused(lambda: Step("read").flat.begin_plain(wrong))
+    refused(lambda: Step("read").flat.mix(RADII, wrong))
     Step("read").flat.ascend(torch.zeros(8, dtype=torch.float64), RADII, 1e-12, wrong)
 
 
@@ -87,6 +106,68 @@ def exempt_meanwhile(change):
             before = step.params[0].detach().clone()
             refused(partial(phase, step.flat))
             assert torch.equal(step.params[0], before), f"weights moved: {stage}"
+    raise ValueError("all refused")
+
+
+# ---- what steps remember
+
+for name, stages in {"mix": [stage for stage in STAGES if stage != "read"], "remember": STAGES}.items():
+    cases(f"{name} when", **{stage: (stage, name) for stage in stages})(lambda it: touch(Step(it[0]).flat, it[1]))
+
+
+@cases("of several passes, a plain step's rule is", kept=KEPT, gsam=GSAM, orthogonal=ORTHOGONAL, friendly=FRIENDLY)
+def plain_step_of_several_passes(rule):
+    Step("read").flat.begin_plain(rule)
+
+
+@case
+def ascent_with_the_rule_of_one_pass():
+    Step("read").flat.ascend(torch.zeros(8, dtype=torch.float64), RADII, 1e-12, REUSED)
+
+
+@cases("a mix for", kept=KEPT, gsam=GSAM, orthogonal=ORTHOGONAL, reused=REUSED)
+def mix_for_what_goes_along_g(rule):
+    Step("read").flat.mix(RADII, rule)
+
+
+@case
+def a_mix_of_what_was_mixed():
+    flat = Step("read").flat
+    flat.mix(RADII, FRIENDLY)
+    flat.mix(RADII, FRIENDLY)
+
+
+@case
+def state_dropped_while_it_is_read():
+    flat = Step("read").flat
+    flat.begin_plain(REUSED)
+    flat.drop_state()
+
+
+@case
+def remembered_after_state_was_dropped():
+    flat = Step("read at w_max", mixing=ORTHOGONAL).flat
+    flat.direction_sums()
+    assert flat.combine(flat.sums, True, math.inf)
+    flat.drop_state()
+    flat.remember()
+
+
+@cases("its history is", **{name: SPOILED[name] for name in ("freed", "shrunk")})
+def its_history(spoil):
+    for key, call in {
+        "gradient_average": lambda flat: flat.mix(RADII, FRIENDLY),
+        "orthogonal_gradient": lambda flat: flat.begin_plain(REUSED),
+    }.items():
+        step = Step("read")
+        spoil(step.flat.state(key)[0])
+        refused(partial(call, step.flat))
+    step = Step("read at w_max", mixing=ORTHOGONAL)
+    step.flat.direction_sums()
+    spoil(step.flat.state("orthogonal_gradient")[0])
+    before = step.params[0].detach().clone()
+    refused(partial(step.flat.update_sgd, step.flat.sums, RULE, True, math.inf))
+    assert torch.equal(step.params[0], before), "weights moved"
     raise ValueError("all refused")
 
 

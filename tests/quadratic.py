@@ -1,6 +1,7 @@
 """A quadratic loss of several parameters, and steps by hand with prescribed gradients."""
 
 import torch
+from members import calls
 from samples import assign
 from torch import nn
 
@@ -16,7 +17,7 @@ def twins(sizes=(7, 5, 4)):
 
 def walk(opt, params, *passes):
     """A step by hand with these gradients."""
-    for call, grads in zip(getattr(opt, "_calls", ["step"]), passes, strict=True):
+    for call, grads in zip(calls(opt), passes, strict=True):
         assign(params, grads)
         getattr(opt, call)()
 
@@ -41,7 +42,7 @@ class Quadratic:
 
     def step(self, opt, params):
         """A step by hand; every pass has the gradient at the weights that there are then."""
-        for call in opt._calls:
+        for call in calls(opt):
             assign(params, self.gradient(flat(params)).split(self.sizes))
             getattr(opt, call)()
 

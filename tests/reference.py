@@ -1,12 +1,14 @@
 """The papers' formulas, a tensor at a time, in float64, in the papers' symbols.
 
-SAM arXiv 2010.01412, ASAM 2102.11600, BSAM 2409.13173, GSAM 2203.08065, WSAM 2305.15817, LE-SAM 2605.10183, groups
-left out of the perturbation 2306.04226; torch.optim's documentation for the base updates.
+SAM arXiv 2010.01412, ASAM 2102.11600, BSAM 2409.13173, GSAM 2203.08065, WSAM 2305.15817, LookSAM 2203.02714, Friendly
+SAM 2403.12350, LE-SAM 2605.10183, groups left out of the perturbation 2306.04226; torch.optim's documentation for the
+base updates.
 Written for reading, not for speed, and from the papers, not from the package: the oracle of the tests.
 A gradient is None where a parameter has none in a pass; it is then zero there.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -138,6 +140,59 @@ def given(mix):
         return [x and a * x[0] + b * x[1] for x in filled(passes)]
 
     return direction
+
+
+# ---- the same with a history, one tensor a parameter, zeros at first
+
+
+def looksam(passes, options, vs):
+    """d = ∇L(w_max) in a step of two passes; in one of one d = g + α (‖g‖ / ‖v‖) v, g where v = 0. Algorithm 1."""
+    if len(passes) == 2:
+        return sam(passes)
+    (g,) = passes
+    length = ratio(norm(g), norm([None if x is None else v for x, v in zip(g, vs)]))
+    return [x and x[0] + o["alpha"] * length * v for x, v, o in zip(filled(passes), vs, options)]
+
+
+def orthogonal(passes, options, vs):
+    """v = g_max − (⟨g, g_max⟩ / ‖g‖²) g after a step of two passes, of what had a gradient."""
+    if len(passes) == 1:
+        return vs
+    g, g_max = passes
+    along = ratio(product(g, g_max), norm(g) ** 2)
+    return [v if x is None else x[1] - along * x[0] for v, x in zip(vs, filled(passes))]
+
+
+def friendly_sam(passes, options, ms):
+    """d = ∇L(w_max)."""
+    return sam(passes)
+
+
+def friendly(g, options, ms):
+    """q = g − σ m, of what is perturbed: what the perturbation goes along."""
+    return [x - o["sigma"] * m if x is not None and perturbs(o) else None for x, m, o in zip(g, ms, options)]
+
+
+def averaged(passes, options, ms):
+    """m = λ m + (1 − λ) g; the first one is g, as in the authors' code. Of what is perturbed, and had a g."""
+    g = [x if perturbs(o) else None for x, o in zip(passes[0], options)]
+    first = not norm([None if x is None else m for x, m in zip(g, ms)])
+    lmbdas = [0.0 if first else o["lmbda"] for o in options]
+    return [m if x is None else y * m + (1 - y) * x for m, x, y in zip(ms, g, lmbdas)]
+
+
+class Memory(NamedTuple):
+    """What a member remembers, in `state`'s ``key``."""
+
+    key: str
+    remembered: Callable
+    """What the history becomes: of the passes' gradients, the options, and what it was."""
+    along: Callable = lambda g, options, history: g
+    """What the perturbation goes along: of the first gradient, the options and the history."""
+
+
+ORTHOGONAL = Memory("orthogonal_gradient", orthogonal)
+AVERAGED = Memory("gradient_average", averaged, friendly)
 
 
 def filled(passes):

@@ -8,7 +8,7 @@ reached, so that tolerances can be those of one step's rounding.
 import pytest
 import reference as ref
 import torch
-from members import MEMBERS, options_of, some_of_each_member
+from members import MEMBERS, calls, options_of, some_of_each_member
 from samples import DTYPES, SHAPES, TOLERANCE, assign, gradients, interpreted, misaligned, parameters, strided
 
 import bsam_fused
@@ -55,19 +55,21 @@ def step_beside(member, opt, params, rule, passes, given=None):
     """
     tol, options = TOLERANCE[params[0].dtype], options_of(opt, params)
     w = doubled(params)
-    state = [
-        {k: v.double().clone() if k != "step" else int(v) for k, v in opt.state.get(p, {}).items()} for p in params
-    ]
-    grads = [doubled(g) for g in passes]
-    n = ref.ascent_norm(w, grads[0], options)
+    held = [{k: v for k, v in opt.state.get(p, {}).items() if v is not None} for p in params]
+    state = [{k: v.double().clone() if k != "step" else int(v) for k, v in entry.items()} for entry in held]
+    names = calls(opt)
+    grads = [doubled(g) for g in passes[: len(names)]]
+    history = member.history(opt, params) if member.memory else None
+    q = member.memory.along(grads[0], options, history) if member.memory else grads[0]
+    n = ref.ascent_norm(w, q, options)
     perturbed = {
-        "ascend": ("w_max", [ref.w_max(*x, n, o) for *x, o in zip(w, grads[0], options)]),
+        "ascend": ("w_max", [ref.w_max(*x, n, o) for *x, o in zip(w, q, options)]),
         "descend": (
             "w_min",
             [ref.w_min(*x, n, o) for *x, o in zip(w, grads[0], options)] if member.passes == 3 else [],
         ),
     }
-    for k, call in enumerate(opt._calls):
+    for k, call in enumerate(names):
         if given is None:
             assign(params, passes[k])
         else:
@@ -76,13 +78,19 @@ def step_beside(member, opt, params, rule, passes, given=None):
         getattr(opt, call)()
         if call != "step":
             assert_near(params, perturbed[call][1], tol, perturbed[call][0])
-            assert opt.norms[0].item() == pytest.approx(n, rel=max(1e-6, TOLERANCE[torch.float64]))
+            kept = member.memory is ref.AVERAGED  # q, in the gradient's dtype
+            assert opt.norms[0].item() == pytest.approx(n, rel=tol if kept else max(1e-6, TOLERANCE[torch.float64]))
     # What is kept is in the gradient's dtype, as the byte budget has it, and what is mixed may cancel.
     slack = 1 if member.direction is ref.sam else 3
-    directions = member.direction(grads, options)
+    directions = member.d(grads, options, history)
+    if opt.max_grad_norm is not None:
+        directions = ref.clipped(directions, opt.max_grad_norm)
     expected = [x if d is None else rule(x, d, s, o) for x, d, s, o in zip(w, directions, state, options)]
     assert_near(params, expected, slack * tol, "w")
-    for key in {key for values in state for key in values}:
+    if member.memory:
+        remembered = member.memory.remembered(grads, options, history)
+        assert_near(member.history(opt, params), remembered, 2 * slack * tol, "history")
+    for key in {key for values in state for key in values} - {member.memory and member.memory.key}:
         pairs = [(opt.state[p][key], values[key]) for p, values in zip(params, state) if key in values]
         if key == "step":
             assert all(held == value for held, value in pairs)
@@ -104,7 +112,8 @@ def test_steps(backend, member, base, dtype):
     groups = member.groups(sets)
     for i, group in enumerate(groups):
         group |= {"rho": member.options["rho"] * (1 + i / 4), "lr": base_options["lr"] / (1 + i)}
-        group |= {key: member.options[key] / (1 + i / 4) for key in ("alpha", "gamma") if key in member.options}
+        numbers = ("alpha", "gamma", "sigma", "lmbda")
+        group |= {key: member.options[key] / (1 + i / 4) for key in numbers if key in member.options}
     # Both ways to round 16 bits, each beside every base.
     rounding = "nearest" if member in (MEMBERS["SAM"], MEMBERS["adaptive BSAM"]) else "stochastic"
     opt = member.kind(groups, base_class, backend=backend, rounding=rounding, **{**member.options, **base_options})
@@ -158,7 +167,9 @@ def test_more_tensors_than_a_launch_carries(backend, name):
 
 
 @pytest.mark.parametrize("base", ["SGD", "AdamW", "general"])
-@pytest.mark.parametrize("name", ["SAM", "BSAM", "extrapolated BSAM", "GSAM", "BSAM, some exempt"])
+@pytest.mark.parametrize(
+    "name", ["SAM", "BSAM", "extrapolated BSAM", "GSAM", "LookSAM", "FriendlySAM", "BSAM, some exempt"]
+)
 def test_gradients_in_some_passes_only(backend, name, base):
     """Zero in a pass without one; left alone without any. A parameter of each kind, several times."""
     member = MEMBERS[name]
@@ -168,7 +179,7 @@ def test_gradients_in_some_passes_only(backend, name, base):
     for t in range(3):
         passes = [
             gradients(params, 10 * t + k, without={i for i in range(16) if not (i + t) >> k & 1})
-            for k in range(member.passes)
+            for k in range(len(calls(opt)))
         ]
         untouched = [i for i, g in enumerate(zip(*passes)) if all(x is None for x in g)]
         before = [params[i].detach().clone() for i in untouched]

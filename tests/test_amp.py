@@ -3,9 +3,8 @@
 import math
 
 import pytest
-import reference as ref
 import torch
-from members import MEMBERS, each_pass, every_member, some_of_each_member
+from members import MEMBERS, calls, each_pass, every_member, some_of_each_member
 from samples import DTYPES, TOLERANCE, assign, gradients, parameters
 from torch import nn
 
@@ -45,8 +44,8 @@ def same(net, before):
 
 def walk(net, opt, scaler=None, overflow_at=None, unscale=False, unscale_at=None, seed=0):
     """A step by hand; in pass ``overflow_at`` a gradient is inf; ``unscale`` after the last one, or ``unscale_at``."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    for k, call in enumerate(opt._calls, 1):
+    generator, names = torch.Generator("cpu").manual_seed(seed), calls(opt)
+    for k, call in enumerate(names, 1):
         x = torch.randn(16, 6, generator=generator, device="cpu").to(next(net.parameters()))
         loss = net(x).square().mean()
         (loss if scaler is None else scaler.scale(loss)).backward()
@@ -54,7 +53,7 @@ def walk(net, opt, scaler=None, overflow_at=None, unscale=False, unscale_at=None
             net[2].weight.grad[1, 2] = math.inf
         if k == unscale_at:
             scaler.unscale_(opt)
-        if k < len(opt._calls):
+        if k < len(names):
             getattr(opt, call)()
         elif scaler is None:
             opt.step()
@@ -70,8 +69,8 @@ def walk(net, opt, scaler=None, overflow_at=None, unscale=False, unscale_at=None
 @each_base
 def test_a_scaled_step_is_the_plain_one(backend, member, base):
     """To the bit: powers of two scale gradients, norms and steps exactly. Below 1, too, whither scalers back off."""
-    if "loss_budget" in member.options:
-        return  # refused: below
+    if member.refuses_a_scaler:
+        return  # below
     kind = member.build
     options = {"max_grad_norm": 0.7, "norm_eps": 0.0}
     (scaled, opt, scaler), (plain, other, _) = (prepared(kind, base, backend, **options) for _ in range(2))
@@ -92,9 +91,10 @@ def test_a_scaled_step_is_the_plain_one(backend, member, base):
 @each_base
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
 def test_an_overflow_in_any_pass_backs_the_scale_off(backend, member, at, base, unscale):
-    if (unscale and member.direction is not ref.sam) or "loss_budget" in member.options:
+    if (unscale and member.mixes) or member.refuses_a_scaler:
         return  # refused: below
-    net, opt, scaler = prepared(member.build, base, backend)
+    k = {"k": 1} if "k" in member.options else {}  # all of LookSAM's steps are of two passes
+    net, opt, scaler = prepared(member.build, base, backend, **k)
     for t in range(2):  # in the first step ever, and once momentum is there
         before = weights(net)
         walk(net, opt, scaler, overflow_at=at, unscale=unscale, seed=t)
@@ -107,16 +107,17 @@ def test_an_overflow_in_any_pass_backs_the_scale_off(backend, member, at, base, 
         assert all(p.isfinite().all() for p in net.parameters())
 
 
-def test_sam_is_right_after_unscale(backend):
-    """Its direction is the gradient that was unscaled, and that users clip or change then."""
-    (scaled, opt, scaler), (plain, other, _) = (prepared(bsam_fused.SAM, "SGD", backend) for _ in range(2))
+@pytest.mark.parametrize("kind", [bsam_fused.SAM, bsam_fused.LookSAM])
+def test_sam_is_right_after_unscale(backend, kind):
+    """Its direction is the gradient that was unscaled, and that users clip or change then; LookSAM's v is of both."""
+    (scaled, opt, scaler), (plain, other, _) = (prepared(kind, "SGD", backend) for _ in range(2))
     for t in range(2):
         walk(scaled, opt, scaler, unscale=True, seed=t)
         walk(plain, other, seed=t)
     assert same(scaled, weights(plain))
 
 
-@pytest.mark.parametrize("kind", [bsam_fused.SAM, bsam_fused.ASAM])
+@pytest.mark.parametrize("kind", [bsam_fused.SAM, bsam_fused.ASAM, bsam_fused.LookSAM])
 @pytest.mark.parametrize("clear", [False, True], ids=["", "zero_grad"])
 def test_sam_refuses_unscale_of_an_earlier_pass(backend, kind, clear):
     """GradScaler then calls the last gradients unscaled, which are not: the step would be 1024 times too long.
@@ -148,8 +149,8 @@ def test_sam_refuses_unscale_of_an_earlier_pass(backend, kind, clear):
 
 @every_member
 def test_who_mixes_gradients_refuses_unscale_of_any_pass(backend, member):
-    if member.direction is ref.sam:
-        return  # SAM: above
+    if not member.mixes:
+        return  # as SAM: above
     net, opt, scaler = prepared(member.build, "SGD", backend)
     before, name = weights(net), member.kind.__name__
     for k in range(1, member.passes):
@@ -166,6 +167,7 @@ def test_who_mixes_gradients_refuses_unscale_of_any_pass(backend, member):
         ("BSAM", r"BSAM after GradScaler.unscale_.*max_grad_norm=", True),
         ("extrapolated BSAM", r"BSAM after GradScaler.unscale_.*max_grad_norm=", True),
         ("SAM with a loss budget", "loss_budget with GradScaler", False),
+        ("FriendlySAM", "FriendlySAM with GradScaler", False),
     ],
 )
 def test_what_a_scaler_is_refused_can_be_restored(backend, name, why, unscale):
@@ -178,7 +180,7 @@ def test_what_a_scaler_is_refused_can_be_restored(backend, name, why, unscale):
         scaler.update()
         assert same(net, before)
         assert not hasattr(opt, "found_inf")
-    walk(net, opt, None if "budget" in name else scaler)
+    walk(net, opt, None if MEMBERS[name].refuses_a_scaler else scaler)
     assert not same(net, before)
     assert opt.skipped_steps == 0
 

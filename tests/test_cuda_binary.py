@@ -28,6 +28,7 @@ VECTORS = {
     "SquareNorm": (2, 0),  # g, w where adaptive
     "DirectionSums<false>": (2, 0),  # what is kept, the last gradient
     "DirectionSums<true>": (2, 0),
+    "MixFriendly": (3, 1),  # g, m, w where adaptive -> q
     "Ascend<ToNearest>": (2, 3),  # w, g -> saved, w, g where copied
     "Ascend<Stochastic>": (2, 3),
     "Descend<ToNearest>": (3, 3),  # saved, g, g_max -> w, g; or g where copied
@@ -42,20 +43,35 @@ VECTORS = {
     "Step<AdamBase, Stochastic, false>": (6, 4),
     "Step<AdamBase, ToNearest, true>": (8, 6),
     "Step<AdamBase, Stochastic, true>": (8, 6),
+    "Remember<ToNearest>": (3, 1),  # what is kept, the last gradient, the history -> the history
+    "Remember<Stochastic>": (3, 1),
 }
 # At least, of a multiprocessor of 2048 threads and 65536 registers; one less of float64.
-BLOCKS = {"SquareNorm": 8, "DirectionSums": 5, "Ascend": 5, "Descend": 4, "MakeDirection": 8, "Restore": 8, "Step": 3}
+BLOCKS = {
+    "SquareNorm": 8,
+    "DirectionSums": 5,
+    "MixFriendly": 5,
+    "Ascend": 5,
+    "Descend": 4,
+    "MakeDirection": 8,
+    "Restore": 8,
+    "Step": 3,
+    "Remember": 5,
+}
 # Instructions for a whole chunk, at most: what was reached, and a little for other versions of nvcc.
 INSTRUCTIONS = {
     ("SquareNorm", "float"): 130,
+    ("MixFriendly", "float"): 195,
     ("Ascend<ToNearest>", "float"): 120,
     ("Descend<ToNearest>", "float"): 170,
     ("Step<SgdBase, ToNearest, false>", "float"): 200,
     ("Step<AdamBase, ToNearest, false>", "float"): 530,
+    ("Remember<ToNearest>", "float"): 150,
     ("Ascend<Stochastic>", "BFloat16"): 345,
     ("Descend<Stochastic>", "BFloat16"): 475,
     ("Step<SgdBase, Stochastic, false>", "BFloat16"): 640,
     ("Step<AdamBase, Stochastic, false>", "BFloat16"): 1100,
+    ("Remember<Stochastic>", "BFloat16"): 390,
 }
 # How many operands of 16 bits are rounded stochastically.
 ROUNDED = {
@@ -65,6 +81,7 @@ ROUNDED = {
     "Step<SgdBase, Stochastic, true>": 1,
     "Step<AdamBase, Stochastic, false>": 3,
     "Step<AdamBase, Stochastic, true>": 2,
+    "Remember<Stochastic>": 1,
 }
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc, of the CUDA toolkit, is not on PATH")
@@ -217,7 +234,7 @@ def test_what_uses_sums_waits_for_them(elementwise, architecture):
     begin = {kernel.name for kernel in elementwise if kernel.count("PREEXIT")}
     wait = {kernel.name for kernel in elementwise if kernel.count("ACQBULK")}
     can = architecture != "sm_80"
-    sums, users = {"SquareNorm", "DirectionSums"}, {"Ascend", "Step"}
+    sums, users = {"SquareNorm", "DirectionSums", "MixFriendly"}, {"Ascend", "Step"}
     assert begin == {kernel.name for kernel in elementwise if can and operator(kernel) in sums}
     assert wait == {kernel.name for kernel in elementwise if can and operator(kernel) in users}
     for kernel in elementwise:

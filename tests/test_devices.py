@@ -17,7 +17,7 @@ from torch import nn
 
 from bsam_fused import SAM, distributed
 from bsam_fused.graphs import GraphedStep
-from bsam_fused.ops import dispatch, flat_params, native_flat, torch_flat, triton_flat
+from bsam_fused.ops import dispatch, flat_buffers, native_flat, torch_flat, triton_flat
 
 ELSEWHERE = torch.device("cuda", 1)
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for GPUs")
@@ -66,8 +66,8 @@ def test_triton_looks_for_the_tensors_device(gpus, monkeypatch):
 @pytest.mark.parametrize(("capturing", "refused"), [(1, True), (0, False)])
 def test_a_capture_is_looked_for_on_the_tensors_device(gpus, monkeypatch, capturing, refused):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpus.device == capturing)
-    assert flat_params.is_capturing(ELSEWHERE) is refused
-    assert not flat_params.is_capturing(torch.device("cpu"))
+    assert flat_buffers.is_capturing(ELSEWHERE) is refused
+    assert not flat_buffers.is_capturing(torch.device("cpu"))
 
 
 class OnGpu(torch.Tensor):

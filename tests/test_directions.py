@@ -184,7 +184,8 @@ class Step:
 
 BASES = {"sgd": SGD, "adam": ADAM}
 CASES = list(itertools.product([torch.float32, torch.float64, torch.bfloat16], BASES))
-RULES = pytest.mark.parametrize("rule", Rule, ids=lambda rule: rule.name)
+WITHOUT_HISTORY = [rule for rule in Rule if rule.history is None]  # the others are test_history.py's
+RULES = pytest.mark.parametrize("rule", WITHOUT_HISTORY, ids=lambda rule: rule.name)
 
 
 @RULES
@@ -235,7 +236,7 @@ def test_combine_gives_the_direction_to_any_base(backend, rule):
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("rule", [rule for rule in Rule if rule.keeps])
+@pytest.mark.parametrize("rule", [rule for rule in WITHOUT_HISTORY if rule.keeps])
 def test_merged_directions_go_on_as_one_pass(backend, rule):
     """As if the share of d, unscaled still, were SAM's g_max."""
     step = Step(backend, torch.float32, rule, True)

@@ -13,7 +13,7 @@ from quadratic import Quadratic, assert_alike, flat, parameters, twins, walk
 from samples import assign, gradients
 from torch import nn
 
-from bsam_fused import BSAM, GSAM, SAM, WSAM, MixedSAM
+from bsam_fused import BSAM, GSAM, SAM, WSAM, FriendlySAM, LookSAM, MixedSAM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,6 +29,8 @@ OTHERS = {
     "MixedSAM of g_max": ((MixedSAM, {"mix": lambda sums: (0.0, 1.0)}), (SAM, {})),
     "MixedSAM with WSAM's": ((MixedSAM, {"mix": lambda sums: (-8.0, torch.tensor(9.0))}), (WSAM, {"gamma": 0.9})),
     "an unlimited budget": ((SAM, {"loss_budget": 1e6}), (SAM, {})),
+    "LookSAM, k = 1": ((LookSAM, {"k": 1}), (SAM, {})),
+    "FriendlySAM, σ = 0": ((FriendlySAM, {"sigma": 0.0}), (SAM, {})),
 }
 
 
@@ -48,9 +50,9 @@ def test_one_is_another(backend, name, base, adaptive):
 
 
 def without_radius(member):
-    """Its options; WSAM's γ = 0 does the same at any radius."""
+    """Its options; WSAM's γ = 0 does the same at any radius. LookSAM, whose v is then rounding noise, without α."""
     radii = {name: 0.0 for name in ("rho", "rho_min", "rho_min_end") if name in member.options}
-    return {**member.options, **radii}
+    return {**member.options, **radii, **({"alpha": 0.0} if member.kind is LookSAM else {})}
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
@@ -62,7 +64,7 @@ def test_without_a_radius_it_is_the_base(backend, member, base):
     plain = base(copies, lr=0.1)
     for t in range(3):
         g = gradients(params, t)
-        walk(opt, params, *[g] * member.passes)
+        walk(opt, params, *[g] * opt.passes)
         walk(plain, copies, g)
     assert_alike(params, copies)
 
@@ -103,7 +105,7 @@ def test_a_loss_budget_that_cannot_be(budget):
 
 @every_member
 def test_what_is_exempt_is_neither_moved_nor_kept(backend, member):
-    """Its gradient is in no norm of the ascent; SAM holds no copy of it, and no member one of its weights."""
+    """Its gradient is in no norm of the ascent; SAM holds no copy of it, no member one of its weights."""
     params = parameters((2000, 50))
     groups = [{"params": params[:1], "perturb": False}, {"params": params[1:]}]
     opt = member.kind(groups, lr=0.1, backend=backend, **member.options)
@@ -117,8 +119,8 @@ def test_what_is_exempt_is_neither_moved_nor_kept(backend, member):
     n = ref.ascent_norm(before[1:], grads[1:], [{**opt.param_groups[1]}])
     assert opt.norms[0].item() == pytest.approx(n, rel=1e-11)
     held = sum(flat.extra_bytes for flat in opt._flats)
-    kept = 0 if member.direction is ref.sam else 1
-    assert held < 8 * (2000 * kept + 50 * (1 + kept)) + 1000
+    g, v, q_and_m = opt._rule.keeps, member.kind is LookSAM, 2 * (member.kind is FriendlySAM)
+    assert held < 8 * (2000 * (g + v) + 50 * (1 + g + v + q_and_m)) + 1000
     opt.restore()
     assert all(torch.equal(p, w) for p, w in zip(params, before))
 
@@ -131,6 +133,10 @@ def test_what_is_exempt_is_neither_moved_nor_kept(backend, member):
         (WSAM, "gamma", math.nan),
         (GSAM, "alpha", -0.1),
         (GSAM, "alpha", math.inf),
+        (LookSAM, "alpha", -0.1),
+        (FriendlySAM, "sigma", -0.1),
+        (FriendlySAM, "lmbda", 1.0),
+        (FriendlySAM, "lmbda", math.nan),
     ],
 )
 def test_numbers_that_cannot_be(backend, kind, option, wrong):
@@ -359,4 +365,4 @@ def test_wsam_beside_another(backend, adaptive):
 
 def test_every_member_is_what_the_table_says():
     for member in MEMBERS.values():
-        assert len(member.build(parameters(), lr=0.1)._calls) == member.passes
+        assert member.build(parameters(), lr=0.1).passes == member.passes

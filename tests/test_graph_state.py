@@ -201,7 +201,8 @@ def test_a_graph_keeps_its_memory_alive(base, dtype):
     tensors += [value for snapshot in opt._passes.snapshots for value in snapshot._layout.values]
     memory = [tensor.untyped_storage()._weak_ref() for tensor in tensors]
     del tensors
-    graphed._graph = None  # the stand-in's record holds memory, which a graph does not
+    # The stand-in's record holds memory, which a graph does not.
+    graphed._captures = {kind: captured._replace(graph=None) for kind, captured in graphed._captures.items()}
     opt.load_state_dict(opt.state_dict())
     model[1].running_mean = model[1].running_mean.clone()
     model[0].weight.data = model[0].weight.data.clone()

@@ -12,7 +12,20 @@ import time
 
 import pytest
 import torch
-from cut_short import OPTIMIZERS, WAYS, Run, by_closure, by_hand, complaints, cut_short, given_up, plain, same, traces
+from cut_short import (
+    OPTIMIZERS,
+    REMEMBERING,
+    WAYS,
+    Run,
+    by_closure,
+    by_hand,
+    complaints,
+    cut_short,
+    given_up,
+    plain,
+    same,
+    traces,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ERRORS = KeyboardInterrupt, RuntimeError
@@ -44,6 +57,12 @@ every_combination = pytest.mark.parametrize(
 @every_combination
 def test_at_every_line(optimizer, way, backend, dtypes, steps, error):
     assert_none(complaints(lambda: Run(optimizer, backend, dtypes, steps), WAYS[way], error))
+
+
+@pytest.mark.parametrize(("optimizer", "steps"), [("LookSAM-SGD", 1), ("FriendlySAM-RMSprop", 1)])
+def test_at_every_line_of_what_remembers(optimizer, steps):
+    """In a step of one pass, too; the history is of the same step as weights and state, and so is the count."""
+    assert_none(complaints(lambda: Run(optimizer, "cpp", "one", steps), by_hand, KeyboardInterrupt))
 
 
 @pytest.mark.pairwise
@@ -121,6 +140,18 @@ def _left_anyhow(run):
 def test_after_every_call(optimizer, way, backend, dtypes, steps, error):
     """Where Python looks for signals: after a function in C came back, before anything is made of what it returned."""
     assert_none(complaints(lambda: Run(optimizer, backend, dtypes, steps), WAYS[way], error, after="c_return"))
+
+
+@pytest.mark.interrupts
+@pytest.mark.part(8)
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtypes", ["two", "16 bits"])
+@pytest.mark.parametrize("way", ["by_hand", "by_closure", "plain", "given_up", "saved"])
+@pytest.mark.parametrize("optimizer", REMEMBERING)
+def test_at_every_line_of_more_that_remembers(optimizer, way, backend, dtypes, steps):
+    """Where a step has several FlatParams, and whatever is cut short."""
+    assert_none(complaints(lambda: Run(optimizer, backend, dtypes, steps), WAYS[way], KeyboardInterrupt))
 
 
 INTERRUPTER = """

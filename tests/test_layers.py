@@ -13,6 +13,7 @@ PACKAGE = ROOT / "bsam_fused"
 
 # What each part may import of the package. Backends never know each other.
 MEMBER = {"distributed", "ops.contract", "ops.dispatch", "optim.mixing", "optim.options", "optim.sam"}  # of the family
+REMEMBERS = MEMBER - {"optim.mixing"} | {"optim.remembering"}
 MAY_IMPORT = {
     "_version": set(),
     "commands": set(),
@@ -36,14 +37,25 @@ MAY_IMPORT = {
     "checks": set(),
     "distributed": {"checks"},
     "losses": {"checks"},
-    "schedules": {"checks"},
+    "schedules": {"schedules.policies", "schedules.radii"},
+    "schedules.policies": {"checks", "schedules.stepped"},
+    "schedules.radii": {"checks", "schedules.stepped"},
+    "schedules.stepped": set(),
     "integrations": set(),
     "integrations.lightning": set(),
     "integrations.transformers": set(),
     "ops.contract": {"distributed"},
     "ops.directions": {"ops.contract"},
     "ops.memory": set(),
-    "ops.flat_params": {"ops.contract", "ops.directions", "ops.memory", "ops.one_go", "ops.rounding"},
+    "ops.flat_buffers": {"ops.contract", "ops.memory"},
+    "ops.flat_params": {
+        "ops.contract",
+        "ops.directions",
+        "ops.flat_buffers",
+        "ops.memory",
+        "ops.one_go",
+        "ops.rounding",
+    },
     "ops.rounding": set(),
     "ops.holders": set(),
     "ops.triton_math": set(),
@@ -54,6 +66,7 @@ MAY_IMPORT = {
     "ops.triton_updates": {"ops.triton_directions", "ops.triton_math", "ops.triton_pieces", "ops.triton_rounding"},
     "ops.triton_flat": {
         "ops.contract",
+        "ops.flat_buffers",
         "ops.flat_params",
         "ops.holders",
         "ops.one_go",
@@ -74,7 +87,7 @@ MAY_IMPORT = {
     "optim.captured": {"ops.contract", "ops.identity", "optim.state"},
     "optim.names": set(),
     "optim.options": {"checks", "distributed"},
-    "optim.groups": {"checks", "ops.contract", "optim.names", "optim.trainers", "schedules"},
+    "optim.groups": {"checks", "ops.contract", "optim.names", "optim.trainers", "schedules.radii"},
     "optim.around": {
         "checks",
         "ops.contract",
@@ -102,13 +115,16 @@ MAY_IMPORT = {
         "optim.captured",
         "optim.fused",
         "optim.groups",
+        "optim.kinds",
         "optim.scaling",
         "optim.skips",
         "optim.state",
     },
+    "optim.kinds": {"distributed", "ops.contract", "optim.groups"},
     "optim.persistence": {"ops.contract", "optim.around", "optim.others", "optim.state"},
     "optim.passes": {"buffers"},
     "optim.phases": {"checks", "ops.contract", "optim.passes", "optim.persistence", "optim.trainers", "distributed"},
+    "optim.gradients": {"ops.contract", "ops.dispatch", "optim.fused", "optim.phases", "optim.scaling"},
     "optim.base": {
         "callers",
         "checks",
@@ -117,6 +133,7 @@ MAY_IMPORT = {
         "ops.identity",
         "optim.flats",
         "optim.fused",
+        "optim.gradients",
         "optim.groups",
         "optim.hooks",
         "optim.metrics",
@@ -133,6 +150,9 @@ MAY_IMPORT = {
     "optim.gsam": MEMBER,
     "optim.wsam": MEMBER | {"checks"},
     "optim.mixed": MEMBER,
+    "optim.remembering": {"optim.mixing"},
+    "optim.looksam": REMEMBERS | {"checks", "optim.phases"},
+    "optim.friendly": REMEMBERS | {"checks", "optim.scaling"},
     "optim.bsam": {
         "callers",
         "checks",
@@ -143,9 +163,9 @@ MAY_IMPORT = {
         "optim.options",
         "optim.phases",
         "optim.sam",
-        "schedules",
+        "schedules.radii",
     },
-    "graphs": {"buffers", "distributed", "optim.base"},
+    "graphs": {"buffers", "distributed", "optim.base", "optim.captured", "optim.sharpness"},
     "sharpness.extras": set(),
     "sharpness.mean_loss": set(),
     "sharpness.neighbourhood": {"checks", "optim.sharpness", "sharpness.mean_loss"},
@@ -169,7 +189,9 @@ MAY_IMPORT = {
         "optim.base",
         "optim.sam",
         "optim.bsam",
+        "optim.friendly",
         "optim.gsam",
+        "optim.looksam",
         "optim.mixed",
         "optim.wsam",
         "optim.sharpness",
@@ -219,7 +241,7 @@ def test_nothing_imports_report_but_the_command_line():
 
 
 FORMULAS = ["math.h", "scalar.h", "rounding.h"]
-CUDA = ["cuda.h", "cuda_pieces.cuh", "cuda_scalars.cuh", "cuda_launch.cuh", "cuda.cu"]
+CUDA = ["cuda.h", "cuda_pieces.cuh", "cuda_scalars.cuh", "cuda_rounding.cuh", "cuda_launch.cuh", "cuda.cu"]
 
 
 def includes(name):

@@ -151,6 +151,60 @@ def test_an_inactive_optimizer_is_the_base_over_all_micro_batches(plugins):
     assert trainers.same(module.net, trainers.by_hand(BSAM, batches, 2, active=False, max_grad_norm=0.1))
 
 
+class Thrifty(Sharp):
+    """With a policy, stepped after the optimizer."""
+
+    policy = None
+
+    def configure_optimizers(self):
+        options = dict(self.options)
+        self.options, policy = options, options.pop("policy")
+        optimizer = super().configure_optimizers()
+        self.policy = policy and policy(optimizer)
+        return optimizer
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        if self.policy:
+            self.policy.step()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(("kind", "options", "policy"), trainers.THRIFTY.values(), ids=trainers.THRIFTY)
+def test_steps_of_one_pass(kind, options, policy, k):
+    """Between others of all passes: over all micro-batches, each of them once; decided when they have accumulated."""
+    module = Thrifty(kind, policy=policy, **options)
+    forwards = []
+    module.net.register_forward_hook(lambda *_: forwards.append(1))
+    fit(module, 6 * k * 32, accumulate_grad_batches=k, gradient_clip_val=0.5)
+    passes = []
+    expected = trainers.by_hand(
+        kind, list(trainers.loader(6 * k * 32)), k, policy=policy, passes=passes, max_grad_norm=0.5, **options
+    )
+    assert {*passes} == {1, 2}
+    assert len(forwards) == k * sum(passes)
+    assert trainers.same(module.net, expected)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_looksam_under_sixteen_bit_precision(k):
+    """Its history is of scaled gradients, of which the length does not count."""
+    _, plugin = half(2.0**6)
+    plugin.autocast_context_manager = lambda: torch.autocast("cpu", enabled=False)
+    module = Sharp(trainers.LookSAM, k=2)
+    fit(module, 4 * k * 32, plugins=[plugin], accumulate_grad_batches=k)
+    assert trainers.same(module.net, trainers.by_hand(trainers.LookSAM, list(trainers.loader(4 * k * 32)), k, k=2))
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_what_gradients_decide_is_refused_under_sixteen_bit_precision(passes):
+    c = 9.0 if passes == 1 else -9.0
+    module = Thrifty(SAM, policy=lambda opt: trainers.LargeGradients(opt, 4, lambda_1=c, lambda_2=c))
+    with pytest.raises(RuntimeError, match="decide with GradScaler"):
+        fit(module, 64, plugins=[half(2.0)[1]])
+    assert trainers.same(module.net, trainers.network())
+
+
 class Seen(Callback):
     def __init__(self):
         self.losses = []

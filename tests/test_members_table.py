@@ -17,7 +17,7 @@ import ranks
 import reference as ref
 import torch
 import torch.distributed as dist
-from members import MEMBERS, options_of
+from members import MEMBERS, calls, options_of
 from samples import gradients, parameters
 from test_against_reference import step_beside
 from torch import nn
@@ -58,35 +58,49 @@ def backward(net, data, scaler=None):
     return loss
 
 
-def by_hand(opt, net, data):
-    for call in opt._calls:
-        with opt.one_pass():
-            backward(net, data)
-        getattr(opt, call)()
+def steps_of(member):
+    """How many each cell takes: what is remembered counts from the second one on."""
+    return range(1 if member.memory is None else 2)
+
+
+def by_hand(member, opt, net, data):
+    for _ in steps_of(member):
+        for call in calls(opt):
+            with opt.one_pass():
+                backward(net, data)
+            getattr(opt, call)()
+        opt.zero_grad()
 
 
 def assert_right(member, net, batches=None, max_norm=math.inf):
-    """A step from `network()` came to the weights that the papers' formulas have, of the batches' mean direction."""
+    """Steps from `network()` came to the weights that the papers' formulas have, of the batches' mean direction."""
     start = network()
     opt, ws = build(member, start), [p.detach() for p in start.parameters()]
     options = options_of(opt, [*start.parameters()])
+    history = [torch.zeros_like(w) for w in ws]
 
     def gradient(weights, data):
         at = {name: w.clone().requires_grad_() for (name, _), w in zip(start.named_parameters(), weights)}
         loss = nn.functional.mse_loss(torch.func.functional_call(start, at, (data[0],)), data[1])
         return torch.autograd.grad(loss, [*at.values()])
 
-    directions = []
-    for data in batches or [joint()]:
-        g = gradient(ws, data)
-        n = ref.ascent_norm(ws, g, options)
-        places = [ref.w_max, ref.w_min][: member.passes - 1]
-        moved = [[at(w, x, n, o) for w, x, o in zip(ws, g, options)] for at in places]
-        directions.append(member.direction([g, *(gradient(weights, data) for weights in moved)], options))
-    mean = [sum(ds) / len(ds) for ds in zip(*directions)]
-    for p, w, d in zip(net.parameters(), ws, ref.clipped(mean, max_norm)):
+    for t in steps_of(member):
+        directions = []
+        for data in batches or [joint()]:
+            g = gradient(ws, data)
+            q = member.memory.along(g, options, history) if member.memory else g
+            n = ref.ascent_norm(ws, q, options)
+            places = [ref.w_max, ref.w_min][: member.passes_of(t) - 1]
+            moved = [[at(w, x, n, o) for w, x, o in zip(ws, q, options)] for at in places]
+            passes = [g, *(gradient(weights, data) for weights in moved)]
+            directions.append(member.d(passes, options, history))
+        if member.memory:
+            history = member.memory.remembered(passes, options, history)
+        mean = [sum(ds) / len(ds) for ds in zip(*directions)]
+        ws = [w - LR * d for w, d in zip(ws, ref.clipped(mean, max_norm))]
+    for p, w in zip(net.parameters(), ws):
         whole = p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
-        torch.testing.assert_close(whole, w - LR * d, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(whole, w, rtol=1e-10, atol=1e-12)
 
 
 # ---- the ways
@@ -94,40 +108,45 @@ def assert_right(member, net, batches=None, max_norm=math.inf):
 
 def closure(member):
     net = network()
-    build(member, net).step(lambda: backward(net, joint()))
+    opt = build(member, net)
+    for _ in steps_of(member):
+        opt.step(lambda: backward(net, joint()))
     assert_right(member, net)
 
 
 def hand(member):
     net = network()
-    by_hand(build(member, net), net, joint())
+    by_hand(member, build(member, net), net, joint())
     assert_right(member, net)
 
 
 def grad_scaler(member):
     net = network()
     opt, scaler = build(member, net), torch.amp.GradScaler("cpu", init_scale=256.0)
-    for call in opt._calls:
-        backward(net, joint(), scaler)
-        scaler.step(opt) if call == "step" else getattr(opt, call)()
+    for _ in steps_of(member):
+        for call in calls(opt):
+            backward(net, joint(), scaler)
+            scaler.step(opt) if call == "step" else getattr(opt, call)()
+        scaler.update(16.0)
+        opt.zero_grad()
     assert_right(member, net)
 
 
 def clip(member):
     net = network()
-    by_hand(build(member, net, max_grad_norm=CLIPPED), net, joint())
+    by_hand(member, build(member, net, max_grad_norm=CLIPPED), net, joint())
     assert_right(member, net, max_norm=CLIPPED)
 
 
 def sync_last(member):
     net = DDP(network())
-    by_hand(build(member, net, sync="last"), net, halves()[dist.get_rank()])
+    by_hand(member, build(member, net, sync="last"), net, halves()[dist.get_rank()])
     assert_right(member, net, halves())
 
 
 def fsdp2(member):
     net = fully_shard(network())
-    by_hand(build(member, net), net, halves()[dist.get_rank()])
+    by_hand(member, build(member, net), net, halves()[dist.get_rank()])
     assert_right(member, net)
 
 
@@ -151,7 +170,8 @@ def captured(member):
 def bits_16(member):
     params = parameters("odd", torch.bfloat16)
     opt = member.build(params, lr=LR, momentum=0.9)
-    step_beside(member, opt, params, ref.sgd, [gradients(params, k) for k in range(member.passes)])
+    for t in steps_of(member):
+        step_beside(member, opt, params, ref.sgd, [gradients(params, 9 * t + k) for k in range(member.passes)])
 
 
 ALONE = {

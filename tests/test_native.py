@@ -46,7 +46,7 @@ def read(flat, params):
 
 def plain_step(flat, params):
     read(flat, params)
-    flat.begin_plain()
+    flat.begin_plain(Mixing())
     flat.square_norm(1, RADII)
     flat.update_sgd(flat.sums, RULE, True, math.inf)
 
@@ -128,7 +128,7 @@ def test_updated_says_whether_the_gradients_read_are_in_the_weights():
     assert all(torch.equal(p, x) for p, x in zip(params, after, strict=True))
     flat.read_gradients()
     assert not flat.updated
-    flat.begin_plain()
+    flat.begin_plain(Mixing())
     assert not flat.combine(torch.full((8,), math.nan, dtype=torch.float64), True, math.inf)
     assert flat.updated
 
@@ -220,7 +220,7 @@ def test_a_gradient_in_a_parameters_storage_is_read_before_that_is_written():
     inside.grad = memory[:-1]
     g = inside.grad.clone()
     flat.read_gradients()
-    flat.begin_plain()
+    flat.begin_plain(Mixing())
     flat.square_norm(1, RADII)
     assert flat.combine(flat.sums, True, math.inf)
     inside.data.zero_()
@@ -256,7 +256,7 @@ def test_several_dtypes_in_one_call():
     before = [values(params)[0] for params in kinds]
     for flat, params in zip(flats, kinds, strict=True):
         read(flat, params)
-        flat.begin_plain()
+        flat.begin_plain(Mixing())
         flat.square_norm(1, RADII)
     total = sum(flat.sums for flat in flats)
     MODULE.update_sgd(flats, [total, total], RULE, True, math.inf)

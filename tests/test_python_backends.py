@@ -1,5 +1,6 @@
 """FlatParams written in Python, by themselves: whole or not at all, and other people's memory."""
 
+import itertools
 import math
 import sys
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 
 from bsam_fused.ops import contract, holders, torch_lists
-from bsam_fused.ops.contract import MAX, MIN, AdamScalars, Mixing, Radius, Rule, RuleNumber, SGDScalars
+from bsam_fused.ops.contract import MAX, AdamScalars, Mixing, Radius, Rule, RuleNumber, SGDScalars
 
 RADII = [Radius(0.3)]
 SAM, BSAM = Mixing(), Mixing(Rule.BILATERAL, [RuleNumber()])
+LOOK_SAM, FRIENDLY_SAM = Mixing(Rule.ORTHOGONAL, [RuleNumber()]), Mixing(Rule.FRIENDLY, [RuleNumber(1.0, 1.0, 0.9)])
 SGD = [SGDScalars(0.1, 0.9, 0.0, 0.01, False, False)]
 ADAM = [AdamScalars(0.1, 0.9, 0.99, 1e-8, 0.01, True, False)]
 DTYPES = [torch.float32, torch.bfloat16]  # over lists, and a tensor at a time
@@ -76,18 +78,24 @@ def backward(params, seed, without=()):
         p.grad = None if i in without else torch.randn(p.shape, generator=generator).to(p.dtype)
 
 
-def walk_to_update(flat, bilateral):
+def walk_to_update(flat, mixing):
     backward(flat.params, 1)
     flat.read_gradients()
-    flat.square_norm(contract.ASCENT, RADII)
-    flat.ascend(flat.sums, RADII, 1e-12, BSAM if bilateral else SAM)
-    if bilateral:
+    if mixing is FRIENDLY_SAM:
+        flat.mix(RADII, mixing)
+    else:
+        flat.square_norm(contract.ASCENT, RADII)
+    flat.ascend(flat.sums, RADII, 1e-12, mixing)
+    if mixing is BSAM:
         backward(flat.params, 2)
         flat.read_gradients()
         flat.descend(flat.sums, RADII, 1e-12)
     backward(flat.params, 3)
     flat.read_gradients()
-    flat.square_norm(MIN if bilateral else MAX, RADII)
+    if mixing is LOOK_SAM:
+        flat.direction_sums()
+    else:
+        flat.square_norm(mixing.rule.last_slot, RADII)
     flat.begin_state(flat.beginning([True]))
 
 
@@ -98,8 +106,10 @@ def update(flat, rule):
         flat.update_sgd(flat.sums, SGD, True, math.inf)
 
 
-def state(flat, rule):
+def state(flat, rule, mixing=SAM):
     keys = ("exp_avg", "exp_avg_sq") if rule == "adam" else ("momentum_buffer",)
+    if mixing.rule.history:
+        keys += (mixing.rule.history,)
     return [t.clone() for key in (*keys, "step") for t in flat.state(key)] + [flat.step_count.clone()]
 
 
@@ -112,31 +122,37 @@ def same(some, others):
 
 
 @pytest.mark.parametrize("finite", [True, False], ids=["finite", "skipped"])
-@pytest.mark.parametrize("rule", ["sgd", "adam"])
-@pytest.mark.parametrize("bilateral", [False, True], ids=["SAM", "BSAM"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_an_interrupted_update_was_made_or_was_not(dtype, bilateral, rule, finite):
-    """At whatever line: `updated` says which; what was not made can be made, or be given up."""
+@pytest.mark.parametrize(
+    ("dtype", "mixing", "rule"),
+    [
+        *itertools.product(DTYPES, [SAM, BSAM], ["sgd", "adam"]),
+        (torch.float32, LOOK_SAM, "sgd"),
+        (torch.bfloat16, FRIENDLY_SAM, "sgd"),
+    ],
+    ids=lambda x: x.rule.name if isinstance(x, Mixing) else None,
+)
+def test_an_interrupted_update_was_made_or_was_not(dtype, mixing, rule, finite):
+    """With its history, at whatever line: `updated` says which; what was not made can be made, or be given up."""
 
     def prepared():
         params = parameters(dtype)
         flat, w = flat_of(params), weights(params)
-        state(flat, rule)
-        walk_to_update(flat, bilateral)
+        state(flat, rule, mixing)
+        walk_to_update(flat, mixing)
         if not finite:
             flat.sums[contract.ASCENT] = math.nan
-        return flat, w, state(flat, rule), lambda: update(flat, rule)
+        return flat, w, state(flat, rule, mixing), lambda: update(flat, rule)
 
     whole, _, _, make = prepared()
     make()
     for n, (flat, w, before) in enumerate(each_interrupt(prepared)):
         if not flat.updated:
-            assert same(state(flat, rule), before)
+            assert same(state(flat, rule, mixing), before)
             if n % 2:
                 update(flat, rule)
         if flat.updated:
             assert same(weights(flat.params), weights(whole.params))
-            assert same(state(flat, rule), state(whole, rule))
+            assert same(state(flat, rule, mixing), state(whole, rule, mixing))
         flat.restore()
         assert same(weights(flat.params), weights(whole.params) if flat.updated else w)
     assert n > 20
@@ -218,7 +234,7 @@ def test_a_gradient_in_the_memory_of_weights(offset):
     params[1].grad = params[0].detach()[offset : offset + 1999]
     params[0].grad = torch.ones(2000)
     flat.read_gradients()
-    flat.begin_plain()
+    flat.begin_plain(Mixing())
     flat.square_norm(MAX, RADII)
     assert flat.sums[MAX].item() == pytest.approx(2000 + g.double().square().sum().item())
     flat.update_sgd(flat.sums, [SGDScalars(0.1, 0.0, 0.0, 0.0, False, False)], True, math.inf)
@@ -262,13 +278,13 @@ def test_what_torch_allocated_for_nobody_else_is_taken():
 def test_dropped_state_stays_as_it_is():
     params = parameters()
     flat = flat_of(params)
-    walk_to_update(flat, True)
+    walk_to_update(flat, BSAM)
     update(flat, "sgd")
     held = flat.state("momentum_buffer") + flat.state("step")
     before = [t.clone() for t in held]
     flat.drop_state()
     assert not any(t.any() for t in flat.state("momentum_buffer") + flat.state("step"))
-    walk_to_update(flat, True)
+    walk_to_update(flat, BSAM)
     assert len(flat.beginning([True])) == 0  # noted by the walk
     update(flat, "sgd")
     assert same(held, before)
@@ -310,7 +326,7 @@ def test_nothing_holds_a_parameter_at_rest(dtype):
     """torch.utils.swap_tensors refuses one that something in C++ holds, or that has a weak reference."""
     params = parameters(dtype)
     flat = flat_of(params)
-    walk_to_update(flat, True)
+    walk_to_update(flat, BSAM)
     update(flat, "sgd")
     for p in params:
         p.grad = None

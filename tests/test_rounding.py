@@ -1,10 +1,12 @@
 """Stochastic rounding of 16-bit parameters: right in the mean, the same bits on every backend, nothing else touched."""
 
 import copy
+import functools
 import math
 
 import pytest
 import torch
+from members import calls
 from samples import strided
 from torch import nn
 
@@ -84,7 +86,13 @@ def test_no_number_is_not_rounded():
             assert result[0].isnan()
 
 
-@pytest.mark.parametrize("kind", [bsam_fused.SAM, bsam_fused.BSAM])
+LOOKSAM = functools.partial(bsam_fused.LookSAM, k=2, alpha=0.5)
+FRIENDLY = functools.partial(bsam_fused.FriendlySAM, sigma=0.5, lmbda=1 - 2.0**-14)
+
+
+@pytest.mark.parametrize(
+    "kind", [bsam_fused.SAM, bsam_fused.BSAM, LOOKSAM, FRIENDLY], ids=["SAM", "BSAM", "LookSAM", "FriendlySAM"]
+)
 @each_dtype
 def test_the_same_bits_on_every_backend(backend, kind, dtype):
     """Where the arithmetic before it is exact: slopes of ±1, their norm a power of two, and so are all options."""
@@ -101,14 +109,14 @@ def test_the_same_bits_on_every_backend(backend, kind, dtype):
         opt = kind([{"params": params[:2]}, {"params": params[2:]}], backend=name, **options)
         seen = []
         for t in range(3):
-            for k, call in enumerate(opt._calls):
+            for k, call in enumerate(calls(opt)):
                 for i, p in enumerate(params):
                     generator = torch.Generator("cpu").manual_seed(100 * t + 10 * k + i)
                     signs = torch.randint(0, 2, p.shape, generator=generator, device="cpu") * 2 - 1
                     p.grad = torch.empty_like(p).copy_(signs)
                 getattr(opt, call)()
                 seen += [p.detach().clone() for p in params]
-        runs.append(seen + [opt.state[p]["momentum_buffer"].clone() for p in params])
+        runs.append(seen + [value.clone() for p in params for _, value in sorted(opt.state[p].items())])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

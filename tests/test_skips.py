@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import bsam_fused
-from bsam_fused import BSAM, SAM
+from bsam_fused import BSAM, SAM, WSAM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -159,3 +159,24 @@ def test_printed_where_a_backend_is_missing(monkeypatch):
         warnings.simplefilter("error")
         assert "backend: torch on cpu" in repr(slower)
         assert "backend='cpp' for tensors on cpu: no wheel" in repr(opt)
+
+
+@pytest.mark.parametrize("first", [torch.float16, torch.float32], ids=["narrow first", "wide first"])
+def test_all_are_skipped_where_one_dtype_cannot_hold_the_direction(first, backend):
+    """A base that is not fused gets no part of it: w everywhere, one count for all, and the next step goes on."""
+    dtypes = [torch.float16, torch.float32]
+    params = [nn.Parameter(torch.ones(4, dtype=dtype)) for dtype in sorted(dtypes, key=lambda it: it is not first)]
+    opt = WSAM(params, torch.optim.RMSprop, lr=1e-3, eps=1e-3, gamma=0.9, backend=backend)
+
+    def passes(*factors):
+        for call, factor in zip(("ascend", "step"), factors, strict=True):
+            for p in params:
+                p.grad = torch.full_like(p, factor if p.dtype is torch.float16 else 1.0)
+            getattr(opt, call)()
+
+    passes(-6e4, 6e4)
+    assert all(torch.equal(p, torch.ones_like(p)) for p in params)
+    assert [(int(flat.step_count), int(flat.skipped)) for flat in opt._flats] == [(1, 1)] * 2
+    assert opt.skipped_steps == 1
+    passes(1.0, 1.0)
+    assert not any(torch.equal(p, torch.ones_like(p)) for p in params)

@@ -6,7 +6,7 @@ import trainers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from bsam_fused import BSAM, SAM
 from bsam_fused.integrations.transformers import SharpnessAwareMixin
@@ -132,6 +132,37 @@ def test_an_inactive_optimizer_is_the_base(tmp_path):
     batches = list(trainers.loader(4 * 32))
     assert all(entry["grad_norm"] > 0.1 for entry in run.state.log_history[:2])
     assert trainers.same(run.model.net, trainers.by_hand(BSAM, batches, 2, active=False, max_grad_norm=0.1))
+
+
+class Stepping(TrainerCallback):
+    def __init__(self, policy):
+        self.policy = policy
+
+    def on_optimizer_step(self, *args, **kwargs):
+        self.policy.step()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(("kind", "options", "policy"), trainers.THRIFTY.values(), ids=trainers.THRIFTY)
+def test_steps_of_one_pass(kind, options, policy, k, tmp_path):
+    """Between others of all passes: over all micro-batches, each of them once; decided when they have accumulated.
+
+    The logged norm is then that of the one pass.
+    """
+    run = trainer(kind, tmp_path, 6 * k * 32, k=k, options=options, max_grad_norm=0.5)
+    forwards = []
+    run.model.net.register_forward_hook(lambda *_: forwards.append(1))
+    if policy:
+        run.add_callback(Stepping(policy(run.optimizer)))
+    run.train()
+    passes = []
+    expected = trainers.by_hand(
+        kind, list(trainers.loader(6 * k * 32)), k, policy=policy, passes=passes, max_grad_norm=0.5, **options
+    )
+    assert {*passes} == {1, 2}
+    assert len(forwards) == k * sum(passes)
+    assert trainers.same(run.model.net, expected)
+    assert len([entry for entry in run.state.log_history if entry.get("grad_norm", 0) > 0.1]) == 6
 
 
 def test_an_error_in_a_replayed_pass_leaves_w(tmp_path):

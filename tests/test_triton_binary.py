@@ -14,15 +14,17 @@ DTYPES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 # How many tensors of the parameters' size a kernel reads and writes.
 OPERANDS = {
     "square_norm": (2, 0),  # g, w where adaptive
+    "mix": (3, 1),  # g, m, w where adaptive -> q
     "direction_sums": (2, 0),  # g, g_max
     "ascend": (2, 3),  # w, g -> saved, w, g where copied
     "descend": (3, 2),  # saved, g, g_max -> w, g
     "direction": (2, 1),  # g, g_max -> d
+    "remember": (2, 1),  # q, m -> m
     "update_sgd": (4, 2),  # saved, g, g_max, m -> w, m
     "update_adam": (5, 3),  # saved, g, g_max, m, v -> w, m, v
 }
 # How many operands of 16 bits are rounded stochastically, in the variants compiled: with master weights.
-ROUNDED = {"ascend": 1, "descend": 1, "update_sgd": 1, "update_adam": 2}
+ROUNDED = {"ascend": 1, "descend": 1, "remember": 1, "update_sgd": 1, "update_adam": 2}
 
 
 @pytest.fixture(scope="module")

@@ -93,8 +93,9 @@ class SharpnessAwareMixin:
             return loss
 
         try:
-            inner._passes.is_open = inner.active  # its first pass was begun with its first micro-batch
-            if inner.active and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            inner._passes.is_open = inner._may_perturb  # its first pass was begun with its first micro-batch
+            if inner._may_perturb and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+                inner._refuse_decided()
                 for call in inner._calls[:-1]:
                     run_pass()
                     getattr(inner, call)()

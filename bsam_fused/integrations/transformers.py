@@ -34,7 +34,7 @@ class SharpnessAwareMixin:
         clip = self.accelerator.clip_grad_norm_
 
         def norm(parameters: Iterable[Tensor], *args: Any, **kwargs: Any) -> Tensor:
-            return self._norm() if self._sharpness_aware.active else clip(parameters, math.inf)
+            return clip(parameters, math.inf) if self._sharpness_aware._at_rest else self._norm()
 
         self.accelerator.clip_grad_norm_ = norm
 
@@ -62,7 +62,7 @@ class SharpnessAwareMixin:
             optimizer = self._sharpness_aware
             optimizer.max_grad_norm = self.args.max_grad_norm or optimizer.max_grad_norm
             try:
-                for call in optimizer._calls[:-1] if optimizer.active else ():
+                for call in optimizer._calls[:-1] if optimizer._perturbs else ():
                     getattr(optimizer, call)()
                     with optimizer.one_pass():
                         for i, batch in enumerate(self._micro_batches, 1):

@@ -2,13 +2,14 @@
 
 Symbols as in the papers: w, g, ρ, ρ_min, η, T (1, or |w| + η where adaptive), d the direction. Sums are
 ``[Σ (T g)², Σ g_max², Σ g_min², scale, Σ x², Σ x y, a, b]``; n = √sums[0]; scale is what the loss was multiplied by, 0
-if it was not; d = a x + b y, x what was kept of the passes before the last one, y the last gradient (see `Rule`).
+if it was not; d = a x + b y, x what was kept of the passes before the last one, or the history, y the last gradient
+(see `Rule`). The history is what steps before this one remembered: one buffer a parameter, zeros at first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from itertools import pairwise
 from typing import NamedTuple, NoReturn, Protocol
@@ -26,6 +27,9 @@ NORMS, CHECKED, SLOTS = 3, 4, 8
 
 MASTER_WEIGHT = "master_weight"
 """The state that is no base optimizer's: float32 weights, from and to which 16-bit parameters are updated."""
+
+HISTORY_KEYS = ("orthogonal_gradient", "gradient_average")
+"""The state of what remembers: LookSAM's v, Friendly SAM's m."""
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -61,11 +65,34 @@ class Rule(IntEnum):
     """Of g and g_max ((1 − 2γ)/(1 − γ), γ/(1 − γ)); γ is the number. WSAM."""
     GIVEN = 5
     """Of g and g_max what ``sums[GIVEN_KEPT]`` and ``sums[GIVEN_LAST]`` say, set from outside."""
+    ORTHOGONAL = 6
+    """(0, 1); g is kept, as v = g_max − (⟨g, g_max⟩ / ‖g‖²) g is remembered. LookSAM, every k-th step."""
+    REUSED = 7
+    """Of the remembered v and g, in one pass: (α ‖g‖ / ‖v‖, 1), (0, 1) where v = 0; α: the number. LookSAM, between."""
+    FRIENDLY = 8
+    """(0, 1), of a perturbation along q = g − σ m, which is kept (`mix`), as m = λ m + (1 − λ) g is remembered, g where
+    m = 0; σ is the number, λ its `decay`. Friendly SAM."""
 
     @property
     def keeps(self) -> bool:
-        """Whether something is kept for it."""
-        return self is not Rule.LAST_ALONE
+        """Whether `ascend` keeps g for it."""
+        return self not in {Rule.LAST_ALONE, Rule.REUSED, Rule.FRIENDLY}
+
+    @property
+    def mixes(self) -> bool:
+        """Whether d is not the last gradient alone."""
+        return self not in {Rule.LAST_ALONE, Rule.ORTHOGONAL, Rule.FRIENDLY}
+
+    @property
+    def history(self) -> str | None:
+        """The key of the state that it uses, or remembers."""
+        looks = self in {Rule.ORTHOGONAL, Rule.REUSED}
+        return HISTORY_KEYS[0] if looks else HISTORY_KEYS[1] if self is Rule.FRIENDLY else None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether its step writes the history."""
+        return self in {Rule.ORTHOGONAL, Rule.FRIENDLY}
 
     @property
     def last_slot(self) -> int:
@@ -85,6 +112,8 @@ class RuleNumber(NamedTuple):
     number: float = 0.0
     largest: float = 0.0
     """The largest of all groups, by which all FlatParams decide alike whether a step can be made."""
+    decay: float = 0.0
+    """Friendly SAM's λ."""
 
 
 class Mixing(NamedTuple):
@@ -92,7 +121,7 @@ class Mixing(NamedTuple):
 
     rule: Rule = Rule.LAST_ALONE
     numbers: Sequence[RuleNumber] = ()
-    """One a param group; none where nothing is kept."""
+    """One a param group; none where the rule is that of the last gradient alone."""
 
 
 class SGDScalars(NamedTuple):
@@ -199,8 +228,12 @@ class FlatParams(Protocol):
         Raises what `reject` raises, with nothing changed.
         """
 
-    def begin_plain(self) -> None:
-        """Begin a step without perturbations, d = g: all sums 0, to be followed by `square_norm` of g in ``MAX``."""
+    def begin_plain(self, mixing: Mixing) -> None:
+        """Begin a step without perturbations: all sums 0.
+
+        To be followed by `square_norm` of g in ``MAX`` where d = g, and by `direction_sums` where ``mixing`` has the
+        history: it takes then the place of what is kept, of all parameters that have a gradient.
+        """
 
     def clear_gradients(self) -> None:
         """Set every ``.grad`` to None."""
@@ -214,8 +247,15 @@ class FlatParams(Protocol):
     def square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
         """Compute ``sums[slot] = Σ (T g)²`` of the gradients read, in float64. Reads N (adaptive: 2 N)."""
 
+    def mix(self, radii: Sequence[Radius], mixing: Mixing) -> None:
+        """With the friendly rule, in place of `square_norm`: q = g − σ m, which is kept, and along which `ascend` goes.
+
+        Computes ``sums[ASCENT]`` = Σ (T q)², ``sums[SQUARE]`` = Σ m² and ``sums[PRODUCT]`` = Σ q². ``.grad`` stays as
+        it is. Moves 3 N. What is exempt has no part in it.
+        """
+
     def direction_sums(self) -> None:
-        """In the last pass of a step that keeps g: ``sums[rule.last_slot]``, ``sums[SQUARE]``, ``sums[PRODUCT]``.
+        """In the last pass of a step with an x: ``sums[rule.last_slot]``, ``sums[SQUARE]``, ``sums[PRODUCT]``.
 
         They give ‖d‖² = a² Σ x² + 2 a b Σ x y + b² Σ y². With the extrapolated rule x is g + g_max and y ĝ_min, where
         a = 1 and b = −c, and ``sums[MIN]`` = Σ ĝ_min² comes with them. Reads 2 N.
@@ -251,7 +291,10 @@ class FlatParams(Protocol):
         d is divided by the loss's scale, and then scaled down to a norm of ``max_norm``, as
         torch.nn.utils.clip_grad_norm_ does it: a finite one needs `direction_sums` where g is kept, and so do all rules
         of g and g_max, but for the weighted one where n = ‖g‖. From the saved w, or (``from_saved=False``) from the
-        weights as they are. Ends the step: saved and g are free again. Moves 6 N (SAM and plain 5 N).
+        weights as they are. Then a rule that remembers writes the history, of the same step or not at all, from the
+        gradients as they came: x kept + y g_last + z history, of which it reads what counts, and 16 bits are rounded
+        by the count of steps with this one. Ends the step: saved and g are free again. Moves 6 N (SAM and plain 5 N);
+        to remember 3 N.
         """
 
     def update_adam(self, sums: Tensor, groups: Sequence[AdamScalars], from_saved: bool, max_norm: float) -> None:
@@ -263,7 +306,14 @@ class FlatParams(Protocol):
         For any base optimizer. Returns False, with the step given up, where a sum is not finite: waits for the
         sums. The step goes on until `release`: every parameter's w is saved now, with or without a gradient, so that
         `restore` can still undo whatever the base does to the weights. Where d is not the gradient as it is, it is
-        another tensor: what lies in ``.grad`` is not written to.
+        another tensor: what lies in ``.grad`` is not written to. What is to be remembered is worked out beside the
+        history: see `remembering`.
+        """
+
+    def remembering(self) -> Sequence[Callable[[], object]]:
+        """Return what writes the history that `combine` has worked out, once the base optimizer's own step was made.
+
+        Calls of C code, to be made in one go with that step.
         """
 
     def merge(self, sums: Tensor, share: float) -> Tensor:
@@ -313,7 +363,7 @@ class FlatParams(Protocol):
         """
 
     def clear_state(self, i: int) -> None:
-        """Zero the base optimizer's state of the i-th parameter: the next update begins it."""
+        """Zero the base optimizer's state of the i-th parameter, not the history: the next update begins it."""
 
     def drop_state(self) -> None:
         """Let go of the base optimizer's state, and begin with new buffers: old views stay as they are, others' now."""

@@ -113,6 +113,33 @@ def weighted(gamma: float) -> Mix:
     return Mix(1 - last, last)
 
 
+def reused(alpha: float, square_g: Number, square_v: Number) -> Mix:
+    """LookSAM 2203.02714 between its k-th steps, of the v that these remembered and of g: d = g + α (‖g‖ / ‖v‖) v."""
+    return Mix(alpha * _norm_ratio(square_g, square_v), 1.0)
+
+
+class Memory(NamedTuple):
+    """What is remembered: kept · x + last · y + history · h, of what was kept, the last gradient and what was before.
+
+    What a coefficient of 0 leaves out is not read: 0 · ∞ is no number.
+    """
+
+    kept: Number
+    last: Number
+    history: Number
+
+
+def orthogonal(product: Number, square_g: Number) -> Memory:
+    """LookSAM's v, of g and g_max: g_max − (⟨g, g_max⟩ / ‖g‖²) g, the part of g_max that is orthogonal to g."""
+    return Memory(-_ratio(product, square_g), 1.0, 0.0)
+
+
+def averaged(sigma: float, decay: float, square_m: Number) -> Memory:
+    """Friendly SAM 2403.12350: m = λ m + (1 − λ) g of q = g − σ m, which was kept; the first, where m is 0, is g."""
+    one_or_none = _ratio(square_m, square_m)
+    return Memory(1 - decay * one_or_none, 0.0, (decay + (1 - decay) * sigma) * one_or_none)
+
+
 def mixed_square(mix: Mix, square_kept: Number, product: Number, square_last: Number) -> Number:
     """Return ‖d‖² of a mix, from ‖x‖², ⟨x, y⟩ and ‖y‖²."""
     a, b = mix
@@ -130,7 +157,7 @@ def direction_factor(norm: Number, scale: Number, max_norm: float) -> Number:
 
 
 class Direction(NamedTuple):
-    """How an update's direction comes about, of all param groups: from the sums and a group's number, r, α or γ."""
+    """How an update's direction comes about, of all param groups: from the sums and a group's number, r, α, γ or σ."""
 
     rule: Rule
     summed: bool
@@ -145,15 +172,17 @@ class Direction(NamedTuple):
     def of(self, sums: Sums, number: float, both: bool) -> Mix:
         """Return the mix of a tensor, which has ``both`` gradients, of the first pass and the last; else ĝ_min is 0."""
         if self.rule is Rule.BILATERAL:
-            return bilateral(_norm_ratio(sums))
+            return bilateral(_norm_ratio(sums[MAX], sums[MIN]))
         if self.rule is Rule.EXTRAPOLATED:
-            return extrapolated(_norm_ratio(sums), number) if both else Mix(1.0, 1.0)
+            return extrapolated(_norm_ratio(sums[MAX], sums[MIN]), number) if both else Mix(1.0, 1.0)
         if self.rule is Rule.SURROGATE_GAP:
             return surrogate_gap(number, sums[PRODUCT], sums[MAX])
         if self.rule is Rule.WEIGHTED:
             return weighted(number)
         if self.rule is Rule.GIVEN:
             return Mix(sums[GIVEN_KEPT], sums[GIVEN_LAST])
+        if self.rule is Rule.REUSED:
+            return reused(number, sums[MAX], sums[SQUARE])
         return Mix(0.0, 1.0)
 
     def factor(self, sums: Sums) -> Number:
@@ -163,9 +192,9 @@ class Direction(NamedTuple):
         mix, as groups' numbers may differ only where d is not clipped.
         """
         extrapolates = self.rule is Rule.EXTRAPOLATED
-        mix = bilateral(_norm_ratio(sums)) if extrapolates else self.of(sums, self.largest, True)
+        mix = bilateral(_norm_ratio(sums[MAX], sums[MIN])) if extrapolates else self.of(sums, self.largest, True)
         square = sums[MIN if extrapolates else self.rule.last_slot]
-        if self.rule.keeps:
+        if self.rule.mixes:
             square = mixed_square(mix, sums[SQUARE], sums[PRODUCT], square)
         return direction_factor(_root(square), sums[SCALE], self.max_norm)
 
@@ -177,14 +206,29 @@ class Direction(NamedTuple):
     def _is_within(self, sums: Sums) -> bool | Tensor:
         """Whether no coefficient and no d, of any group, can be beyond the limit: they are monotonous in the number."""
         factor, longest_last = self.factor(sums), _root(sums[self.rule.last_slot])
-        if not self.rule.keeps:
-            return (factor <= 1) | (factor * longest_last <= self.limit)
+        if not self.rule.mixes:
+            within = (factor <= 1) | (factor * longest_last <= self.limit)
+            return within & self._can_remember(sums) if self.rule.remembers else within
         most = self.of(sums, self.largest, True).times(factor)
         least = self.of(sums, 0.0, self.rule is not Rule.EXTRAPOLATED).times(factor)
         a, b = (_larger(_larger(x, -x), _larger(y, -y)) for x, y in zip(most, least, strict=True))
         longest = self._longest_kept(sums, a) + b * longest_last
         is_norm = factor > 0  # ‖d‖, by which d is clipped, is not beyond float64
         return is_norm & (a <= self.limit) & (b <= self.limit) & (longest <= self.limit)
+
+    def memory(self, sums: Sums, number: float, decay: float) -> Memory:
+        """Return what the history becomes, of a group's numbers. Of what came, whatever d was scaled by."""
+        if self.rule is Rule.ORTHOGONAL:
+            return orthogonal(sums[PRODUCT], sums[SQUARE])
+        return averaged(number, decay, sums[SQUARE])
+
+    def _can_remember(self, sums: Sums) -> bool | Tensor:
+        """Whether neither its coefficients nor it can be beyond the limit, of any group: λ is at most 1."""
+        if self.rule is Rule.FRIENDLY:
+            return _root(sums[PRODUCT]) + max(self.largest, 1.0) * _root(sums[SQUARE]) <= self.limit
+        kept = self.memory(sums, 0.0, 0.0).kept
+        kept = _larger(kept, -kept)
+        return (kept <= self.limit) & (kept * _root(sums[SQUARE]) + _root(sums[MAX]) <= self.limit)
 
     def _longest_kept(self, sums: Sums, a: Number) -> Number:
         """Return what no element of a x, x what was kept, can be beyond: descend saw to g + g_max, in the loss's scale.
@@ -197,9 +241,9 @@ class Direction(NamedTuple):
         return a * _root(square + sums[MAX] + sums[MIN] if self.rule is Rule.EXTRAPOLATED else square)
 
 
-def _norm_ratio(sums: Sums) -> Number:
-    """Return c = ‖g_max‖ / ‖g_min‖, or of ĝ_min; 0 where that is."""
-    return _ratio(_root(sums[MAX]), _root(sums[MIN]))
+def _norm_ratio(square_x: Number, square_y: Number) -> Number:
+    """Return x / y from their squares, and 0 where y = 0."""
+    return _ratio(_root(square_x), _root(square_y))
 
 
 # ---- elements
@@ -213,3 +257,8 @@ def both_gradients(g: Tensor, g_max: Tensor) -> Tensor:
 def extrapolated_gradient(g: Tensor, g_max: Tensor, r: float) -> Tensor:
     """Return ĝ_min = g − r (g_max − g)."""
     return g + r * (g - g_max)
+
+
+def friendly_gradient(g: Tensor, m: Tensor, sigma: float) -> Tensor:
+    """Return Friendly SAM's q = g − σ m: g without the part that the batches have in common."""
+    return g - sigma * m

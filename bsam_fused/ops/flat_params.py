@@ -1,7 +1,8 @@
-"""What FlatParams written in Python share: parameters, gradients, flat buffers, what a phase does in which order.
+"""What FlatParams written in Python share: parameters, gradients, what a phase does in which order.
 
-The twin of csrc/flat_params.cpp. What runs over the elements is a backend's own: torch_flat.py, torch_lists.py,
-triton_flat.py. What an update writes, and the note that it did, are prepared, and then written in one go.
+The twin of csrc/flat_params.cpp; flat_buffers.py has the buffers. What runs over the elements is a backend's own:
+torch_flat.py, torch_lists.py, triton_flat.py. What an update writes, and the note that it did, are prepared, and then
+written in one go.
 """
 
 from __future__ import annotations
@@ -10,26 +11,31 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, partial
-from itertools import accumulate
-from operator import attrgetter
 from typing import NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
 from bsam_fused.ops import contract, rounding
-from bsam_fused.ops.contract import ASCENT, SCALE, SLOTS, AdamScalars, Mixing, Radius, SGDScalars
-from bsam_fused.ops.directions import Direction, Mix, Sums
-from bsam_fused.ops.memory import Memory, can_be_written
+from bsam_fused.ops.contract import (
+    ASCENT,
+    SCALE,
+    SLOTS,
+    AdamScalars,
+    Mixing,
+    Radius,
+    Rule,
+    RuleNumber,
+    SGDScalars,
+)
+from bsam_fused.ops.directions import Direction, Memory, Mix, Sums
+from bsam_fused.ops.flat_buffers import DIRECTION, FlatBuffers, kind_of
+from bsam_fused.ops.memory import can_be_written
 from bsam_fused.ops.one_go import in_one_go
 
 Call = Callable[[], object]
 Item = TypeVar("Item")
-DIRECTION = "direction"  # the flat buffer in which `merge` leaves d
-ALIGNMENT = 64  # bytes: every tensor starts on a cache line of the flat buffers
 SMALL_BYTES = 4096  # up to here a gradient is copied rather than taken
-
-_kind = attrgetter("shape", "dtype", "device", "layout")
 
 
 class Update(NamedTuple):
@@ -40,51 +46,37 @@ class Update(NamedTuple):
     max_norm: float
 
 
-class PythonFlatParams(ABC):
+class PythonFlatParams(FlatBuffers, ABC):
     """`contract.FlatParams`, but for what runs over the elements."""
 
     @torch.no_grad()
     def __init__(
         self, params: Sequence[Tensor], places: Sequence[tuple[int, int]], seed: int | None, exempt: bool
     ) -> None:
-        self.params, self.places = list(params), list(places)
-        self.device, self.dtype = self.params[0].device, self.params[0].dtype
+        super().__init__(params)
+        self.places = list(places)
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         self.sums = torch.zeros(SLOTS, dtype=wide, device=self.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.step_count = torch.zeros((), dtype=torch.int64, device=self.device)
         # Of parameters that are rounded stochastically.
         self._keys = [rounding.tensor_key(seed, *place) for place in places] if self._rounds(seed) else []
-        self._steps = torch.zeros(len(self.params), dtype=torch.float32, device=self.device)
-        self._kinds = list(map(_kind, self.params))
-        self._layouts = list(map(Tensor.stride, self.params))
-        self._numels = [p.numel() for p in self.params]
-        # An element's place in the flat buffers: its parameter's strides, or dense ones where they have gaps.
-        self._strides = [torch.empty_like(p, device="meta").stride() for p in self.params]
-        self._bytes = [numel * self.dtype.itemsize for numel in self._numels]
-        self._memory = Memory([], [], [])
         # What has gaps, or is lazily negated, is worked on in a packed copy.
         self._packed = {
             i: torch.empty_like(p, requires_grad=False)
             for i, p in enumerate(self.params)
             if p.stride() != self._strides[i] or p.is_neg()
         }
-        pad = ALIGNMENT // self.params[0].element_size()
-        self._offsets = [0]
-        for numel in self._numels:
-            self._offsets.append(self._offsets[-1] + -(-numel // pad) * pad)
-        self._buffers: dict[str, Tensor] = {}  # "saved", and the base optimizer's state
-        self._lists: dict[str, list[Tensor]] = {}  # of their views
-        self._begun: set[int] = set()  # whose state has begun
         self._own: dict[int, Tensor] = {}  # where g is kept if it had to be copied
         self._exempt = exempt  # nothing is perturbed here
         self._mixing = Mixing()  # how this step's direction is mixed
         self._summed = False  # and its sums are there
         self._now: dict[int, Tensor] = {}  # this pass's gradients, in the flat buffers' strides
-        self._g: dict[int, Tensor] = {}  # what is kept: g, or g + g_max, likewise
+        self._g: dict[int, Tensor] = {}  # what is kept: g, q, or g + g_max, likewise; or the history
         self._ascended: set[int] = set()  # who had a gradient in the first pass of this step
         self._perturbed: list[int] = []  # what is not w, but saved is
         self._shown: list[list[Tensor]] = []  # the perturbed weights, while the weights are w
+        self._remembered: list[Call] = []  # what writes the history that `combine` has worked out
         self._done: list[bool] = []  # not empty: an update was made of the gradients read last
         self.limit = torch.finfo(torch.promote_types(self.dtype, torch.float32)).max
         self._refuse_capture()
@@ -97,6 +89,10 @@ class PythonFlatParams(ABC):
     @abstractmethod
     def _run_square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
         """Σ (T g)²."""
+
+    @abstractmethod
+    def _run_mix(self, radii: Sequence[Radius]) -> None:
+        """q = g − σ m, into g; Σ (T q)², Σ m², Σ q²."""
 
     @abstractmethod
     def _run_direction_sums(self) -> None:
@@ -126,13 +122,18 @@ class PythonFlatParams(ABC):
     def _run_direction(self, sums: Tensor, max_norm: float) -> dict[int, Tensor]:
         """Return d of every member, but where it is its gradient as it is: strided like the flat buffers, nobody's."""
 
+    @abstractmethod
+    def _run_remember(self, sums: Tensor, max_norm: float) -> dict[int, Tensor]:
+        """Return what the history becomes, of those `_remembering`, beside it."""
+
     # ---- parameters and gradients
 
     @property
     def extra_bytes(self) -> int:
         """Bytes held beside parameters and gradients."""
-        g = [g for i, g in self._g.items() if g is not self._own.get(i)]
-        return sum(t.nbytes for t in (*self._buffers.values(), *self._packed.values(), *self._own.values(), *g))
+        is_history = self._mixing.rule is Rule.REUSED
+        taken = [] if is_history else [g for i, g in self._g.items() if g is not self._own.get(i)]
+        return sum(t.nbytes for t in (*self._buffers.values(), *self._packed.values(), *self._own.values(), *taken))
 
     @property
     def updated(self) -> bool:
@@ -146,7 +147,7 @@ class PythonFlatParams(ABC):
     def read_gradients(self) -> None:
         """Note the gradients of this pass."""
         self._now, self._done = {}, []
-        kinds = list(map(_kind, self.params))
+        kinds = list(map(kind_of, self.params))
         if kinds != self._kinds or list(map(Tensor.stride, self.params)) != self._layouts:
             contract.reject(self, next(i for i in range(len(self.params)) if self._changed(i)))
         now = {i: grad for i, grad in enumerate([p.grad for p in self.params]) if grad is not None}
@@ -179,13 +180,13 @@ class PythonFlatParams(ABC):
                     param.grad.record_stream(here)
 
     def _changed(self, i: int) -> bool:
-        return _kind(self.params[i]) != self._kinds[i] or self.params[i].stride() != self._layouts[i]
+        return kind_of(self.params[i]) != self._kinds[i] or self.params[i].stride() != self._layouts[i]
 
     def _are_usual(self, grads: Mapping[int, Tensor]) -> bool:
         """Whether the memory of gradients is their elements, in the flat buffers' strides."""
         tensors = list(grads.values())
         return (
-            list(map(_kind, tensors)) == pick(self._kinds, grads)
+            list(map(kind_of, tensors)) == pick(self._kinds, grads)
             and list(map(Tensor.stride, tensors)) == pick(self._strides, grads)
             and not any(map(Tensor.is_neg, tensors))
             and not any(map(Tensor._is_zerotensor, tensors))
@@ -193,29 +194,16 @@ class PythonFlatParams(ABC):
 
     def _copied(self, i: int, grad: Tensor) -> Tensor:
         """Return a copy of a gradient whose memory is not its elements, or is somebody's that changes meanwhile."""
-        if _kind(grad) != self._kinds[i]:
+        if kind_of(grad) != self._kinds[i]:
             contract.reject(self, i)
         return self._empty(i).copy_(grad.detach())
 
-    def _occupied(self, weights: Sequence[int]) -> Memory:
-        """Return where parameters, at these addresses, and flat buffers lie: what lies there, too, is written to."""
-        last = [
-            sum((size - 1) * stride for size, stride in zip(kind[0], strides, strict=True))
-            for kind, strides in zip(self._kinds, self._layouts, strict=True)
-        ]
-        spans = [
-            (address, address + (1 + place) * self.dtype.itemsize)
-            for address, place, numel in zip(weights, last, self._numels, strict=True)
-            if numel
-        ]
-        spans += [(buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes) for buffer in self._buffers.values()]
-        begins = sorted(spans)
-        return Memory(list(weights), [begin for begin, _ in begins], [0, *accumulate((end for _, end in begins), max)])
-
-    def begin_plain(self) -> None:
-        """Begin a step with d = g."""
-        self._mix_by(Mixing())
-        self._g, self._ascended = {}, set()
+    def begin_plain(self, mixing: Mixing) -> None:
+        """Begin a step of one pass."""
+        self._mix_by(mixing)
+        history = self._history() if mixing.rule is Rule.REUSED else []
+        self._g = {i: history[i] for i in self._now} if history else {}
+        self._ascended = set()
         self.sums.zero_()
 
     def join(self, mixing: Mixing, descended: bool) -> None:
@@ -243,68 +231,15 @@ class PythonFlatParams(ABC):
             self.params[i].grad = None
         self._now = {}
 
-    def _empty(self, i: int) -> Tensor:
-        return torch.empty_strided(self.params[i].shape, self._strides[i], dtype=self.dtype, device=self.device)
-
     def _kept(self, i: int) -> Tensor:
         """Return where a copy of the i-th gradient is kept, from step to step."""
         if i not in self._own:
             self._own[i] = self._empty(i)
         return self._own[i]
 
-    # ---- flat buffers
-
-    def _refuse_capture(self) -> None:
-        """What a graph's capture makes is made anew by every replay."""
-        if is_capturing(self.device):
-            raise RuntimeError("the first step cannot be captured in a CUDA graph: take one before, then capture")
-
-    def _buffer(self, key: str) -> Tensor:
-        if key not in self._buffers:
-            self._refuse_capture()
-            dtype = torch.float32 if key == contract.MASTER_WEIGHT else self.dtype
-            self._buffers[key] = torch.zeros(self._offsets[-1], dtype=dtype, device=self.device)
-            self._memory = Memory([], [], [])
-        return self._buffers[key]
-
-    def _view(self, key: str, i: int) -> Tensor:
-        return self._buffer(key).as_strided(self._kinds[i][0], self._strides[i], self._offsets[i])
-
-    def _list(self, key: str) -> list[Tensor]:
-        """Return views of a flat buffer that nobody else has."""
-        if key not in self._lists:
-            self._lists[key] = self.state(key)
-        return self._lists[key]
-
-    def state(self, key: str) -> list[Tensor]:
-        """Views of the flat buffer ``key``."""
-        if key == "step":
-            return list(self._steps.unbind())
-        return [self._view(key, i) for i in range(len(self.params))]
-
-    @torch.no_grad()
-    def clear_state(self, i: int) -> None:
-        """Zero the i-th parameter's state."""
-        self._begun.discard(i)
-        self._steps[i].zero_()
-        for key in self._buffers:
-            if key not in {"saved", DIRECTION}:
-                self._view(key, i).zero_()
-
-    def drop_state(self) -> None:
-        """Begin with new buffers of state."""
-        self._begun = set()
-        self._steps = torch.zeros_like(self._steps)
-        self._lists = {}
-        self._buffers = {key: buffer for key, buffer in self._buffers.items() if key in {"saved", DIRECTION}}
-
     def beginning(self, stateful: Sequence[bool]) -> list[int]:
         """Return whose state begins with this step."""
         return [i for i in self._members() if i not in self._begun and stateful[self.places[i][0]]]
-
-    def begin_state(self, members: Sequence[int]) -> None:
-        """Note whose state has begun."""
-        self._begun.update(members)
 
     # ---- phases
 
@@ -317,6 +252,17 @@ class PythonFlatParams(ABC):
             self._run_square_norm(slot, radii)
 
     @torch.no_grad()
+    def mix(self, radii: Sequence[Radius], mixing: Mixing) -> None:
+        """q = g − σ m, which is kept, and is what `ascend` takes for the gradient of this pass."""
+        self._mix_by(mixing)
+        if self._exempt:
+            self.sums.zero_()
+            return
+        self._g = {i: self._kept(i) for i in self._now}
+        self._run_mix(radii)
+        self._now = dict(self._g)
+
+    @torch.no_grad()
     def direction_sums(self) -> None:
         """Σ y², Σ x², Σ x y of d = a x + b y."""
         self._run_direction_sums()
@@ -326,7 +272,9 @@ class PythonFlatParams(ABC):
     def ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float, mixing: Mixing) -> None:
         """Save w, then w = w_max."""
         self._mix_by(mixing)
-        self._g, self._ascended = {}, set(self._now)
+        self._ascended = set(self._now)
+        if mixing.rule is not Rule.FRIENDLY:  # of an earlier `mix`, whose step never came
+            self._g = {}
         if mixing.rule.keeps:
             self._take()
         if not self._exempt:
@@ -369,11 +317,45 @@ class PythonFlatParams(ABC):
         if directions is None or not self._holds(directions.values()):
             self._commit(*self._put_back(), partial(self.skipped.add_, 1), partial(self.step_count.add_, 1))
             return False
+        self._remembered = self._writing_history(sums, max_norm)
         self._save([i for i in range(len(self.params)) if i not in set(self._perturbed)])
         in_one_go(*(self._put_back() if from_saved else []))
         for i, d in directions.items():
             self.params[i].grad = d
         return True
+
+    def remembering(self) -> list[Call]:
+        """Return what writes the history that `combine` has worked out."""
+        return list(self._remembered)
+
+    def _history(self) -> list[Tensor]:
+        """Return what the steps before have remembered for this step's rule."""
+        key = self._mixing.rule.history
+        return self._list(key) if key else []
+
+    def _writing_history(self, sums: Tensor, max_norm: float) -> list[Call]:
+        """Return what writes the history, where this step does: it is worked out now."""
+        if not self._remembering():
+            return []
+        history, new = self._history(), self._run_remember(sums, max_norm)
+        return [partial(torch._foreach_copy_, [history[i] for i in new], list(new.values()))]
+
+    def _remembering(self) -> list[int]:
+        """Return whose history is written: Friendly SAM's of those that have a q."""
+        if not self._mixing.rule.remembers:
+            return []
+        return list(self._g) if self._mixing.rule is Rule.FRIENDLY else self._members()
+
+    def _memories(self, sums: Sums) -> Callable[[int], Memory]:
+        """Return what gives a param group's coefficients of the history."""
+        by = self._direction(math.inf)
+
+        @cache
+        def memory(group: int) -> Memory:
+            numbers = self._numbers_of(group)
+            return by.memory(sums, numbers.number, numbers.decay)
+
+        return memory
 
     def _direction(self, max_norm: float) -> Direction:
         """Return how this step's direction comes about."""
@@ -381,9 +363,9 @@ class PythonFlatParams(ABC):
         largest = numbers[0].largest if numbers else 0.0
         return Direction(rule, self._summed, max_norm, self.limit, largest)
 
-    def _number(self, group: int) -> float:
-        """Return a param group's number of the rule."""
-        return self._mixing.numbers[group].number if self._mixing.numbers else 0.0
+    def _numbers_of(self, group: int) -> RuleNumber:
+        """Return a param group's numbers of the rule."""
+        return self._mixing.numbers[group] if self._mixing.numbers else RuleNumber()
 
     def _mixes(self, sums: Sums, max_norm: float, signs: Sequence[float] = ()) -> Callable[[int, bool], Mix]:
         """Return what gives the mix of a param group's tensors that have both gradients or not; ``signs``: of its d."""
@@ -393,7 +375,7 @@ class PythonFlatParams(ABC):
         @cache
         def mix(group: int, both: bool) -> Mix:
             signed = signs[group] * factor if signs else factor
-            return by.of(sums, self._number(group), both).times(signed)
+            return by.of(sums, self._numbers_of(group).number, both).times(signed)
 
         return mix
 
@@ -454,7 +436,8 @@ class PythonFlatParams(ABC):
 
     def _forgetting(self) -> list[Call]:
         how = partial(self.__dict__.update, _mixing=Mixing(), _summed=False)
-        return [self._now.clear, self._g.clear, self._ascended.clear, self._perturbed.clear, self._shown.clear, how]
+        notes = self._now, self._g, self._ascended, self._perturbed, self._remembered, self._shown
+        return [*(note.clear for note in notes), how]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -479,14 +462,6 @@ class PythonFlatParams(ABC):
             (perturbed,) = self._shown
             w_is_saved = partial(torch._foreach_copy_, pick(self._list("saved"), self._perturbed), weights)
             in_one_go(w_is_saved, self._shown.clear, partial(torch._foreach_copy_, weights, perturbed))
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Return whether work on ``device``, which need not be the current one, goes into a graph instead of running."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
 
 
 def pick(items: list[Item], members: Collection[int]) -> list[Item]:

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-TO_MAX, TO_MIN, WEIGHT, FIRST_STATE, SECOND_STATE = range(5)
+TO_MAX, TO_MIN, WEIGHT, FIRST_STATE, SECOND_STATE, TO_HISTORY = range(6)
 """What is rounded in a step, each with bits of its own."""
 
 _GOLDEN = 0x9E3779B9

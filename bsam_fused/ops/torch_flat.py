@@ -28,9 +28,12 @@ from bsam_fused.ops.contract import (
     SGDScalars,
 )
 from bsam_fused.ops.directions import (
+    Memory,
     Mix,
+    Number,
     both_gradients,
     extrapolated_gradient,
+    friendly_gradient,
     is_out_of_reach,
     step_length,
 )
@@ -63,6 +66,12 @@ def perturbed(w: Tensor, g: Tensor, step: Tensor | float, radius: Radius, dtype:
     return torch.where(moved.abs() <= torch.finfo(dtype or w.dtype).max, moved, w)
 
 
+def bounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x as far as ``dtype`` can store it: at most its largest number, but where x is none."""
+    most = torch.finfo(dtype).max
+    return torch.where(x.isfinite() & (x.abs() > most), x.sign() * most, x)
+
+
 def is_too_long(g_plus_g_max: Tensor) -> Tensor:
     """Return where d may be beyond what it is computed in, from g + g_max, if c g_min is at most half as long."""
     s = g_plus_g_max.to(torch.promote_types(g_plus_g_max.dtype, torch.float32))
@@ -83,24 +92,40 @@ class TorchFlatParams(PythonFlatParams):
         super().__init__(params, places, seed, exempt)
         self._compute = torch.promote_types(self.dtype, torch.float32)
 
-    def _rounded(self, i: int, operand: int, x: Tensor) -> Tensor:
-        """Return x, of the i-th parameter's shape, in its dtype."""
+    def _rounded(self, i: int, operand: int, x: Tensor, ahead: int = 0) -> Tensor:
+        """Return x, of the i-th parameter's shape, in its dtype; ``ahead``: how many steps `step_count` is behind."""
         if self._keys:
             at = torch.arange(x.numel(), device=self.device).as_strided(x.shape, self._strides[i])
-            bits = rounding.random_bits(self._keys[i], self.step_count, operand, at)
+            bits = rounding.random_bits(self._keys[i], self.step_count + ahead, operand, at)
             x = rounding.rounded(x, self.dtype, bits)
         return x.to(self.dtype)
 
     def _run_square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
         """Σ (T g)²."""
+        self.sums[slot] = self._scaled_sum(self._now, radii)
+
+    def _scaled_sum(self, gradients: Mapping[int, Tensor], radii: Sequence[Radius]) -> Number:
+        """Return Σ (T g)²."""
         scaled = []
-        for i, g in self._now.items():
+        for i, g in gradients.items():
             radius, w = radii[self.places[i][0]], self._weights(i).to(self.sums.dtype)
             scaled.append(adaptivity(w, g, radius.eta) * g if radius.adaptive else g)
-        self.sums[slot] = 0
-        if scaled:
-            norms = torch._foreach_norm(scaled, 2, dtype=self.sums.dtype)
-            self.sums[slot] = torch.stack(norms).square().sum()
+        return self._square_sum(scaled)
+
+    def _square_sum(self, tensors: list[Tensor]) -> Number:
+        """Return Σ x²."""
+        return torch.stack(torch._foreach_norm(tensors, 2, dtype=self.sums.dtype)).square().sum() if tensors else 0.0
+
+    def _run_mix(self, radii: Sequence[Radius]) -> None:
+        """q = g − σ m, into g; Σ (T q)², Σ m², Σ q²."""
+        history = self._history()
+        for i, g in self._now.items():
+            sigma = self._numbers_of(self.places[i][0]).number
+            q = friendly_gradient(g.to(self._compute), history[i].to(self._compute), sigma)
+            self._g[i].copy_(bounded(q, self.dtype))
+        self.sums[ASCENT] = self._scaled_sum(self._g, radii)
+        self.sums[SQUARE] = self._square_sum([history[i] for i in self._now])
+        self.sums[PRODUCT] = self._square_sum(list(self._g.values()))
 
     def _square_norm(self, slot: int) -> None:
         """Σ g²."""
@@ -114,8 +139,8 @@ class TorchFlatParams(PythonFlatParams):
         for i in self._members():
             x, y = (zero if t is None else t.to(zero.dtype) for t in (self._g.get(i), self._now.get(i)))
             if rule is Rule.EXTRAPOLATED:
-                y_min = extrapolated_gradient(x, y, self._number(self.places[i][0])) if self._has_both(i) else zero
-                x, y = both_gradients(x, y), y_min
+                r = self._numbers_of(self.places[i][0]).number
+                x, y = both_gradients(x, y), extrapolated_gradient(x, y, r) if self._has_both(i) else zero
                 of_min.append(y.square().sum())
             squares.append(x.square().sum())
             products.append((x * y).sum())
@@ -174,7 +199,7 @@ class TorchFlatParams(PythonFlatParams):
         mix = mixes(self.places[i][0], self._has_both(i))
         a, b = (torch.as_tensor(x, dtype=self._compute, device=self.device) for x in mix)
         last = b * self._now.get(i, zero).to(self._compute)
-        return a * self._g.get(i, zero).to(self._compute) + last if self._mixing.rule.keeps else last
+        return a * self._g.get(i, zero).to(self._compute) + last if self._mixing.rule.mixes else last
 
     def _run(
         self, update: Update, signs: Sequence[float], members: list[int], counted: Sequence[int], rule: BaseRule
@@ -199,6 +224,9 @@ class TorchFlatParams(PythonFlatParams):
             for operand, (key, value) in enumerate(new.state.items(), rounding.FIRST_STATE):
                 state = self._view(key, i)
                 written.append((state, torch.where(finite, self._rounded(i, operand, value), state)))
+        if self._remembering():
+            history, remembered = self._history(), self._run_remember(update.sums, update.max_norm)
+            written += [(history[i], torch.where(finite, x, history[i])) for i, x in remembered.items()]
         writes: list[Call] = []
         if written:
             writes.append(partial(torch._foreach_copy_, *map(list, zip(*written, strict=True))))  # type: ignore[arg-type]
@@ -245,6 +273,23 @@ class TorchFlatParams(PythonFlatParams):
     def _run_direction(self, sums: Tensor, max_norm: float) -> dict[int, Tensor]:
         mixes = self._mixes(sums, max_norm)
         return {i: self._empty(i).copy_(self._mixed(i, mixes)) for i in self._members()}
+
+    def _run_remember(self, sums: Tensor, max_norm: float) -> dict[int, Tensor]:
+        """Return what the history becomes, of those `_remembering`, beside it."""
+        history, memory, ahead = self._history(), self._memories(sums), 1
+        return {
+            i: self._rounded(i, rounding.TO_HISTORY, self._recalled(i, history[i], memory(self.places[i][0])), ahead)
+            for i in self._remembering()
+        }
+
+    def _recalled(self, i: int, history: Tensor, memory: Memory) -> Tensor:
+        """Return kept · x + last · y + history · h, of what counts."""
+        total = torch.zeros_like(history, dtype=self._compute)
+        for factor, x in zip(memory, (self._g.get(i), self._now.get(i), history), strict=True):
+            if x is not None:
+                factor = torch.as_tensor(factor, dtype=self._compute, device=self.device)
+                total = torch.where(factor == 0, total, total + factor * x.to(self._compute))
+        return bounded(total, self.dtype)
 
 
 def signs(groups: Sequence[SGDScalars] | Sequence[AdamScalars]) -> list[float]:

@@ -6,7 +6,7 @@ On a CPU the host reads sums for nothing, so what is to be done is decided there
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -164,18 +164,30 @@ class TorchListFlatParams(TorchFlatParams):
 
     def _run_square_norm(self, slot: int, radii: Sequence[Radius]) -> None:
         """Σ (T g)²."""
-        total: float
-        if any(radius.adaptive for radius in radii):
-            total = sum([self._adaptive_sum(radii[group], own) for group, own in self._grouped(self._now).items()])
-        else:
-            total = sum_of_squares(list(self._now.values()))
-        self._slots[slot].fill_(total)
+        self._slots[slot].fill_(self._scaled_sum(self._now, radii))
 
-    def _adaptive_sum(self, radius: Radius, members: Sequence[int]) -> float:
-        gs = [self._now[i] for i in members]
+    def _scaled_sum(self, gradients: Mapping[int, Tensor], radii: Sequence[Radius]) -> float:
+        """Return Σ (T g)²: a param group at a time where that takes memory."""
+        if not any(radius.adaptive for radius in radii):
+            return sum_of_squares(list(gradients.values()))
+        grouped = self._grouped(gradients).items()
+        return sum([self._adaptive_sum(radii[group], own, [gradients[i] for i in own]) for group, own in grouped])
+
+    def _adaptive_sum(self, radius: Radius, members: Sequence[int], gs: Tensors) -> float:
         if radius.adaptive:
             gs = [adaptivity(w, g, radius.eta) * g for w, g in zip(self._weights_of(members), gs, strict=True)]
         return sum_of_squares(gs)
+
+    def _run_mix(self, radii: Sequence[Radius]) -> None:
+        """q = g − σ m, into g; Σ (T q)², Σ m², Σ q², of lists."""
+        history = self._history()
+        for group, own in self._grouped(self._now).items():
+            qs = [self._g[i] for i in own]
+            torch._foreach_copy_(qs, [self._now[i] for i in own])
+            torch._foreach_add_(qs, [history[i] for i in own], alpha=-self._numbers_of(group).number)
+        self._slots[ASCENT].fill_(self._scaled_sum(self._g, radii))
+        self._slots[SQUARE].fill_(sum_of_squares([history[i] for i in self._now]))
+        self._slots[PRODUCT].fill_(sum_of_squares(list(self._g.values())))
 
     def _run_direction_sums(self) -> None:
         """Σ y², Σ x², Σ x y of d = a x + b y, of lists."""
@@ -186,7 +198,8 @@ class TorchListFlatParams(TorchFlatParams):
         alone = [g for i, g in self._g.items() if i not in self._now]
         if rule is Rule.EXTRAPOLATED:
             alone += [g_max for i, g_max in self._now.items() if i not in self._g]
-            xs, ys = both_gradients(xs, ys), extrapolated(xs, ys, [self._number(self.places[i][0]) for i in both])
+            rs = [self._numbers_of(self.places[i][0]).number for i in both]
+            xs, ys = both_gradients(xs, ys), extrapolated(xs, ys, rs)
             self._slots[MIN].fill_(sum_of_squares(ys))
         self._slots[SQUARE].fill_(sum_of_squares(xs + alone))
         self._slots[PRODUCT].fill_(sum_of_products(xs, ys))
@@ -256,9 +269,9 @@ class TorchListFlatParams(TorchFlatParams):
             perturb(self._weights_of(members), gs, step, radii[group])()
 
     def _directions(self, members: Sequence[int], sums: Sequence[float], max_norm: float) -> tuple[Directions, Calls]:
-        """Return d of every member, once the calls were made: g is written to, this pass's gradients are not."""
+        """Return d of every member, once the calls were made: g is written to, gradients and history are not."""
         mixes = self._mixes(sums, max_norm)
-        if self._mixing.rule.keeps:
+        if self._mixing.rule.mixes:
             return self._mixed_lists(members, mixes)
         factor = mixes(0, True).last
         if factor == 1 and len(members) == len(self._now):
@@ -275,14 +288,17 @@ class TorchListFlatParams(TorchFlatParams):
         made: Directions = {}
         calls: Calls = []
         for (a, b), some in alike.items():
-            kept, new = [i for i in some if i in self._g], {i: self._now[i] for i in some if i not in self._g}
-            made.update(scaled(new, b) if new else {})
-            if kept and a != 1:
-                calls.append(partial(torch._foreach_mul_, [self._g[i] for i in kept], a))
-            pairs = [(self._g[i], self._now[i]) for i in kept if i in self._now]
+            kept = {i: self._g[i] for i in some if i in self._g}
+            new = {i: self._now[i] for i in some if i not in self._g}
+            if kept and self._mixing.rule is Rule.REUSED:
+                kept = scaled(kept, a)
+            elif kept and a != 1:
+                calls.append(partial(torch._foreach_mul_, list(kept.values()), a))
+            pairs = [(d, self._now[i]) for i, d in kept.items() if i in self._now]
             if pairs:
                 calls.append(partial(torch._foreach_add_, *map(list, zip(*pairs, strict=True)), alpha=b))
-        return {**self._g, **made}, calls
+            made.update({**kept, **(scaled(new, b) if new else {})})
+        return made, calls
 
     def _by_gradients(self, members: list[int]) -> list[tuple[bool, list[int]]]:
         """Return those with both gradients, and the others, where the rule makes a difference."""
@@ -313,6 +329,7 @@ class TorchListFlatParams(TorchFlatParams):
             writes.append(partial(torch._foreach_add_, pick(self._list("step"), counted), 1.0))
         for group, own in grouped.items():
             writes += rule(groups[group], own, self._weights_of(own), [ds[i] for i in own])
+        writes += self._writing_history(update.sums, update.max_norm)
         moved = partial(torch._C._increment_version, pick(self.params, members))
         self._commit(*writes, moved, *self._written(members), count)
 
@@ -341,9 +358,19 @@ class TorchListFlatParams(TorchFlatParams):
         ds, calls = self._directions(self._members(), sums.tolist(), max_norm)
         for call in calls:
             call()
-        for i in ds:
-            self._own.pop(i, None)  # it may be d now, which others will have
+        self._own = {i: own for i, own in self._own.items() if own is not ds.get(i)}  # others will have d
         return {i: d for i, d in ds.items() if d is not self.params[i].grad}
+
+    def _run_remember(self, sums: Tensor, max_norm: float) -> dict[int, Tensor]:
+        """Return what the history becomes, of those `_remembering`, beside it: kept x + last y + history h."""
+        memory, history = self._memories(sums.tolist()), dict(enumerate(self._history()))
+        new = {i: torch.zeros_like(history[i]) for i in self._remembering()}
+        for group, own in self._grouped(new).items():
+            for factor, xs in zip(memory(group), (self._g, self._now, history), strict=True):
+                there = [i for i in own if i in xs] if factor else []
+                if there:
+                    torch._foreach_add_([new[i] for i in there], [xs[i] for i in there], alpha=float(factor))
+        return new
 
 
 def both_gradients(gs: Tensors, g_maxs: Tensors) -> Tensors:

@@ -1,7 +1,7 @@
 """How an update's direction comes about: groups.h's Direction for Triton, from the sums and a param group's number.
 
-RULE is a `contract.Rule`. What comes as `numbers` is a table of float64 rows, a param group each: the number, and the
-largest of all groups, by which all decide alike.
+RULE is a `contract.Rule`. What comes as `numbers` is a table of float64 rows, a param group each: the number, the
+largest of all groups, by which all decide alike, the decay, and nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import triton.language as tl
 from bsam_fused.ops import contract
 from bsam_fused.ops.contract import Rule
 from bsam_fused.ops.triton_math import (
+    averaged,
     bilateral,
     direction_factor,
     extrapolated,
@@ -20,6 +21,8 @@ from bsam_fused.ops.triton_math import (
     mixed,
     mixed_square,
     norm_ratio,
+    orthogonal,
+    reused,
     surrogate_gap,
     weighted,
 )
@@ -34,14 +37,23 @@ PRODUCT = tl.constexpr(contract.PRODUCT)
 GIVEN_KEPT = tl.constexpr(contract.GIVEN_KEPT)
 GIVEN_LAST = tl.constexpr(contract.GIVEN_LAST)
 
-LAST_ALONE = tl.constexpr(Rule.LAST_ALONE.value)
 BILATERAL = tl.constexpr(Rule.BILATERAL.value)
 EXTRAPOLATED = tl.constexpr(Rule.EXTRAPOLATED.value)
 SURROGATE_GAP = tl.constexpr(Rule.SURROGATE_GAP.value)
 WEIGHTED = tl.constexpr(Rule.WEIGHTED.value)
 GIVEN = tl.constexpr(Rule.GIVEN.value)
+ORTHOGONAL = tl.constexpr(Rule.ORTHOGONAL.value)
+REUSED = tl.constexpr(Rule.REUSED.value)
+FRIENDLY = tl.constexpr(Rule.FRIENDLY.value)
 
-NUMBERS = tl.constexpr(len(contract.RuleNumber._fields))
+# Of each rule.
+MIXES = tl.constexpr(tuple(rule.mixes for rule in Rule))
+REMEMBERS = tl.constexpr(tuple(rule.remembers for rule in Rule))
+HAS_NUMBER = tl.constexpr(
+    tuple(rule not in {Rule.LAST_ALONE, Rule.BILATERAL, Rule.GIVEN, Rule.ORTHOGONAL} for rule in Rule)
+)
+
+NUMBERS = tl.constexpr(4)  # a row's length: the address of others takes registers, which updates of float64 lack
 
 
 @triton.jit
@@ -62,7 +74,7 @@ def has_both(flags: tl.tensor, now: tl.tensor) -> tl.tensor:
 @triton.jit
 def rule_number(at: tl.tensor, RULE: tl.constexpr) -> tl.tensor:
     """A number of the rule's, which is not read where it has none."""
-    if RULE == EXTRAPOLATED or RULE == SURROGATE_GAP or RULE == WEIGHTED:  # noqa: SIM109  Triton knows no `in`
+    if HAS_NUMBER[RULE]:
         return tl.load(at)
     else:
         return tl.full((), 0.0, tl.float64)
@@ -71,7 +83,7 @@ def rule_number(at: tl.tensor, RULE: tl.constexpr) -> tl.tensor:
 @triton.jit
 def ratio_of(sums: tl.tensor, RULE: tl.constexpr) -> tl.tensor:
     """c = ‖g_max‖ / ‖g_min‖, or of ĝ_min, worked out once a program; where the rule has none 0."""
-    if RULE == BILATERAL or RULE == EXTRAPOLATED:  # noqa: SIM109
+    if RULE == BILATERAL or RULE == EXTRAPOLATED:  # noqa: SIM109  Triton knows no `in`
         return norm_ratio(tl.load(sums + MAX), tl.load(sums + MIN))
     else:
         return tl.full((), 0.0, tl.float64)
@@ -91,6 +103,8 @@ def mix_of(sums: tl.tensor, c: tl.tensor, number: tl.tensor, both: tl.tensor, RU
         return weighted(number)
     elif RULE == GIVEN:
         return tl.load(sums + GIVEN_KEPT), tl.load(sums + GIVEN_LAST)
+    elif RULE == REUSED:
+        return reused(number, tl.load(sums + MAX), tl.load(sums + SQUARE))
     else:
         return last_alone()
 
@@ -103,7 +117,7 @@ def factor_of(sums: tl.tensor, c: tl.tensor, largest: tl.tensor, max_norm: tl.te
     as groups' numbers may differ only where d is not clipped.
     """
     square = tl.load(sums + last_slot(RULE))
-    if RULE != LAST_ALONE:
+    if MIXES[RULE]:
         if RULE == EXTRAPOLATED:
             kept, last = bilateral(c)
             square = tl.load(sums + MIN)
@@ -118,6 +132,27 @@ def all_finite(sums: tl.tensor) -> tl.tensor:
     """Whether the step's sums are numbers: else it is skipped."""
     both = is_finite(tl.load(sums + ASCENT)) & is_finite(tl.load(sums + MAX))
     return both & is_finite(tl.load(sums + MIN)) & is_finite(tl.load(sums + SCALE))
+
+
+@triton.jit
+def memory_of(sums: tl.tensor, number: tl.tensor, decay: tl.tensor, RULE: tl.constexpr) -> tl.tuple:
+    """The coefficients of what was kept, the last gradient and the history, in what that becomes."""
+    if RULE == ORTHOGONAL:
+        return orthogonal(tl.load(sums + PRODUCT), tl.load(sums + SQUARE))
+    else:
+        return averaged(number, decay, tl.load(sums + SQUARE))
+
+
+@triton.jit
+def can_remember(sums: tl.tensor, largest: tl.tensor, limit: tl.tensor, RULE: tl.constexpr) -> tl.tensor:
+    """Whether neither coefficients of the history nor it can be beyond the limit, of any group: λ is at most 1."""
+    norm = tl.sqrt(tl.load(sums + SQUARE))
+    if RULE == FRIENDLY:
+        return tl.sqrt(tl.load(sums + PRODUCT)) + tl.maximum(largest, 1.0) * norm <= limit
+    else:
+        kept, _, _ = memory_of(sums, largest, largest, RULE)
+        kept = tl.abs(kept)
+        return (kept <= limit) & (kept * norm + tl.sqrt(tl.load(sums + MAX)) <= limit)
 
 
 @triton.jit
@@ -150,8 +185,10 @@ def direction_of(
     c, largest = ratio_of(sums, RULE), rule_number(numbers + 1, RULE)
     factor = factor_of(sums, c, largest, tl.load(options), RULE)
     longest_last = tl.sqrt(tl.load(sums + last_slot(RULE)))
-    if RULE == LAST_ALONE:
+    if not MIXES[RULE]:
         within = (factor <= 1) | (factor * longest_last <= limit)
+        if REMEMBERS[RULE]:
+            within = within & can_remember(sums, largest, limit, RULE)
     else:
         most_kept, most_last = mix_of(sums, c, largest, True, RULE)
         least_kept, least_last = mix_of(sums, c, tl.full((), 0.0, tl.float64), RULE != EXTRAPOLATED, RULE)
@@ -176,12 +213,12 @@ def gradients(
     WHOLE: tl.constexpr,
     RULE: tl.constexpr,
 ) -> tl.tuple:
-    """What was kept, or where nothing is the last gradient, and that."""
+    """What was kept, or where d is of nothing kept the last gradient, and that."""
     last = load(now, count, S, CHUNK, WHOLE).to(T)
-    if RULE == LAST_ALONE:
-        return last, last
-    else:
+    if MIXES[RULE]:
         return load(g, count, S, CHUNK, WHOLE).to(T), last
+    else:
+        return last, last
 
 
 @triton.jit
@@ -189,7 +226,7 @@ def mixed_of(
     kept: tl.tensor, x: tl.tensor, last: tl.tensor, y: tl.tensor, T: tl.constexpr, RULE: tl.constexpr
 ) -> tl.tensor:
     """d of elements, from the coefficients `kept` and `last`."""
-    if RULE == LAST_ALONE:
-        return last.to(T) * y
-    else:
+    if MIXES[RULE]:
         return mixed(kept.to(T), x, last.to(T), y)
+    else:
+        return last.to(T) * y

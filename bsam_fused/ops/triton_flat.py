@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from bsam_fused.ops import holders
 from bsam_fused.ops.contract import ASCENT, MASTER_WEIGHT, SQUARE, AdamScalars, Radius, SGDScalars
-from bsam_fused.ops.flat_params import SMALL_BYTES, Call, PythonFlatParams, Update, is_capturing
+from bsam_fused.ops.flat_buffers import is_capturing
+from bsam_fused.ops.flat_params import SMALL_BYTES, Call, PythonFlatParams, Update
 from bsam_fused.ops.one_go import in_one_go
 
 OLDEST = "3.4"
@@ -198,7 +199,7 @@ class TritonFlatParams(PythonFlatParams):
                 (*_, last, _), *_ = self._tables[name].rows  # norm_eps or max_norm
                 self._table(name, [(*row, last, self.limit) for row in rows])
         if numbers and "mixing" in self._tables:
-            self._table("mixing", [tuple(row) for row in numbers])
+            self._write_numbers(numbers)
 
     def _launch(self, name: str, wanted: Iterable[int], pointers: Callable[[int], Pointers], **arguments: Any) -> None:
         """Launch a kernel over the ``wanted`` parameters."""
@@ -235,7 +236,15 @@ class TritonFlatParams(PythonFlatParams):
 
     def _numbers(self) -> Tensor:
         """Return the rule's numbers, on the device; what is not read, where it has none."""
-        return self._table("mixing", [*map(tuple, self._mixing.numbers)]) if self._mixing.numbers else self.sums
+        return self._write_numbers(self._mixing.numbers) if self._mixing.numbers else self.sums
+
+    def _write_numbers(self, numbers: Sequence[Sequence[float]]) -> Tensor:
+        return self._table("mixing", [(*row, 0.0) for row in numbers])
+
+    def _history_at(self) -> int:
+        """Return where the history of the rule is, if it has one."""
+        key = self._mixing.rule.history
+        return self._at(key) if key else 0
 
     def _flags(self, i: int) -> int:
         return WANTED | (ASCENDED if i in self._ascended else 0)
@@ -249,6 +258,22 @@ class TritonFlatParams(PythonFlatParams):
             return self._weights(i).data_ptr() if adaptive else 0, 0, self._now[i].data_ptr(), WANTED
 
         self._launch("square_norm", self._now, pointers, options=options, sums=self.sums, slot=slot, **self._reduction)
+
+    def _run_mix(self, radii: Sequence[Radius]) -> None:
+        """q = g − σ m, into g; Σ (T q)², Σ m², Σ q²."""
+        adaptive = any(radius.adaptive for radius in radii)
+        how = {"options": self._norm_options(ASCENT, radii), "numbers": self._numbers(), "history": self._history_at()}
+
+        def pointers(i: int) -> Pointers:
+            return (
+                self._weights(i).data_ptr() if adaptive else 0,
+                self._g[i].data_ptr(),
+                self._now[i].data_ptr(),
+                WANTED,
+            )
+
+        most = self._perturbing["MOST"]
+        self._launch("mix", self._now, pointers, sums=self.sums, MOST=most, **how, **self._reduction)
 
     def _run_direction_sums(self) -> None:
         """Σ y², Σ x², Σ x y of d = a x + b y; of g_max and ĝ_min, where that is extrapolated."""
@@ -289,6 +314,10 @@ class TritonFlatParams(PythonFlatParams):
         if self._exempt and self._copying:  # no kernel of `ascend` runs
             torch._foreach_copy_([self._g[i] for i in self._copying], [self._now[i] for i in self._copying])
             self._copying = set()
+
+    def _end_pass(self) -> None:
+        super()._end_pass()
+        self._copying = set()
 
     def _run_ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
         def pointers(i: int) -> Pointers:
@@ -361,8 +390,13 @@ class TritonFlatParams(PythonFlatParams):
             **self._rounding,
             **state,
         )
+        launches = [launch]
+        if remembering := self._remembering():
+            history = self._history()
+            to, limits = {i: history[i] for i in remembering}, options[0, -2:]
+            launches.append(self._prepared_history(to, update.sums, limits, self.step_count))
         with torch.cuda.device_of(self._tensors):
-            self._commit(launch, *self._written(members))
+            self._commit(*launches, *self._written(members))
 
     def _run_sgd(self, update: Update, groups: Sequence[SGDScalars], members: list[int]) -> None:
         options = self._table("update", [(*o, update.max_norm, self.limit) for o in groups])
@@ -381,9 +415,39 @@ class TritonFlatParams(PythonFlatParams):
         def pointers(i: int) -> Pointers:
             return directions[i].data_ptr(), _address(self._g.get(i)), _address(self._now.get(i)), self._flags(i)
 
-        how = {"options": self._table("direction", [(max_norm,)]), "numbers": self._numbers()}
+        how = {"options": self._limits(max_norm), "numbers": self._numbers()}
         self._launch("direction", directions, pointers, sums=sums, RULE=self._mixing.rule.value, **how)
         return directions
+
+    def _limits(self, max_norm: float) -> Tensor:
+        return self._table("direction", [(max_norm, self.limit)])
+
+    def _prepared_history(self, to: Mapping[int, Tensor], sums: Tensor, limits: Tensor, step_count: Tensor) -> Call:
+        """Return what launches the writing of what the history becomes; ``step_count``: with this step."""
+
+        def pointers(i: int) -> Pointers:
+            return to[i].data_ptr(), _address(self._g.get(i)), _address(self._now.get(i)), self._flags(i)
+
+        return self._prepared(
+            "remember",
+            to,
+            pointers,
+            options=limits,
+            numbers=self._numbers(),
+            sums=sums,
+            square_slot=SQUARE if self._summed else ASCENT,
+            history=self._history_at(),
+            **{**self._perturbing, "step_count": step_count},
+            RULE=self._mixing.rule.value,
+        )
+
+    def _run_remember(self, sums: Tensor, max_norm: float) -> dict[int, Tensor]:
+        """Return what the history becomes, of those `_remembering`, beside it."""
+        new = {i: self._empty(i) for i in self._remembering()}
+        launch = self._prepared_history(new, sums, self._limits(max_norm), self.step_count + 1)
+        with torch.cuda.device_of(self._tensors):
+            launch()
+        return new
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -24,6 +24,7 @@ from bsam_fused.ops.triton_math import (
     adaptivity,
     both_gradients,
     extrapolated_gradient,
+    friendly_gradient,
     is_finite,
     is_too_long,
     perturbed,
@@ -98,6 +99,50 @@ def square_norm(
     partial(total, partials, 0)
     if is_last(ticket):
         tl.store(sums + slot, added_up(partials, 0))
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def mix(
+    tensors: tl.tensor,
+    pointers: tl.tensor,
+    map: tl.tensor,
+    chunks: tl.tensor,
+    options: tl.tensor,
+    numbers: tl.tensor,
+    sums: tl.tensor,
+    history: tl.tensor,
+    partials: tl.tensor,
+    ticket: tl.tensor,
+    S: tl.constexpr,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MOST: tl.constexpr,
+) -> None:
+    """q = g − σ m, g in `now`, into g; Σ (T q)², Σ m², Σ q²."""
+    total = tl.zeros((CHUNK,), tl.float64)
+    squares = tl.zeros((CHUNK,), tl.float64)
+    of_q = tl.zeros((CHUNK,), tl.float64)
+    for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+        _, group, _, _, _, count, flat, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
+        _, eta, adaptive = _reach(options, group, 0.0, T)
+        for WHOLE in tl.static_range(2):
+            if is_variant(WHOLE, count, w, g, now, CHUNK):
+                slope = load(now, count, S, CHUNK, WHOLE).to(T)
+                m = load(history + flat, count, S, CHUNK, WHOLE).to(T)
+                x = load(only_if(adaptive, w), count, S, CHUNK, WHOLE).to(T)
+                q = friendly_gradient(slope, m, tl.load(numbers + NUMBERS * group).to(T), MOST).to(S)
+                store(g, q, count, S, CHUNK, WHOLE)
+                q = q.to(T)
+                total = plus_square(total, q, adaptivity(x, q, eta, adaptive))
+                squares = plus_product(squares, m, m)
+                of_q = plus_product(of_q, q, q)
+    partial(total, partials, 0)
+    partial(squares, partials, 1)
+    partial(of_q, partials, 2)
+    if is_last(ticket):
+        tl.store(sums + ASCENT, added_up(partials, 0))
+        tl.store(sums + SQUARE, added_up(partials, 1))
+        tl.store(sums + PRODUCT, added_up(partials, 2))
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)

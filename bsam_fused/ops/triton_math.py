@@ -98,6 +98,29 @@ def weighted(gamma: tl.tensor) -> tl.tuple:
 
 
 @triton.jit
+def reused(alpha: tl.tensor, square_g: tl.tensor, square_v: tl.tensor) -> tl.tuple:
+    """LookSAM 2203.02714 between its k-th steps, of the v that these remembered and of g: d = g + α (‖g‖ / ‖v‖) v."""
+    return alpha * norm_ratio(square_g, square_v), 1.0
+
+
+# What is remembered: kept · x + last · y + history · h, of what was kept, the last gradient and what it was before.
+
+
+@triton.jit
+def orthogonal(product: tl.tensor, square_g: tl.tensor) -> tl.tuple:
+    """LookSAM's v, of g and g_max: g_max − (⟨g, g_max⟩ / ‖g‖²) g, the part of g_max that is orthogonal to g."""
+    there, one, none = square_g > 0, tl.full((), 1.0, tl.float64), tl.full((), 0.0, tl.float64)
+    return tl.where(there, -product / tl.where(there, square_g, 1.0), 0.0), one, none
+
+
+@triton.jit
+def averaged(sigma: tl.tensor, decay: tl.tensor, square_m: tl.tensor) -> tl.tuple:
+    """Friendly SAM 2403.12350: m = λ m + (1 − λ) g of q = g − σ m, which was kept; the first, where m is 0, is g."""
+    there, none = square_m > 0, tl.full((), 0.0, tl.float64)
+    return tl.where(there, 1 - decay, 1.0), none, tl.where(there, decay + (1 - decay) * sigma, 0.0)
+
+
+@triton.jit
 def mixed_square(
     kept: tl.tensor, last: tl.tensor, square_kept: tl.tensor, product: tl.tensor, square_last: tl.tensor
 ) -> tl.tensor:
@@ -174,6 +197,32 @@ def extrapolated_gradient(g: tl.tensor, g_max: tl.tensor, r: tl.tensor) -> tl.te
 def mixed(kept: tl.tensor, x: tl.tensor, last: tl.tensor, y: tl.tensor) -> tl.tensor:
     """d = kept · x + last · y."""
     return tl.fma(last, y, kept * x)
+
+
+@triton.jit
+def bounded(x: tl.tensor, MOST: tl.constexpr) -> tl.tensor:
+    """A number as far as it can be stored: at most MOST, but where it is none."""
+    return tl.where(is_finite(x) & (tl.abs(x) > MOST), tl.where(x < 0, -MOST, MOST), x)
+
+
+@triton.jit
+def friendly_gradient(g: tl.tensor, m: tl.tensor, sigma: tl.tensor, MOST: tl.constexpr) -> tl.tensor:
+    """Friendly SAM's q = g − σ m, as far as it can be stored: g without the part that the batches have in common."""
+    return bounded(tl.fma(-sigma, m, g), MOST)
+
+
+@triton.jit
+def remembered(
+    kept: tl.tensor,
+    x: tl.tensor,
+    last: tl.tensor,
+    y: tl.tensor,
+    history: tl.tensor,
+    h: tl.tensor,
+    MOST: tl.constexpr,
+) -> tl.tensor:
+    """The history, as far as it can be stored: kept · x + last · y + history · h."""
+    return bounded(tl.fma(history, h, mixed(kept, x, last, y)), MOST)
 
 
 # ---- base updates: torch.optim's rules from w with gradient d, which has maximize's sign; cases are coefficients

@@ -12,6 +12,7 @@ TO_MIN = tl.constexpr(rounding.TO_MIN)
 WEIGHT = tl.constexpr(rounding.WEIGHT)
 FIRST_STATE = tl.constexpr(rounding.FIRST_STATE)
 SECOND_STATE = tl.constexpr(rounding.SECOND_STATE)
+TO_HISTORY = tl.constexpr(rounding.TO_HISTORY)
 
 
 @triton.jit

@@ -1,4 +1,7 @@
-"""The Triton kernels that end a step: the bases' updates, and the direction alone; otherwise as triton_kernels.py."""
+"""The Triton kernels that end a step: the bases' updates, what is remembered, the direction alone.
+
+Otherwise as triton_kernels.py.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,13 @@ from bsam_fused.ops.triton_directions import (
     factor_of,
     gradients,
     has_both,
+    memory_of,
     mix_of,
     mixed_of,
     ratio_of,
     rule_number,
 )
-from bsam_fused.ops.triton_math import adam, adam_rule, sgd, sgd_rule
+from bsam_fused.ops.triton_math import adam, adam_rule, remembered, sgd, sgd_rule
 from bsam_fused.ops.triton_pieces import (
     COUNTED,
     PARTIALS,
@@ -29,7 +33,7 @@ from bsam_fused.ops.triton_pieces import (
     piece,
     store,
 )
-from bsam_fused.ops.triton_rounding import FIRST_STATE, SECOND_STATE, WEIGHT, rounded, update_start
+from bsam_fused.ops.triton_rounding import FIRST_STATE, SECOND_STATE, TO_HISTORY, WEIGHT, rounded, update_start
 
 # Options come in float64 rows, a param group each.
 SGD_OPTIONS = tl.constexpr(8)  # lr, momentum, dampening, weight_decay, nesterov, maximize, max_norm, limit
@@ -52,7 +56,7 @@ def direction(
     CHUNK: tl.constexpr,
     RULE: tl.constexpr,
 ) -> None:
-    """d, into what stands for w; options: max_norm."""
+    """d, into what stands for w; options: max_norm, limit."""
     c = ratio_of(sums, RULE)
     factor = factor_of(sums, c, rule_number(numbers + 1, RULE), tl.load(options), RULE)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
@@ -64,6 +68,44 @@ def direction(
                 of_kept, of_last = mix_of(sums, c, number, has_both(flags, now), RULE)
                 d = mixed_of(factor * of_kept, kept, factor * of_last, last, T, RULE)
                 store(w, d, count, S, CHUNK, WHOLE)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def remember(
+    tensors: tl.tensor,
+    pointers: tl.tensor,
+    map: tl.tensor,
+    chunks: tl.tensor,
+    options: tl.tensor,
+    numbers: tl.tensor,
+    sums: tl.tensor,
+    square_slot: tl.tensor,
+    history: tl.tensor,
+    step_count: tl.tensor,
+    S: tl.constexpr,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    MOST: tl.constexpr,
+    RULE: tl.constexpr,
+) -> None:
+    """What the history becomes, into what stands for w, where the step is made; options: max_norm, limit.
+
+    An operand that does not count is not read: 0 · ∞ is no number. step_count: with this step.
+    """
+    finite = direction_of(sums, numbers, options, square_slot, RULE)[0]
+    for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+        _, group, key, _, begin, n, flat, to, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
+        for WHOLE in tl.static_range(2):
+            if is_variant(WHOLE, n, to, g, now, CHUNK):
+                o = numbers + NUMBERS * group
+                of_kept, of_last, of_history = memory_of(sums, rule_number(o, RULE), tl.load(o + 2), RULE)
+                kept = load(only_if(of_kept != 0, g), n, S, CHUNK, WHOLE).to(T)
+                last = load(only_if(of_last != 0, now), n, S, CHUNK, WHOLE).to(T)
+                h = load(only_if(of_history != 0, history + flat), n, S, CHUNK, WHOLE).to(T)
+                h = remembered(of_kept.to(T), kept, of_last.to(T), last, of_history.to(T), h, MOST)
+                h = rounded(h, TO_HISTORY, key, step_count, begin, S, CHUNK, STOCHASTIC)
+                store(only_if(finite, to), h, n, S, CHUNK, WHOLE)
 
 
 @triton.jit

@@ -19,6 +19,8 @@ class Around(torch.optim.Optimizer):
     """An optimizer around a base optimizer, whose param groups and state are its own."""
 
     base_optimizer: torch.optim.Optimizer
+    radius_factor: float = 1.0
+    """What all radii are multiplied by; see `schedules.EveryKth`."""
     _flats: Flats
     _known: list[dict[str, Any]]
     """The param groups that were checked, and have all options."""
@@ -148,7 +150,8 @@ class Around(torch.optim.Optimizer):
 
     def _radii(self, option: str, sign: float) -> list[Radius]:
         """Return a radius a group: ``option``, with ``sign`` the other way under maximize."""
-        radii = [self._radius(group, option, i) for i, group in enumerate(self._groups)]
+        factor = checks.non_negative("radius_factor", self.radius_factor)
+        radii = [factor * self._radius(group, option, i) for i, group in enumerate(self._groups)]
         largest, budget = max(radii), self._key("loss_budget")
         return [
             Radius(

@@ -16,32 +16,26 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from bsam_fused import callers, checks, distributed
-from bsam_fused.ops import contract, dispatch
-from bsam_fused.ops.contract import ASCENT, MAX, Mixing, Radius
+from bsam_fused.ops import dispatch
+from bsam_fused.ops.contract import ASCENT, MAX, FlatParams, Mixing, Radius
 from bsam_fused.optim import fused, groups, hooks, metrics, scaling, shown, trainers
 from bsam_fused.optim.flats import Flats
+from bsam_fused.optim.gradients import NO_GRADIENT, ReadsGradients
 from bsam_fused.optim.options import clipping_norm
-from bsam_fused.optim.phases import Phase, Phased
+from bsam_fused.optim.phases import Phase
 from bsam_fused.optim.sharpness import Sharpness
 
 Closure = Callable[[], Any]
 R = TypeVar("R")
 
-NO_GRADIENT = (
-    "no parameter has a gradient. A pass is a forward and a loss.backward() on this optimizer's parameters, in the "
-    "closure or before each call by hand, with no zero_grad() after it"
-)
 
-
-class SharpnessAware(Phased):
+class SharpnessAware(ReadsGradients):
     """A base optimizer that steps from w with a direction found at perturbed weights.
 
     Subclasses name their calls, and add the ones of their own.
     """
 
     _from_saved = True
-    _mixed = Mixing()  # how this step's direction is
-    _lacking = False  # a pass of this step that was read had no gradient at all
 
     def __init__(
         self,
@@ -141,9 +135,9 @@ class SharpnessAware(Phased):
         """Return how the direction of a step that begins is mixed."""
         return Mixing()
 
-    def _needs_sums(self, max_norm: float) -> bool:
-        """Whether an update needs more of the gradients than the norm of the last one."""
-        return False
+    def _plain_mixing(self) -> Mixing:
+        """Return how the direction of a step of one pass is mixed."""
+        return Mixing()
 
     def _check_clipping(self, mixing: Mixing, max_norm: float) -> None:
         """Raise ValueError where the direction, so mixed, cannot be clipped."""
@@ -156,43 +150,6 @@ class SharpnessAware(Phased):
     @property
     def _norm_eps(self) -> float:
         return checks.non_negative("norm_eps", self.norm_eps)
-
-    def _plain_radii(self) -> list[Radius]:
-        return [Radius(0.0)] * len(self._groups)
-
-    def _read_gradients(self) -> None:
-        """Read the gradients of this pass, of all that is in the param groups now."""
-        at_rest = self._phase is Phase.REST
-        if not at_rest:
-            for flat in self._flats.thaw(self._groups, self.backend):
-                flat.join(self._mixed, self._phase is Phase.DESCENDED)
-        elif not self._flats.fit(self._groups, self._exempt()):
-            self._build()
-        try:
-            self._flats.read_gradients(first=at_rest)
-        except contract.LayoutChangedError:  # the model was moved, cast or re-strided since the last step
-            if not at_rest:
-                raise
-            self._build()
-            self._flats.read_gradients(first=True)
-        lacking = all(p.grad is None for p in self._parameters())  # nearly always the first one has one
-        self._lacking = lacking or (self._lacking and self.sync == "last" and not at_rest)
-
-    def _require_gradients(self, call: str) -> None:
-        """Raise where a pass had no gradient; after the ranks have told each other, so that all of them do.
-
-        Raises:
-            RuntimeError: one parameter requires a gradient, but none has one.
-        """
-        heard = call == "step" or self.sync == "every"
-        if self._lacking and heard and any(p.requires_grad for p in self._parameters()):
-            raise RuntimeError(f"{self._named(call)}(): {NO_GRADIENT}")
-
-    def _build(self) -> None:
-        """Build FlatParams of the parameters as they are; only when all are built do they count."""
-        flats = self._flats.anew()
-        flats.build(self._groups, self._exempt(), self.backend)
-        self._flats = flats
 
     def ascend(self) -> None:
         """After backward at w: w becomes w_max = w + ρ T² g / (‖T g‖ + norm_eps). Gradients become None.
@@ -208,17 +165,20 @@ class SharpnessAware(Phased):
 
     def _ascend(self, loss: Any = None) -> None:
         self._expect("ascend")
-        if not self._active:
+        if not self._perturbs:
             ascend, step = self._named("ascend"), self._named("step")
-            raise RuntimeError(f"{ascend}() while active is False: {step}() is then the base optimizer's step")
+            if not self._active:
+                raise RuntimeError(f"{ascend}() while active is False: {step}() is then the base optimizer's step")
+            raise RuntimeError(f"{ascend}() in a step of one pass, as optimizer.passes says: {step}() comes next")
         self._notice()
         radii, norm_eps = self._radii("rho", +1.0), self._norm_eps
         self._mixed = self._mixing()
         self._check_clipping(self._mixed, clipping_norm(self.max_grad_norm))
         self.sharpness, self._flats.slots = None, ()
         self._read_gradients()
+        self._have_history(self._mixed)
         for flat in self._flats:
-            flat.square_norm(ASCENT, radii)
+            self._sum_ascent(flat, radii)
         self._flats.poison(ASCENT, loss)
         totals = self._flats.totals()
         self._require_gradients("ascend")
@@ -232,6 +192,10 @@ class SharpnessAware(Phased):
             self.restore()
             raise
 
+    def _sum_ascent(self, flat: FlatParams, radii: Sequence[Radius]) -> None:
+        """Have a FlatParams sum the squares of T times what the weights are moved along."""
+        flat.square_norm(ASCENT, radii)
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler leaves unscaling and skipping to `step`; it asks before it looks at the gradients."""
@@ -244,6 +208,7 @@ class SharpnessAware(Phased):
         return True
 
     def _hear_of_unscaling(self) -> None:
+        self._refuse_decided()
         self._unscaled_at = self._phase
         if not self._at_rest and self._following == "step" and self._group is None:
             self._tell_scaler(self._parameters())
@@ -293,31 +258,38 @@ class SharpnessAware(Phased):
         return self._step()
 
     def _is_plain(self) -> bool:
-        return not self._active or self._moves_nothing()
+        return self._moves_nothing() or not self._perturbs
 
     def _moves_nothing(self) -> bool:
         rates = [group.get("lr") for group in self._groups]  # some bases have none
         return all(lr is not None and float(lr) == 0 for lr in rates)
 
     def _plain_step(self, loss: Any = None) -> None:
-        """Make the base optimizer's step from w with d = g, or skip it where ‖g‖ is not finite."""
+        """Make a step of one pass from w, the base optimizer's, or skip it where ‖g‖ is not finite."""
         self._notice()
         self.sharpness = None
         max_norm = clipping_norm(self.max_grad_norm)
-        rule = self._fused_rule()
-        if rule is None and max_norm == math.inf:
+        rule, mixing = self._fused_rule(), self._plain_mixing()
+        # torch.distributed.checkpoint has a step that moves nothing show what state there is.
+        shown = self._mixing() if self._moves_nothing() else mixing
+        if rule is None and max_norm == math.inf and shown.rule.history is None:
             self._flats.hand_over()
             self.base_optimizer.step()
             self._come_to_rest()
             self._flats.end_step((), made=True)
             return
         try:
-            scaled = scaling.told(self)
+            scaled = self._told()
             scalars = [rule.scalars(group) for group in self._groups] if rule else []
+            self._check_clipping(mixing, max_norm)
             self._read_gradients()
+            self._have_history(shown)
             for flat in self._flats:
-                flat.begin_plain()
-                flat.square_norm(MAX, self._plain_radii())
+                flat.begin_plain(mixing)
+                if mixing.rule.mixes:
+                    flat.direction_sums()
+                else:
+                    flat.square_norm(MAX, self._plain_radii())
             self._flats.poison(MAX, loss)
             self._flats.note(MAX, scaled)
             made, totals = None, self._flats.totals()
@@ -342,15 +314,16 @@ class SharpnessAware(Phased):
             if self._phase is not Phase.REST:
                 self._out_of_order("step(closure)")
             self._notice()
-            active = self._active
+            may_perturb = self._may_perturb
         except Exception:
             scaling.forget(self)
             raise
         trainers.refuse_lightning(closures[0])
         trainers.refuse_accelerate()
         self.sharpness = None
+        self._decided = None  # by gradients that count no more
         self._clear_gradients()
-        if not active:
+        if not may_perturb:
             loss = _evaluate(closures[-1])
             self._lacking = all(p.grad is None for p in self._parameters())
             if loss is not None and self._lacking:
@@ -363,6 +336,9 @@ class SharpnessAware(Phased):
             for call, closure in zip(self._calls, closures, strict=True):
                 with self.one_pass():
                     losses.append(_evaluate(closure))
+                if self._at_rest and not self._perturbs:
+                    self._plain_step(losses[0])
+                    return losses[0]
                 getattr(self, f"_{call}")(losses[-1])
         except BaseException as error:
             self.restore()
@@ -378,18 +354,20 @@ class SharpnessAware(Phased):
     def _step(self, loss: Any = None) -> None:
         """Update from w, or skip where a sum is not finite."""
         try:
-            scaled = scaling.told(self)
+            scaled = self._told()
             self._expect("step")
             scaling.refuse_unscaled(
-                scaled, type(self).__name__, mixes=self._rule.keeps, too_early=self._unscaled_at is Phase.REST
+                scaled, type(self).__name__, mixes=self._rule.mixes, too_early=self._unscaled_at is Phase.REST
             )
             self._notice()
-            scaling.refuse_budget(scaled, (self._budget(group, i) for i, group in enumerate(self._groups)))
+            if scaled.found_inf is not None:
+                self._refuse_scaler()
             rule = self._fused_rule()
             scalars = [rule.scalars(group) for group in self._groups] if rule else []
             max_norm = clipping_norm(self.max_grad_norm)
             self._check_clipping(self._mixed, max_norm)
             self._read_gradients()
+            self._have_history(self._mixed)
             self._sum_last_gradients(max_norm if self._group is None else math.inf)
             self._flats.poison(self._rule.last_slot, loss)
             self._flats.note(self._rule.last_slot, scaled)
@@ -397,7 +375,7 @@ class SharpnessAware(Phased):
                 totals = self._flats.totals()
                 self._give(totals)
             else:
-                totals = self._flats.averaged(self._group, mixed=self._rule.keeps, give=self._give)
+                totals = self._flats.averaged(self._group, mixed=self._rule.mixes, give=self._give)
             self._require_gradients("step")
             if rule:
                 self._flats.update(rule, self.state, scalars, totals, self._from_saved, max_norm)
@@ -411,15 +389,22 @@ class SharpnessAware(Phased):
         self._unscaled_at = None
         self._flats.end_step(self._rule.slots, made)
 
-    def _fused_rule(self) -> fused.FusedRule | None:
-        return fused.rule_for(self.base_optimizer, wanted="master_weights=True" if self._flats.masters else "")
+    def _told(self) -> scaling.Scaled:
+        """Return what a GradScaler says, if there is one that is of use here."""
+        scaled = scaling.told(self)
+        if scaled.found_inf is not None:
+            self._refuse_decided()
+        return scaled
 
-    def _sum_last_gradients(self, max_norm: float) -> None:
-        for flat in self._flats:
-            if self._needs_sums(max_norm):
-                flat.direction_sums()
-            else:
-                flat.square_norm(self._rule.last_slot, self._plain_radii())
+    def _refuse_scaler(self) -> None:
+        """Raise RuntimeError where the scale of the loss would have to be known before the last pass."""
+        if min(self._budget(group, i) for i, group in enumerate(self._groups)) < math.inf:
+            scaling.refuse_scaled("loss_budget", "the radius is cut by the norm of the first pass's gradients")
+
+    def _have_history(self, mixing: Mixing) -> None:
+        """Have the history that a step needs where its phases find it."""
+        if mixing.rule.history is not None:
+            self._flats.have_history(mixing.rule.history, self._fused_rule(), self._groups, self.state)
 
     def _general_update(self, totals: Sequence[Tensor], max_norm: float) -> bool:
         try:
@@ -429,6 +414,9 @@ class SharpnessAware(Phased):
             raise
 
     # ---- captured steps
+
+    def _count(self, steps: int) -> None:
+        """Count steps that were replayed, or that shall not count (< 0)."""
 
     def _all_radii(self) -> list[list[Radius]]:
         """Return the radii that there are, in the order of the phases that go by them."""
@@ -451,19 +439,6 @@ class SharpnessAware(Phased):
         mixing = self._mixing()
         self._check_clipping(mixing, clipping_norm(self.max_grad_norm))
         self._flats.write_options([*radii, scalars, mixing.numbers])
-
-    # ---- several ranks
-
-    @property
-    def _group(self) -> Any:
-        """The ranks over which the direction is averaged, None where DDP averages every pass's gradients."""
-        return distributed.averaging_group(self.sync, self.model)
-
-    def _clear_gradients(self) -> None:
-        if self._flats.fit(self._groups, self._exempt()):
-            self._flats.clear_gradients()
-        else:
-            self.zero_grad()
 
 
 def _require_functions(closures: Sequence[Any]) -> None:

@@ -17,7 +17,7 @@ from bsam_fused.optim.mixing import MixesGradients
 from bsam_fused.optim.options import Rounding, common
 from bsam_fused.optim.phases import Phase
 from bsam_fused.optim.sam import Base
-from bsam_fused.schedules import GIVEN_LR, LARGEST_LR, decayed_radius, largest_lr, note_lr, scheduled_lr
+from bsam_fused.schedules.radii import GIVEN_LR, LARGEST_LR, decayed_radius, largest_lr, note_lr, scheduled_lr
 
 Decay = Literal["lr", "none"]
 UpdateFrom = Literal["w", "w_min"]

@@ -32,13 +32,10 @@ from bsam_fused.ops.sharded_flat import ShardedFlatParams
 from bsam_fused.optim.captured import Captured
 from bsam_fused.optim.fused import FusedRule
 from bsam_fused.optim.groups import check_parameters, takes_part
+from bsam_fused.optim.kinds import Groups, Kind, by_kind
 from bsam_fused.optim.scaling import Scaled
 from bsam_fused.optim.skips import Skips
 from bsam_fused.optim.state import Kept, State, StateViews
-
-Groups = Sequence[dict[str, Any]]
-Kind = tuple[Any, ...]
-"""Device, dtype, whether they are DTensors, the process groups of the shards, and whether they are exempt."""
 
 _GRADIENTS = "on which parameters have gradients; every rank must use the same ones in a pass, with zeros if need be"
 _NOT_REDUCED = "on the last pass's gradient; it must be outside DDP's no_sync(): `with optimizer.one_pass():` for all"
@@ -78,6 +75,7 @@ class Flats:
         self._fingerprint = 0  # of which parameters had gradients in the passes of this step
         self._latest: list[Tensor] = []  # totals
         self._state = StateViews()
+        self._history: str | None = None  # the key of what steps remember, once one has
         self._scaled = False  # the sums hold a loss's scale
         self._updates: Sequence[tuple[FlatParams, Callable[[], Any]]] = ()  # of this step, with who knows if it is made
         self._stepped: list[bool] = []  # the base optimizer has made its own step
@@ -193,7 +191,7 @@ class Flats:
         for i, group in enumerate(groups):
             check_parameters(group, i, seen)
             seen += group["params"]
-        kinds, left_out = _sorted(groups, self._exempt, {id(p) for flat in known for p in flat.params})
+        kinds, left_out = by_kind(groups, self._exempt, {id(p) for flat in known for p in flat.params})
         for params, places in kinds.values():
             contract.check_memory([distributed.local(p) for p in params], places)
         built = [self._flat(kind, params, places, backend) for kind, (params, places) in kinds.items()]
@@ -362,15 +360,39 @@ class Flats:
         """Return what the step that was just captured reads and writes here."""
         return Captured(list(self), self._state)
 
-    def disregard(self, steps: int) -> None:
-        """Do not count the last ``steps`` steps, all skipped."""
-        self._skipped_before -= steps
+    def disregard(self, before: tuple[int, int]) -> None:
+        """Count no step since the `counts` were those ``before``; waits for a GPU."""
+        steps, skipped = (int(now) - then for now, then in zip(self.counts, before, strict=True))
+        self._skipped_before -= skipped
         self.draw_again(steps)
 
     def draw_again(self, steps: int = 1) -> None:
         """Give the next steps the random bits of the last ``steps``."""
         for flat in self:
             flat.step_count.sub_(steps)
+
+    @property
+    def made(self) -> bool:
+        """Whether the step whose gradients were read last was made, or skipped; else none of it was."""
+        return bool(self._stepped) or any(flat.updated for flat in self)
+
+    # ---- the history
+
+    def have_history(self, key: str, rule: FusedRule | None, groups: Groups, state: State) -> None:
+        """Have what steps remember, ``state``'s ``key``, in the flat buffers; from now on.
+
+        Raises:
+            ValueError: a state has another shape than its parameter, by name.
+        """
+        self._history = key
+        if rule is None and self._state.kept is not None and self._state.kept.rule is not None:
+            self.hand_over()
+        scalars = [rule.scalars(group) for group in groups] if rule else []
+        self._state.have(self._built or [], state, self._kept(rule, scalars or [None] * len(groups)))
+
+    def _kept(self, rule: FusedRule | None, scalars: Sequence[SGDScalars | AdamScalars | None]) -> Kept:
+        stateful = [options is not None and options.stateful for options in scalars]
+        return Kept(rule, stateful, self.masters, self._history)
 
     # ---- updates
 
@@ -388,23 +410,30 @@ class Flats:
         All that can raise comes before the first of them. Interrupted between two, `finish` makes the others.
         """
         flats = self._built or []
-        self._state.prepare(flats, state, Kept(rule, [options.stateful for options in scalars], self.masters))
+        self._state.prepare(flats, state, self._kept(rule, scalars))
         self._updates = dispatch.updates(rule.operator, flats, totals, (scalars, from_saved, max_norm))
         for _, update in self._updates:
             update()
 
     def general_update(self, totals: Sequence[Tensor], from_saved: bool, max_norm: float, base_step: Any) -> bool:
-        """Leave the update to the base optimizer: d in .grad, the weights at w, then its own step.
+        """Leave the update to the base optimizer: d in .grad, the weights at w, then its own step, then the history.
 
         Returns:
             Whether it was made, or else skipped.
         """
         combined = [flat.combine(sums, from_saved, max_norm) for flat, sums in zip(self, totals, strict=True)]
-        if all(combined):
+        if not all(combined):
+            for flat in [flat for flat, went in zip(self, combined, strict=True) if went]:
+                flat.restore()
+                for count in (flat.skipped, flat.step_count):
+                    count.add_(1)
+            return False
+        if self._history is None or self._state.kept is None:
             self.hand_over()
-            counts = [partial(flat.step_count.add_, 1) for flat in self]
-            in_one_go(base_step, *counts, partial(self._stepped.append, True))
-        return all(combined)
+        calls: list[Callable[[], Any]] = [call for flat in self for call in flat.remembering()]
+        calls += [partial(flat.step_count.add_, 1) for flat in self]
+        in_one_go(base_step, *calls, partial(self._stepped.append, True))
+        return True
 
     def finish(self) -> bool:
         """Make what is left of an update that was interrupted between two FlatParams.
@@ -429,6 +458,8 @@ class Flats:
     def end(self) -> None:
         """Forget the step, whose weights are as they shall be."""
         if self._stepped:
+            if self._state.kept is not None:
+                self._state.show_history(self._built or [])
             for flat in self:
                 flat.release()
             self._stepped = []
@@ -449,34 +480,3 @@ class Flats:
 def _failed(rows: Tensor, passes: int, kept: bool) -> Tensor:
     failed = ~rows[:, :passes].isfinite().all()
     return failed | ~rows[:, SQUARE].isfinite().all() if kept else failed
-
-
-def _sorted(
-    groups: Groups, exempt: Sequence[bool], known: set[int]
-) -> tuple[dict[Kind, tuple[list[Tensor], list[tuple[int, int]]]], list[Tensor]]:
-    """Return the parameters of each kind with their places, and those that are frozen; none that is ``known``.
-
-    Raises:
-        RuntimeError: one is uninitialized, or on meta.
-    """
-    kinds: dict[Kind, tuple[list[Tensor], list[tuple[int, int]]]] = {}
-    frozen = []
-    for i, group in enumerate(groups):
-        for j, param in enumerate(group["params"]):
-            if id(param) in known:
-                continue
-            if not takes_part(param):
-                frozen.append(param)
-                continue
-            if torch.nn.parameter.is_lazy(param):
-                raise RuntimeError(f"{contract.describe(param, (i, j))}: run a forward pass before the first step")
-            if param.is_meta:
-                raise RuntimeError(
-                    f"{contract.describe(param, (i, j))} is on meta, without values: build the optimizer after the "
-                    "model has its memory, as to_empty() makes new parameters; or put those into param_groups"
-                )
-            kind = param.device, param.dtype, distributed.is_dtensor(param), distributed.shard_groups(param), exempt[i]
-            params, places = kinds.setdefault(kind, ([], []))
-            params.append(param)
-            places.append((i, j))
-    return kinds, frozen

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bsam_fused import checks
 from bsam_fused.ops import contract
 from bsam_fused.optim import names, trainers
-from bsam_fused.schedules import GIVEN_LR, LARGEST_LR
+from bsam_fused.schedules.radii import GIVEN_LR, LARGEST_LR
 
 Group = dict[str, Any]
 FORMAT = 1

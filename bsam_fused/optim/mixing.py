@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, overload
 
-from bsam_fused.ops.contract import Mixing, RuleNumber
+from bsam_fused.ops.contract import Mixing, Rule, RuleNumber
 from bsam_fused.optim.base import Closure, R, SharpnessAware
 
 
@@ -29,12 +29,15 @@ class MixesGradients(SharpnessAware):
         return [self._number(group, i) for i, group in enumerate(self._groups)]
 
     def _mixing(self) -> Mixing:
+        return self._mixing_by(self._rule)
+
+    def _mixing_by(self, rule: Rule) -> Mixing:
         numbers = self._numbers()
         largest = max(numbers)
-        return Mixing(self._rule, [RuleNumber(number, largest) for number in numbers])
+        return Mixing(rule, [RuleNumber(number, largest) for number in numbers])
 
     def _check_clipping(self, mixing: Mixing, max_norm: float) -> None:
-        if max_norm == math.inf:
+        if max_norm == math.inf or not mixing.rule.mixes:
             return
         numbers = {each.number for each in mixing.numbers}
         if len(numbers) > 1:

@@ -13,7 +13,10 @@ from bsam_fused.optim import others
 from bsam_fused.optim.around import Around
 from bsam_fused.optim.state import with_steps_on_host, without_masters
 
-_OWN = ("norm_eps", "max_grad_norm", "sync", "same_randomness", "model", "backend", "active", "sharpness")
+SWITCHES = ("active", "decide", "radius_factor")
+"""What schedules set."""
+
+_OWN = ("norm_eps", "max_grad_norm", "sync", "same_randomness", "model", "backend", "sharpness", *SWITCHES)
 """Attributes that copies have, too."""
 
 

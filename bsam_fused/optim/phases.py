@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import enum
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -41,18 +41,64 @@ class Phased(Persistent):
     _PHASES: ClassVar[tuple[Phase, ...]] = (Phase.REST, Phase.ASCENDED, Phase.DESCENDED)
 
     active: bool
+    decide: Callable[[Tensor], bool] | None = None
+    """Asked after a step's first pass, with ‖g‖² (float64, 0-dim, on a device) of the gradient there, whether the step
+    goes on to the others; else it is the base optimizer's. None: always. See `schedules.LargeGradients`."""
     model: nn.Module | None
     same_randomness: bool = False
     sync: distributed.Sync
     _phase = Phase.REST
     _looking_at_w = False
     _by_number = False  # whether the user calls the phases of this step by those names
+    _decided: bool | None = None  # what `decide` has said of this step
     _unscaled_at: Phase | None = None  # where the weights were when a GradScaler unscaled gradients of this step
     _own_passes: Passes | None = None
 
     @property
     def _active(self) -> bool:
         return checks.flag("active", self.active)
+
+    # ---- how many passes
+
+    @property
+    def passes(self) -> int:
+        """How many forward and backward passes the coming step takes, or the one that is under way.
+
+        One where ``active`` is False, and in steps between LookSAM's k-th. Asked before a step, or where its gradient
+        decides (`decide`) after its first backward and before the next call. By hand::
+
+            loss_fn(model(x), y).backward()
+            if optimizer.passes > 1:
+                optimizer.ascend()
+                loss_fn(model(x), y).backward()
+            optimizer.step()
+
+        Raises:
+            RuntimeError: the gradient of the first pass decides (`decide`), and there is none yet.
+        """
+        if self._at_rest:
+            self._decided = None  # of another batch, perhaps
+            if not self._perturbs:
+                return 1
+            if self.decide is not None and self._decided is None:
+                raise RuntimeError(
+                    "passes, where optimizer.decide goes by the first one's gradient: ask after its backward()"
+                )
+        return len(self._calls)
+
+    @property
+    def _may_perturb(self) -> bool:
+        """Whether the coming step takes more than one pass, as far as that is known before its first."""
+        return self._active
+
+    @property
+    def _perturbs(self) -> bool:
+        """Whether it does, as is known after its first pass."""
+        return self._may_perturb and (self.decide is None or self._decision())
+
+    def _decision(self) -> bool:
+        """Return what `decide` says of this step."""
+        raise NotImplementedError
 
     # ---- the order of calls
 
@@ -139,6 +185,7 @@ class Phased(Persistent):
             self._own_passes.end()
         self._forget_copies()
         self._looking_at_w = self._by_number = False
+        self._decided = None
         self._unscaled_at = self._unscaled_at and Phase.REST  # what comes now is of another pass
         self._phase = Phase.REST
 
@@ -165,12 +212,12 @@ class Phased(Persistent):
         Passes after the first begin from the buffers of ``model`` that it began from, where shape and dtype still fit,
         and with ``same_randomness`` from the same random generators: without it, from what the first one left. With
         ``sync="last"`` DDP reduces no gradient in it that the optimizer wants as it is: in SAM's first pass, in all of
-        BSAM's. `step` with a closure enters it itself; while ``active`` is False it does nothing.
+        BSAM's. `step` with a closure enters it itself; around the one pass of a plain step it does nothing.
         """
         passes = self._passes
         if not self._at_rest:
             passes.begin_extra()
-        elif not self._active:
+        elif not self._may_perturb:
             yield
             return
         elif not passes.is_open:
@@ -187,15 +234,20 @@ class Phased(Persistent):
 
     def _begin_first_pass(self) -> None:
         """Begin the first pass; a trainer that accumulates does it, and calls the phases later."""
-        if self._active and self._at_rest:
+        if self._may_perturb and self._at_rest:
             self._passes.begin_first(self.model, self._parameters(), self.same_randomness)
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self._groups for p in group["params"])
 
+    @property
+    def _group(self) -> Any:
+        """The ranks over which the direction is averaged, None where DDP averages every pass's gradients."""
+        return distributed.averaging_group(self.sync, self.model)
+
     def _unreduced(self) -> AbstractContextManager[None]:
-        mixes = self._rule.keeps or self._following != "step"
-        if self.sync == "last" and mixes and distributed.averaging_group(self.sync, self.model) is not None:
+        mixes = self._rule.mixes or self._following != "step"
+        if self.sync == "last" and mixes and self._group is not None:
             return self.model.no_sync()  # type: ignore[union-attr, operator, return-value]
         return nullcontext()
 

@@ -105,13 +105,18 @@ class SAM(SharpnessAware):
             The loss of the first pass: L(w), or the ascent loss; None without a closure.
 
         Raises:
-            TypeError: ``ascent_closure`` without ``closure``.
+            TypeError: ``ascent_closure`` without ``closure``, or with `decide`, which asks the first pass.
             RuntimeError: as `SharpnessAware.step` has it.
         """
         if ascent_closure is None:
             return super().step(closure)
         if closure is None:
             raise TypeError("ascent_closure without closure: pass both, or call the phases by hand")
+        if self.decide is not None:
+            raise TypeError(
+                "ascent_closure with decide: a step that ends after its first pass would be made by the ascent loss. "
+                "Leave out one of them"
+            )
         return self._run([ascent_closure, closure])
 
 

@@ -101,14 +101,12 @@ def refuse_unscaled(scaled: Scaled, name: str, *, mixes: bool, too_early: bool) 
         )
 
 
-def refuse_budget(scaled: Scaled, budgets: Iterable[float]) -> None:
-    """Raise RuntimeError where there is a scaler and a loss budget, which cuts radii by the norm of what it scaled."""
-    if scaled.found_inf is not None and min(budgets) < math.inf:
-        raise RuntimeError(
-            "loss_budget with GradScaler: the radius is cut by the norm of the first pass's gradients, which are "
-            "scaled, by what is told in the last pass only. Train in bfloat16, or without loss_budget; restore() gives "
-            "up this step"
-        )
+def refuse_scaled(what: str, why: str) -> None:
+    """Raise RuntimeError for ``what`` goes by the lengths of gradients before it is told what they were scaled by."""
+    raise RuntimeError(
+        f"{what} with GradScaler: {why}, which are scaled, by what is told in the last pass only. Train in bfloat16, "
+        f"or without {what}; restore() gives up this step"
+    )
 
 
 def mark(params: Iterable[Tensor], bad: Tensor) -> None:

@@ -23,27 +23,37 @@ Views = dict[str, Tensor]
 class Kept(NamedTuple):
     """What the base optimizer keeps of each parameter, as its rule and the param groups have it."""
 
-    rule: FusedRule
+    rule: FusedRule | None
+    """None: that of a base optimizer that is not fused, whose state is its own."""
     stateful: list[bool]
     """Whether the rule keeps state, one a param group."""
     masters: bool
     """Whether 16-bit parameters have master weights."""
+    history: str | None
+    """The key of what steps remember."""
+
+    @property
+    def rule_keys(self) -> tuple[str, ...]:
+        """The keys of the rule's state."""
+        return self.rule.keys if self.rule else ()
 
     def keys(self, flat: FlatParams, i: int) -> tuple[str, ...]:
         """Return the keys of the i-th parameter's state."""
         group, _ = flat.places[i]
-        return (self.rule.keys if self.stateful[group] else ()) + self._master(flat)
+        return (self.rule_keys if self.stateful[group] else ()) + self._ours(flat)
 
     def begins(self, flat: FlatParams) -> list[int]:
         """Return the parameters that take part in this step, and whose state begins with it."""
-        return flat.beginning([True] * len(self.stateful) if self._master(flat) else self.stateful)
+        return flat.beginning([True] * len(self.stateful) if self._ours(flat) else self.stateful)
 
-    def _master(self, flat: FlatParams) -> tuple[str, ...]:
-        return (MASTER_WEIGHT,) if self.masters and flat.dtype.itemsize == 2 else ()
+    def _ours(self, flat: FlatParams) -> tuple[str, ...]:
+        """Return the keys of what is no base optimizer's."""
+        master = (MASTER_WEIGHT,) if self.masters and flat.dtype.itemsize == 2 else ()
+        return (*master, self.history) if self.history else master
 
 
 class Shown(NamedTuple):
-    """State that is shown, as zeros, before its first update."""
+    """State of the base's that is shown, as zeros, before its first update; a history of zeros says what none does."""
 
     i: int
     """Of which parameter."""
@@ -67,12 +77,16 @@ class StateViews:
         Raises:
             ValueError: a state has another shape than its parameter, by name; then nothing was changed.
         """
-        if self._kept != kept or not self.shows(state):
-            self._bring_in(flats, state, kept)
+        self.have(flats, state, kept)
         for flat in flats:
             members = kept.begins(flat)
             if members:
                 self._begin(flat, members, state, kept)
+
+    def have(self, flats: Sequence[FlatParams], state: State, kept: Kept) -> None:
+        """Have in the flat buffers what is in ``state``. Raises as `prepare` does."""
+        if self._kept != kept or not self.shows(state):
+            self._bring_in(flats, state, kept)
 
     def _bring_in(self, flats: Iterable[FlatParams], state: State, kept: Kept) -> None:
         """Copy ``state`` into new flat buffers, and show it as views of them."""
@@ -84,15 +98,36 @@ class StateViews:
         self._seen = identity.seen(state)
         self._kept, self._state = kept, state
 
+    def show_history(self, flats: Sequence[FlatParams]) -> None:
+        """Show the history that begins with this step, now that a base has made its own; interrupted, again.
+
+        Not before: torch's optimizers begin the state of a parameter that has none at all. What is in ``state`` is then
+        seen anew: the base's own changes are no edits.
+        """
+        kept, state = self._kept, self._state
+        assert kept is not None  # who calls has them
+        assert kept.history is not None
+        for flat in flats:
+            members, views = kept.begins(flat), flat.state(kept.history)
+            for i in members:
+                state.setdefault(flat.params[i], {})[kept.history] = views[i]
+            flat.begin_state(members)
+        self._seen = identity.seen(state)
+
     def _begin(self, flat: FlatParams, members: Sequence[int], state: State, kept: Kept) -> None:
         """Show the state that begins with this step, as zeros; all that must be allocated is, before any update."""
         views = {key: flat.state(key) for key in {key: None for i in members for key in kept.keys(flat, i)}}
+        entries = {i: {key: views[key][i] for key in kept.keys(flat, i)} for i in members}
         shown = [
-            Shown(i, {key: views[key][i] for key in kept.keys(flat, i)}, dict(state.get(flat.params[i]) or {}))
-            for i in members
+            Shown(
+                i,
+                {key: view for key, view in entry.items() if key != kept.history},
+                dict(state.get(flat.params[i]) or {}),
+            )
+            for i, entry in entries.items()
         ]
-        self._unproven.append((flat, state, shown))
-        for i, entry, _ in shown:
+        self._unproven.append((flat, state, [each for each in shown if each.views]))
+        for i, entry in entries.items():
             state.setdefault(flat.params[i], {}).update(entry)
         flat.begin_state(members)
         self._seen = identity.seen(state)
@@ -125,7 +160,8 @@ class StateViews:
         if self._kept is None:
             return False
         self.retract()
-        self._state.update(with_steps_on_host(dict(self._state)))
+        if self._kept.rule is not None:
+            self._state.update(with_steps_on_host(dict(self._state)))
         self._kept, self._seen, self._state = None, None, {}
         return True
 
@@ -175,8 +211,8 @@ def _held(flat: FlatParams, state: State, kept: Kept) -> dict[int, tuple[dict[st
     for i, param in enumerate(flat.params):
         entry = state.get(param) or {}
         there = [key for key in kept.keys(flat, i) if entry.get(key) is not None]
-        if not set(kept.rule.keys) <= set(there):
-            there = [key for key in there if key == MASTER_WEIGHT]
+        if not set(kept.rule_keys) <= set(there):
+            there = [key for key in there if key not in kept.rule_keys]
         tensors = {key: _tensor(entry[key]) for key in there}
         for key, tensor in tensors.items():
             if key == MASTER_WEIGHT and tensor.dtype.itemsize == 2:
@@ -205,7 +241,7 @@ def _copy(flat: FlatParams, held: dict[int, tuple[dict[str, Any], Views]], kept:
     for i, (_, tensors) in held.items():
         for key, tensor in tensors.items():
             views[key][i].copy_(tensor.detach())
-        if "step" not in tensors and not tensors.keys().isdisjoint(kept.rule.keys):
+        if "step" not in tensors and not tensors.keys().isdisjoint(kept.rule_keys):
             steps[i].fill_(1.0)  # ours alone: SGD's rule for a first step is over
     for i, (entry, tensors) in held.items():
         entry.update({key: views[key][i] for key in tensors})

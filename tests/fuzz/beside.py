@@ -14,7 +14,7 @@ from torch import nn
 import bsam_fused
 
 from . import gradients, setups
-from .model import CALLS, Model, tidy
+from .model import CALLS, HISTORY, Model, tidy
 from .setups import BASES, OWN, TOLERANCE, completed, values
 
 REFUSALS = (RuntimeError, ValueError, TypeError)
@@ -83,7 +83,8 @@ class Beside(RuleBasedStateMachine):
 
     def difference(self, model):
         """What is not as ``model`` has it, in words; None."""
-        ways = (self._different_groups, self._different_weight, self._different_state, self._different_count)
+        ways = (self._different_groups, self._different_weight, self._different_state, self._different_history)
+        ways = (*ways, self._different_count)
         return next(filter(None, (way(model) for way in ways)), None)
 
     def _different_groups(self, model):
@@ -95,6 +96,8 @@ class Beside(RuleBasedStateMachine):
             if [indices[id(p)] for p in group["params"]] != [model.index(p) for p in right["params"]]:
                 return f"group {k} has other parameters"
             for name in group.keys() & right.keys() - {"params"}:
+                if name == "looks" and not self.mine(trainable=True):
+                    right[name] = group[name]  # whether steps of nothing count is nobody's concern
                 if group[name] is not None and group[name] != right[name]:
                     return f"{name} of group {k}: {group[name]}, and not {right[name]}"
         return None
@@ -111,7 +114,7 @@ class Beside(RuleBasedStateMachine):
         return None
 
     def _different_state(self, model):
-        state, right = self.state(), model.state()
+        state, right = without_history(self.state()), without_history(model.state())
         if state.keys() != right.keys():
             return f"there is state of {set(state)}, and not of {set(right)}"
         for i, entry in right.items():
@@ -124,6 +127,14 @@ class Beside(RuleBasedStateMachine):
             for key, value in entry.items():
                 if not agree(state[i][key], value, self.tolerance(self.params[i]) if i in model.updated else 0):
                     return f"state {key} of {i}: {show(state[i][key])}, and not {show(value)}"
+        return None
+
+    def _different_history(self, model):
+        """Zeros where there is none."""
+        held, right = self.history(), model.history(range(len(self.params)))
+        for i, h in right.items():
+            if not agree(held[i], h, self.tolerance(self.params[i]) if i in model.updated else 0):
+                return f"history of {i}: {show(held[i])}, and not {show(h)}"
         return None
 
     def _different_count(self, model):
@@ -141,14 +152,20 @@ class Beside(RuleBasedStateMachine):
         assert state is self.optimizer.base_optimizer.state
         return tidy({k if isinstance(k, str) else indices[id(k)]: entry for k, entry in state.items()})
 
+    def history(self):
+        """{index: what is remembered}, as the model has it."""
+        entries = {i: self.optimizer.state.get(p, {}).get(HISTORY.get(self.kind)) for i, p in enumerate(self.params)}
+        return {i: torch.zeros_like(self.params[i]) if h is None else h for i, h in entries.items()}
+
     def take_over(self):
         for p, w in zip(self.params, self.model.w):
             w.data = p.detach().double().clone()
         state = self.state()
-        for i, entry in self.model.state().items():
+        for i, entry in without_history(self.model.state()).items():
             for key, value in entry.items() if isinstance(entry, dict) else ():
                 if torch.is_tensor(value):
                     value.copy_(state[i][key])
+        self.model.remember({i: h.detach().double() for i, h in self.history().items()})
         self.model.synced()
 
     # ---- how calls are made
@@ -218,6 +235,16 @@ class Beside(RuleBasedStateMachine):
         entries = [e.values() for e in self.state().values() if isinstance(e, dict)]
         tensors = [t for values in entries for t in values if torch.is_tensor(t)]
         return {t.data_ptr() for t in (*tensors, *(self.params if plain else ()))}
+
+
+def without_history(state):
+    """A state without what is remembered, which is compared apart."""
+    return tidy(
+        {
+            k: {n: v for n, v in e.items() if n not in HISTORY.values()} if isinstance(e, dict) else e
+            for k, e in state.items()
+        }
+    )
 
 
 def agree(a, b, tolerance=0):

@@ -127,15 +127,18 @@ class Edits(Beside):
     def edit_state(self, i, n, seed, how):
         i = self.pick(i)
         value = values(self.params[i].shape, self.params[i].dtype, seed).abs()
-        for optimizer, params in ((self.optimizer, self.params), (self.model.base, self.model.w)):
-            edit_state(optimizer, params[i], n, how, value.to(params[i].dtype), self.fused)
+        both = (self.optimizer, self.params), (self.model.base, self.model.w)
+        one, other = (optimizer.state.get(params[i], {}) for optimizer, params in both)
+        keys = sorted(one.keys() & other.keys())  # one of them may have a history of zeros
+        key = keys[n % len(keys)] if keys else None
+        for optimizer, params in both:
+            edit_state(optimizer, params[i], key, n, how, value.to(params[i].dtype), self.fused)
 
 
-def edit_state(optimizer, param, n, how, value, fused):
+def edit_state(optimizer, param, key, n, how, value, fused):
     """An edit of the base optimizer's state; of an entry that lacks something only ours makes sense."""
     state = optimizer.state
     entry = state.get(param, {})
-    key = sorted(entry)[n % len(entry)] if entry else None
     value = torch.tensor(5.0) if key == "step" else value.clone()
     if how == "all":
         state.clear()

@@ -59,7 +59,7 @@ class Machine(Steps, Edits, Copies):
     def _interruptible_closure(self, seed, after):
         if not after.at_rest or after.refused:
             return self._interruptible_restore(seed, after)
-        for n, name in enumerate(after.calls if after.active else ["plain_step"]):
+        for n, name in enumerate(after.whole):
             params = self.mine(trainable=True)
             grads = {i: values(p.shape, p.dtype, 100 * (seed + n) + i).double() for i, p in params.items()}
             getattr(after, name)(grads)

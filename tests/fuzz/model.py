@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 CALLS = {
-    **dict.fromkeys(("SAM", "ASAM", "GSAM", "WSAM", "extrapolated BSAM"), ("ascend", "step")),
+    **dict.fromkeys(("SAM", "ASAM", "GSAM", "WSAM", "extrapolated BSAM", "LookSAM", "FriendlySAM"), ("ascend", "step")),
     "BSAM": ("ascend", "descend", "step"),
 }
-ALPHA, GAMMA = 0.4, 0.9
+ALPHA, GAMMA, K, SIGMA, LMBDA = 0.4, 0.9, 3, 0.7, 0.6
+HISTORY = {"LookSAM": "orthogonal_gradient", "FriendlySAM": "gradient_average"}
 
 
 def norm(tensors):
@@ -73,6 +74,7 @@ class Model:
         self.grads = []  # of the passes of this step so far
         self.saved = {}  # w, of what is perturbed
         self.failed = False  # something was not finite
+        self.along = {}  # what the perturbation goes along
 
     def synced(self):
         """From here on w and the state are taken as exact."""
@@ -89,14 +91,32 @@ class Model:
         return self.calls[len(self.grads)]
 
     @property
+    def between(self):
+        """Whether LookSAM's next step is none of its k-th."""
+        return self.kind == "LookSAM" and self.active and self.base.param_groups[0]["looks"] % K > 0
+
+    @property
+    def single(self):
+        """Whether the next step has one pass."""
+        return not self.active or self.between
+
+    @property
+    def whole(self):
+        """The calls of the next step with a closure."""
+        return ["plain_step"] if self.single else self.calls
+
+    @property
     def plain(self):
-        return not self.active or all(group["lr"] == 0 for group in self.base.param_groups)
+        return self.single or all(group["lr"] == 0 for group in self.base.param_groups)
 
     @property
     def refused(self):
         """Whether no step can begin: there is no line from w_max through w."""
         extrapolates = self.kind == "extrapolated BSAM"
         return extrapolates and any(rho_min(o) and not o["rho"] for o in self.base.param_groups)
+
+    def _entries(self):
+        return [(w, entry) for w, entry in self.base.state.items() if isinstance(entry, dict)]
 
     def index(self, param):
         return next(i for i, w in enumerate(self.w) if w is param)
@@ -116,10 +136,13 @@ class Model:
         """w_max = w + ρ T² g / ‖T g‖"""
         options = self.options()
         perturbed = {i: g for i, g in grads.items() if options[i]["perturb"]}
-        keeps = self.kind not in {"SAM", "ASAM"}  # else nobody looks at what is not perturbed
+        keeps = self.kind not in {"SAM", "ASAM", "FriendlySAM"}  # else nobody looks at what is not perturbed
         self._note(grads, loss, grads if keeps else perturbed)
         self.saved = {i: self.w[i].detach().clone() for i in perturbed}
-        self.n = norm([T(self.w[i].detach(), options[i]) * g for i, g in perturbed.items()])
+        m = self.history(perturbed)
+        self.first = not norm(m.values())
+        self.along = {i: g - SIGMA * m[i] for i, g in perturbed.items()} if self.kind == "FriendlySAM" else perturbed
+        self.n = norm([T(self.w[i].detach(), options[i]) * q for i, q in self.along.items()])
         if self.kind == "extrapolated BSAM":
             self.ratios = ratios(options, self.base.param_groups)
         self._perturb({i: o["rho"] for i, o in options.items()})
@@ -142,7 +165,7 @@ class Model:
     def _perturb(self, radii):
         options = self.options()
         for i in self.saved.keys() & options.keys():
-            w, g, o = self.saved[i], self.grads[0][i], options[i]
+            w, g, o = self.saved[i], self.along[i], options[i]
             if self.failed or not self.n:
                 self.w[i].data = w.clone()
                 continue
@@ -157,6 +180,8 @@ class Model:
         self._note(grads, loss)
         if self.kind == "extrapolated BSAM":
             self._note_rates()
+        if self.kind == "LookSAM":
+            self._look()
         if self.failed:
             self.skipped += 1
             self.restore()
@@ -166,8 +191,46 @@ class Model:
         for i, w in self.saved.items():
             if self.update_from == "w" or i not in members:
                 self.w[i].data = w
+        remembered = self._remembered(members)
         self._update(directions)
+        self.remember(remembered)
         self.forget()
+
+    # ---- the history, zeros at first
+
+    def history(self, members):
+        """{index: its history} of ``members``."""
+        entries = {i: self.base.state.get(self.w[i], {}).get(HISTORY.get(self.kind)) for i in members}
+        return {i: torch.zeros_like(self.w[i].data) if h is None else h for i, h in entries.items()}
+
+    def _look(self):
+        self.base.param_groups[0]["looks"] += 1
+
+    def _remembered(self, members):
+        """v = g_max − (⟨g, g_max⟩ / ‖g‖²) g; m = λ m + (1 − λ) g of q = g − σ m, q where m was 0."""
+        if self.kind == "LookSAM":
+            g, g_max = ({i: grads.get(i, torch.zeros_like(self.w[i].data)) for i in members} for grads in self.grads)
+            square = norm(g.values()) ** 2
+            along = sum((g[i] * g_max[i]).sum().item() for i in members) / square if square else 0.0
+            return {i: g_max[i] - along * g[i] for i in members}
+        if self.kind == "FriendlySAM":
+            m = self.history(self.along.keys() & members)
+            if self.first:
+                return {i: self.along[i] for i in m}
+            return {i: (1 - LMBDA) * self.along[i] + (LMBDA + (1 - LMBDA) * SIGMA) * m[i] for i in m}
+        return {}
+
+    def remember(self, histories):
+        """{index: what its history is from now on}."""
+        for i, history in histories.items():
+            if history.any() or HISTORY.get(self.kind) in self.base.state.get(self.w[i], {}):
+                self.base.state[self.w[i]][HISTORY[self.kind]] = history.clone()
+
+    def _reused(self, grads):
+        """d = g + α (‖g‖ / ‖v‖) v"""
+        v = self.history(grads)
+        length = norm(v.values())
+        return {i: g + (ALPHA * norm(grads.values()) / length * v[i] if length else 0.0) for i, g in grads.items()}
 
     def _direction(self, i):
         """Of the passes' gradients, zero for what is missing."""
@@ -179,7 +242,7 @@ class Model:
             return g_max - ALPHA * (g - along / norm_max**2 * g_max) if norm_max else g_max
         if self.kind == "WSAM":
             return ((1 - 2 * GAMMA) * g + GAMMA * g_max) / (1 - GAMMA)
-        if self.kind in {"SAM", "ASAM"}:
+        if self.kind in {"SAM", "ASAM", "LookSAM", "FriendlySAM"}:
             return g_max
         g_mins = self.grads[2] if self.kind == "BSAM" else self._extrapolated()
         norm_min = norm(g_mins.values())
@@ -191,25 +254,35 @@ class Model:
         return {i: g[i] - self.ratios[i] * (g_max[i] - g[i]) for i in g.keys() & g_max.keys()}
 
     def plain_step(self, grads, loss=0.0):
-        """The base's own step, d = g."""
+        """The base's own step, d = g; between LookSAM's k-th ones d is of v, too."""
         self._note_rates()
-        if self.fused and not (finite(grads) and math.isfinite(loss)):
+        failed, between = not (finite(grads) and math.isfinite(loss)), self.between
+        if between:
+            self._look()
+        if (self.fused or between) and failed:
             self.skipped += 1
         else:
-            self._update(grads)
+            self._update(self._reused(grads) if between else grads)
 
     def _update(self, directions):
         for i, w in enumerate(self.w):
             w.grad = directions[i].clone() if i in directions else None
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_([self.w[i] for i in directions], self.max_grad_norm)
+        key = HISTORY.get(self.kind)
+        histories = {w: entry.pop(key) for w, entry in self._entries() if key in entry}  # none of the base's
         for i in directions:  # state that lacks something begins anew
             entry = self.base.state.get(self.w[i], {})
             if self.fused and not (
                 {"momentum_buffer"} <= entry.keys() or {"step", "exp_avg", "exp_avg_sq"} <= entry.keys()
             ):
                 entry.clear()
+        for w in histories:
+            if not self.base.state[w]:  # which torch begins where there is no entry
+                del self.base.state[w]
         self.base.step()
+        for w, history in histories.items():
+            self.base.state[w][key] = history
         self.moved |= directions.keys()
         self.updated |= directions.keys()
 
@@ -253,8 +326,11 @@ class Model:
 
 
 def tidy(entries):
-    """Leave out empty entries, and what is None in them: torch.optim makes no difference."""
+    """Leave out empty entries, what is None in them, and a history of zeros: there is no difference."""
     tidied = {
-        k: {n: v for n, v in e.items() if v is not None} if isinstance(e, dict) else e for k, e in entries.items()
+        k: {n: v for n, v in e.items() if not (v is None or (n in HISTORY.values() and not v.any()))}
+        if isinstance(e, dict)
+        else e
+        for k, e in entries.items()
     }
     return {k: e for k, e in tidied.items() if not isinstance(e, dict) or e}

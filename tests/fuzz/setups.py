@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from .model import ALPHA, GAMMA
+from .model import ALPHA, GAMMA, LMBDA, SIGMA, K
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 """Of a step's result, relative to 1 + |value|: roundings, and far less than a wrong formula."""
@@ -96,8 +96,16 @@ DEFAULTS = {
     "WSAM": PLAIN,
     "BSAM": BILATERAL,
     "extrapolated BSAM": BILATERAL,
+    "LookSAM": {**PLAIN, "looks": 0},
+    "FriendlySAM": PLAIN,
 }
-OWN = {"GSAM": {"alpha": ALPHA}, "WSAM": {"gamma": GAMMA}, "extrapolated BSAM": {"descent": "extrapolate"}}
+OWN = {
+    "GSAM": {"alpha": ALPHA},
+    "WSAM": {"gamma": GAMMA},
+    "extrapolated BSAM": {"descent": "extrapolate"},
+    "LookSAM": {"alpha": ALPHA, "k": K},
+    "FriendlySAM": {"sigma": SIGMA, "lmbda": LMBDA},
+}
 """What a kind's class is told beside what all are."""
 
 

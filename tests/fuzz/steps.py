@@ -50,7 +50,7 @@ class Steps(Beside):
         grads, model = self.read(), self.model
         if model.at_rest and name == "step" and model.plain:
             return self.expect(self.optimizer.step, lambda: model.plain_step(grads))
-        begins = name == "ascend" and (not model.active or model.refused)
+        begins = name == "ascend" and model.at_rest and (model.single or model.refused)
         refused = model.next != name or begins or self.lacks(grads)
         call = getattr(self.optimizer, ALIASES[model.calls.index(name)] if alias else name)
         return self.expect(call, lambda: getattr(model, name)(grads), refused)
@@ -60,7 +60,7 @@ class Steps(Beside):
         """The fault, and the gradients of these kinds, in pass number ``at``."""
         model, at_rest, passes, ending, lacking = self.model, self.model.at_rest, 0, [], False
         refused = not at_rest or (model.active and model.refused)
-        names = model.calls if model.active else ("plain_step",)
+        names, single = model.whole, model.single
 
         def closure():
             nonlocal passes, lacking
@@ -75,7 +75,7 @@ class Steps(Beside):
             judged = self.mine(trainable=True) and (self.fused or model.active)  # else nobody looks at it
             loss = math.nan if here and fault == "nan loss" and judged else 0.5
             grads = self.read()
-            lacking = self.lacks(grads) and (model.active or fault != "no loss" or not here)
+            lacking = self.lacks(grads) and (not single or fault != "no loss" or not here)
             ending[:] = [lambda: None if lacking else getattr(model, name)(grads, loss)]
             if passes < len(names) and not refused:  # now; the last one when the update was made
                 ending.pop()()

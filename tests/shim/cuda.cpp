@@ -8,6 +8,12 @@ SHIM_EXPORT void shim_capture(bool on) { shim::capturing = on; }
 SHIM_EXPORT size_t shim_captured() { return shim::captured.size(); }
 SHIM_EXPORT void shim_launch(size_t i) { shim::captured[i](); }
 
+// Unloads all kernels, and has room for so many.
+SHIM_EXPORT void shim_make_room(size_t kernels) {
+  shim::loaded.clear();
+  shim::room = kernels;
+}
+
 // Whether torch's allocator was told that memory is read on the current stream; it then forgets that.
 SHIM_EXPORT bool shim_take_record(const void* memory) {
   return c10::cuda::CUDACachingAllocator::recorded.erase(memory) != 0;

@@ -16,6 +16,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <vector>
 
@@ -172,7 +173,7 @@ inline double __ldcg(const double* at) { return *at; }
 
 // ---- the runtime
 
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation };
 using cudaStream_t = void*;
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxThreadsPerMultiProcessor };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
@@ -194,7 +195,9 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "out of memory";
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 inline cudaError_t cudaDriverGetVersion(int* version) {
@@ -207,10 +210,25 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
   return cudaSuccess;
 }
 
+namespace shim {
+
+inline std::set<void (*)()> loaded;  // kernels: a device loads them as late as it can
+inline size_t room = size_t(-1);     // for so many
+
 template <class Kernel>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int threads, size_t) {
-  *blocks = shim::kThreadsAMultiprocessor / threads;
+cudaError_t load(Kernel kernel) {
+  const auto known = reinterpret_cast<void (*)()>(kernel);
+  if (loaded.size() >= room && !loaded.count(known)) return cudaErrorMemoryAllocation;
+  loaded.insert(known);
   return cudaSuccess;
+}
+
+}  // namespace shim
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel kernel, int threads, size_t) {
+  *blocks = shim::kThreadsAMultiprocessor / threads;
+  return shim::load(kernel);
 }
 
 template <class Kernel>
@@ -237,6 +255,7 @@ inline void cudaGridDependencySynchronize() { ++shim::waited; }
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
+  if (const cudaError_t error = shim::load(kernel); error != cudaSuccess) return error;
   const auto launch = [=, grid = config->gridDim, block = config->blockDim, early = config->numAttrs != 0] {
     gridDim = grid;
     shim::waited = 0;

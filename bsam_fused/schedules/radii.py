@@ -1,20 +1,18 @@
-"""Which steps are sharpness-aware, and how ρ and ρ_min go: stepped after the optimizer, as torch's LR schedulers are.
-
-A radius schedule is a function of the number of steps taken: it resumes exactly, and `SequentialRadius` composes it.
-"""
+"""How ρ and ρ_min go: functions of the number of steps taken, which resume exactly; and BSAM's eq. 12."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from bsam_fused import checks
+from bsam_fused.schedules.stepped import Stepped
 
 RadiusName = Literal["rho", "rho_min"]
 Each = float | Sequence[float]
@@ -25,84 +23,7 @@ GIVEN_LR, LARGEST_LR = "given_lr", "largest_lr"
 """Where param groups keep the learning rate that they began with, and the largest one of their steps so far."""
 
 
-class _Stepped(ABC):
-    """What belongs to an optimizer and counts its steps; all but the optimizer is in the state dict."""
-
-    _unsaved: ClassVar[frozenset[str]] = frozenset({"optimizer"})
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        if not hasattr(optimizer, "active"):
-            raise TypeError(
-                f"{type(self).__name__} of {type(optimizer).__name__}: pass a sharpness-aware optimizer, such as SAM"
-            )
-        self.optimizer: Any = optimizer
-        self.last_step = 0
-
-    @abstractmethod
-    def _apply(self, t: int) -> None:
-        """Set up the optimizer's step after the first ``t``."""
-
-    def step(self) -> None:
-        """Count a step of the optimizer, and set up its next one."""
-        self._apply(self.last_step + 1)
-        self.last_step += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything but the optimizer, and functions."""
-        return {name: value for name, value in self.__dict__.items() if name not in self._unsaved}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict, and set the optimizer up as it was then."""
-        self.__dict__.update(state_dict)
-        self._apply(self.last_step)
-
-
-class LatePhase(_Stepped):
-    """Perturb in the last part of training only; before it, a step is the base optimizer's: one pass, one update.
-
-    "Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training" (arXiv 2410.10373): a few
-    epochs of SAM at the end do nearly what SAM throughout does. Sets ``optimizer.active``; whoever calls the
-    phases by hand asks ``optimizer.active`` whether to call them, or ``step()`` alone.
-
-    Args:
-        optimizer: a sharpness-aware optimizer.
-        total_steps: steps of the whole training, > 0.
-        start: the share of them, in [0, 1], at which the late phase starts.
-        early: the mirror experiment: perturb before ``start``, not from there on.
-        every: within the phase, perturb in its first step and every ``every``-th from there, > 0.
-
-    Raises:
-        TypeError: the optimizer is not sharpness-aware.
-        ValueError: ``start`` outside [0, 1], or ``total_steps`` or ``every`` that is no integer > 0.
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        total_steps: int,
-        start: float = 0.9,
-        *,
-        early: bool = False,
-        every: int = 1,
-    ) -> None:
-        super().__init__(optimizer)
-        if checks.non_negative("start", start) > 1:
-            raise ValueError(f"start={start!r}: must be a share of the steps, in [0, 1]")
-        self.total_steps = checks.integer("total_steps", total_steps, 1)
-        self.start, self.early = start, checks.flag("early", early)
-        self.every = checks.integer("every", every, 1)
-        self._apply(0)
-
-    def _apply(self, t: int) -> None:
-        switch = round(self.start * self.total_steps)
-        begin, end = (0, switch) if self.early else (switch, math.inf)
-        self.optimizer.active = begin <= t < end and (t - begin) % self.every == 0
-
-
-# ---- radii
-
-
-class RadiusSchedule(_Stepped):
+class RadiusSchedule(Stepped):
     """A radius as a function of t, the number of steps taken, and ρ_0, the one a group had to begin with.
 
     ρ_0 is the group's ``initial_rho`` (``initial_rho_min``), which is its ρ now unless an earlier schedule left one
@@ -294,7 +215,7 @@ class LambdaRadius(RadiusSchedule):
         TypeError, ValueError: as `RadiusSchedule` has it.
     """
 
-    _unsaved = _Stepped._unsaved | {"factors"}
+    _unsaved = Stepped._unsaved | {"factors"}
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, factor: Factor | Sequence[Factor], *, radius: RadiusName = "rho"
@@ -322,7 +243,7 @@ class SequentialRadius(RadiusSchedule):
         ValueError: schedules of different radii or optimizers, or milestones that do not fit.
     """
 
-    _unsaved = _Stepped._unsaved | {"schedules"}
+    _unsaved = Stepped._unsaved | {"schedules"}
 
     def __init__(self, schedules: Sequence[RadiusSchedule], milestones: Sequence[int]) -> None:
         self.schedules, self.milestones = list(schedules), list(milestones)
