@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -102,21 +102,24 @@ def cpu_case(shapes: str, algorithm: str, base: str) -> Case:
     return Case(found.algorithm, found.base, found.shapes, found.builds, _targets(found), repeat)
 
 
-MEMBERS = ("extrapolated", "gsam", "wsam", "norms")
-"""Algorithms that are measured beside SAM."""
+FORGETFUL = ("extrapolated", "gsam", "wsam", "norms")
+"""Algorithms that are measured beside SAM, whose steps know nothing of each other."""
+MEMBERS = (*FORGETFUL, "looksam", "looksam_between", "friendly")
+"""All that are."""
 OVER_SAM = "cpp / SAM's"
 """The figure of an algorithm's own time over that of SAM."""
 
 
-def family(shapes: str, base: str, *, others: bool) -> list[Case]:
+def family(shapes: str, base: str, *, others: bool, members: Sequence[str] = MEMBERS) -> list[Case]:
     """Return SAM's case and its relatives', to be measured in turns, with the relatives' targets.
 
     Args:
         shapes: of `SHAPES`.
         base: of `BASES`.
         others: whether all who implement them are there, and not only cpp and what it is compared with.
+        members: the relatives, of `MEMBERS`.
     """
-    cases = [case(shapes, algorithm, base, "cpu") for algorithm in ("sam", *MEMBERS)]
+    cases = [case(shapes, algorithm, base, "cpu") for algorithm in ("sam", *members)]
     sam = cases[0]
     repeat = 11 if others else 7
     return [

@@ -1,4 +1,4 @@
-"""Each operator of a FlatParams alone, brought to its place in a BSAM step."""
+"""Each operator of a FlatParams alone, brought to its place in a step."""
 
 from __future__ import annotations
 
@@ -8,15 +8,29 @@ from typing import NamedTuple
 import torch
 
 from bsam_fused.ops import dispatch
-from bsam_fused.ops.contract import ASCENT, MIN, AdamScalars, FlatParams, Mixing, Radius, Rule, RuleNumber, SGDScalars
+from bsam_fused.ops.contract import (
+    ASCENT,
+    MAX,
+    MIN,
+    AdamScalars,
+    FlatParams,
+    Mixing,
+    Radius,
+    Rule,
+    RuleNumber,
+    SGDScalars,
+)
 from bsam_fused.report.contestant import Shapes
 
 RADII = [Radius(0.05)]
 BILATERAL = Mixing(Rule.BILATERAL, [RuleNumber()])
+FRIENDLY = Mixing(Rule.FRIENDLY, [RuleNumber(1.0, 1.0, 0.9)])
 SGD = [SGDScalars(1e-3, 0.9, 0.0, 5e-4, False, False)]
 ADAM = [AdamScalars(1e-3, 0.9, 0.999, 1e-8, 0.0, False, False)]
 SEED = 0
 """Of stochastic rounding."""
+_REMEMBERING = "update_sgd that remembers"
+_UP_TO_REMEMBERING = ("pass", "mix", "ascend along q", "pass", "square_norm of g_max")
 _UP_TO_UPDATE = ("pass", "square_norm", "ascend", "pass", "descend", "pass", "square_norm of g_min")
 
 
@@ -24,7 +38,7 @@ class Operator(NamedTuple):
     """An operator's place, and what bounds it."""
 
     before: tuple[str, ...]
-    """The part of a BSAM step that comes before it."""
+    """The part of a BSAM step that comes before it, or of Friendly SAM's."""
     moves: int
     """Elements that it must move, in N parameters (docs/design.md)."""
 
@@ -38,8 +52,11 @@ OPERATORS = {
     "update_adam": Operator(_UP_TO_UPDATE, 8),
     "restore": Operator(("pass", "square_norm", "ascend"), 2),
     "combine": Operator(_UP_TO_UPDATE, 5),
+    "mix": Operator((*_UP_TO_REMEMBERING, _REMEMBERING, "pass"), 3),
+    _REMEMBERING: Operator(_UP_TO_REMEMBERING, 8),
 }
-"""`combine` reads g + g_max, g_min and saved, and writes d and w. Where only g is kept, operators move as much."""
+"""`combine` reads g + g_max, g_min and saved, and writes d and w. Where only g is kept, operators move as much.
+`mix` finds an m. Friendly SAM's update reads no kept g for d, but q for m, which it reads and writes."""
 
 
 class OperatorRun:
@@ -68,9 +85,13 @@ class OperatorRun:
             "square_norm": lambda: flat.square_norm(ASCENT, RADII),
             "square_norm of g_min": lambda: flat.square_norm(MIN, RADII),
             "ascend": lambda: flat.ascend(sums, RADII, 1e-12, BILATERAL),
+            "mix": lambda: flat.mix(RADII, FRIENDLY),
+            "ascend along q": lambda: flat.ascend(sums, RADII, 1e-12, FRIENDLY),
+            "square_norm of g_max": lambda: flat.square_norm(MAX, RADII),
             "descend": lambda: flat.descend(sums, RADII, 1e-12),
             "direction_sums": flat.direction_sums,
             "update_sgd": lambda: flat.update_sgd(sums, SGD, True, math.inf),
+            _REMEMBERING: lambda: flat.update_sgd(sums, SGD, True, math.inf),
             "update_adam": lambda: flat.update_adam(sums, ADAM, True, math.inf),
             "combine": lambda: flat.combine(sums, True, math.inf),
             "restore": flat.restore,

@@ -1,4 +1,4 @@
-"""Measures everything on this CPU but `bench.members`, and writes docs/performance.md: `make performance`.
+"""Measures all on this CPU but what `bench.members` and `bench.policies` do; docs/performance.md: `make performance`.
 
 python -m bench.performance [--page-only] [--shapes NAME]...
 """
@@ -31,6 +31,7 @@ from bsam_fused.report.machine import this_machine
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "cpu.json"
 FAMILY_RESULTS = ROOT / "bench" / "results" / "members.json"
+POLICY_RESULTS = ROOT / "bench" / "results" / "policies.json"
 PAGE = ROOT / "docs" / "performance.md"
 TRAINED = {"digits": 50, "resnet18": 5}
 """Networks whose training steps are timed, and how many."""
@@ -131,8 +132,13 @@ def write(path: Path, found: dict[str, Any]) -> None:
 
 def written_page() -> str:
     """Return the page of the figures that there are."""
-    family = json.loads(FAMILY_RESULTS.read_text()) if FAMILY_RESULTS.exists() else None
-    return page(json.loads(RESULTS.read_text()), family)
+    family, policies = (_read(path) if path.exists() else None for path in (FAMILY_RESULTS, POLICY_RESULTS))
+    return page(_read(RESULTS), family, policies)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

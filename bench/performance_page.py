@@ -8,6 +8,7 @@ from typing import Any
 from bench.cases import OVER_SAM, SHAPES
 from bench.gpu.page import table
 from bsam_fused.report import said
+from bsam_fused.report.implementations import PACKAGE
 from bsam_fused.report.rows import Row
 
 Content = Mapping[str, Any]
@@ -44,7 +45,8 @@ BARS = """## Bars
 A whole BSAM step takes no more of the host's time than one of torch's fused AdamW from 10 tensors on, than one of its
 fused SGD from 60 on. From a million elements on, a step takes at most 1.15 (BSAM) or 1.2 times (SAM) its byte budget,
 and beats the loops, the `_foreach` version and `pytorch_optimizer` by a factor; the extra memory is what it says. From
-10 M elements on SAM's relatives take at most 1.1 times what the bytes that they move say, by SAM's own time."""
+10 M elements on SAM's relatives take at most 1.1 times what the bytes that they move say, by SAM's own time. Steps
+of one pass and of two that follow each other take at most 1.05 times what they take alone."""
 
 QUIET = 0.2
 """Cores that others may keep busy on a machine that does nothing else."""
@@ -54,8 +56,8 @@ TITLES = {"bsam": "BSAM", "sam": "SAM", "sgd": "SGD with momentum", "adamw": "Ad
 OTHERS = ("loops", "foreach", "compiled", "pytorch_optimizer", "torch")
 
 
-def page(content: Content, family: Content | None) -> str:
-    """Return the whole page; ``family``: what `bench.members` found, if it ran."""
+def page(content: Content, family: Content | None, policies: Content | None) -> str:
+    """Return the whole page; ``family``: what `bench.members` found, if it ran; ``policies``: what `bench.policies`."""
     parts = [HEAD, _about(content["about"]), _bandwidth(content["steps"]), _host(content["scaling"])]
     parts += _training(content["training"])
     missing = [name for name in SHAPES if name not in {it["shapes"] for it in content["steps"]}]
@@ -64,8 +66,8 @@ def page(content: Content, family: Content | None) -> str:
     groups = dict.fromkeys((it["algorithm"], it["base"]) for it in content["steps"])
     parts.append("## The optimizer's own step\n\nPasses excluded. Ratios: the other's time over that of cpp.")
     parts += [_group(content["steps"], *group) for group in groups]
-    parts += [_freeing(content["freeing"]), _bars(content, family)]
-    parts += _family(family)
+    parts += [_freeing(content["freeing"]), _bars(content, family, policies)]
+    parts += [*_family(family), *_policies(policies)]
     parts += [_operators(content["operators"]), _scaling(content["scaling"]), METHOD]
     parts += ["## Every row", *(_details(content["steps"], *group) for group in groups)]
     return "\n\n".join(parts) + "\n"
@@ -97,17 +99,20 @@ def _bandwidth(cases: Sequence[Content]) -> str:
     )
 
 
-def _figures(content: Content, family: Content | None) -> Iterable[tuple[str, Content]]:
+def _figures(content: Content, family: Content | None, policies: Content | None) -> Iterable[tuple[str, Content]]:
     for case in content["steps"]:
         yield from ((f"{case['algorithm']}-{case['base']}-{case['shapes']}", it) for it in case["figures"])
     yield from (("cost", it) for it in content["scaling"]["figures"])
     for group in family["families"] if family else ():
         for member in group["members"]:
             yield from ((f"{member['name']}, {group['base']}, {group['shapes']}", it) for it in member["figures"])
+    for run in policies["runs"] if policies else ():
+        for policy in run["policies"]:
+            yield from ((f"{policy['name']}, {run['base']}, {run['backend']}", it) for it in policy["figures"])
 
 
-def _bars(content: Content, family: Content | None) -> str:
-    judged = [(where, it) for where, it in _figures(content, family) if it["target"]]
+def _bars(content: Content, family: Content | None, policies: Content | None) -> str:
+    judged = [(where, it) for where, it in _figures(content, family, policies) if it["target"]]
     missed = [(where, it) for where, it in judged if it["target"].endswith("missed")]
     rows = [(where, it["name"], _number(it), it["target"].removesuffix("missed").strip()) for where, it in missed]
     said = f"{BARS}\n\nOf {len(judged)} bars, {len(judged) - len(missed)} are met"
@@ -192,7 +197,8 @@ def _family(family: Content | None) -> Iterable[str]:
         f"{_about(family['about'])}\n\n"
         f"All take turns in one run, `python -m bench.members`. **{OVER_SAM}**: cpp's time over that of SAM's cpp; "
         "its bar is 1.1 times the ratio of what they move. SAM on normalization layers perturbs the parameters of one "
-        "dimension alone, with them the biases."
+        "dimension alone, with them the biases. LookSAM's steps are apart: every k-th, in two passes, and those "
+        f"between, in one. {PACKAGE}'s LookSAM has norms and products a tensor at a time, which is another algorithm."
     )
     for group in family["families"]:
         others = [f"{name} / cpp" for name in OTHERS if any(name in it["step_ms"] for it in group["members"])]
@@ -213,6 +219,35 @@ def _relative(member: Content) -> Mapping[str, str]:
         if it["name"] == OVER_SAM:
             cells |= {"cpp, ms": _spread(member["step_ms"]["cpp"]), "bar": it["target"]}
     return cells
+
+
+def _policies(found: Content | None) -> Iterable[str]:
+    yield "## Which steps take the extra passes"
+    if found is None:
+        yield "**Not measured yet**: `python -m bench.policies`."
+        return
+    yield (
+        f"{_about(found['about'])}\n\n"
+        "Steps of a policy and those of its two kinds alone take turns in one run, `python -m bench.policies`; every "
+        "other batch, drawn at random, has gradients twice as large. **Over the sum**: the time of its steps over that "
+        "of as many of each kind alone, medians of series of ten. **Asking**: what `optimizer.passes` takes, which "
+        "reads the gradients where they decide; **with it**: the same with that time."
+    )
+    for run in found["runs"]:
+        rows = [*map(_alone, run["kinds"].items()), *map(_in_turns, run["policies"])]
+        heads = ("", "passes a step", "ms", "over the sum", "bar", "asking, ms", "with it")
+        yield f"### {run['shapes']} over {TITLES[run['base']]}, {run['backend']}\n\n{table(heads, rows)}"
+
+
+def _alone(kind: tuple[str, Content]) -> Sequence[Any]:
+    name, ms = kind
+    return name, "", _spread(ms), "", "", "", ""
+
+
+def _in_turns(policy: Content) -> Sequence[Any]:
+    over, asked = policy["figures"]
+    times = f"{policy['passes']:.2f}", f"{policy['mean_ms']:.3g}"
+    return policy["name"], *times, _number(over), over["target"], _spread(policy["asking_ms"]), _number(asked)
 
 
 def _operators(found: Content) -> str:

@@ -93,7 +93,7 @@ def measure_all(
         RuntimeError: the reference cannot be had.
     """
     first = cases[0]
-    with _no_collector():
+    with no_collector():
         curvatures = coefficients(first.shapes, first.dtype, clock.device)
         started = [_start(case, clock, curvatures, deadline) for case in cases]
         contestants = [each for ready, _ in started for each in ready.values()]
@@ -110,7 +110,7 @@ def measure_all(
 
 
 @contextmanager
-def _no_collector() -> Iterator[None]:
+def no_collector() -> Iterator[None]:
     """Keep Python's garbage collector from running within what is timed or weighed; before, it runs."""
     gc.collect()
     gc.disable()

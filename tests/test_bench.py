@@ -40,6 +40,7 @@ def test_shapes_are_those_of_the_models():
     [
         *(("bsam", "sgd", 17), ("bsam", "adamw", 19), ("sam", "sgd", 11), ("sam", "adamw", 13)),
         *(("extrapolated", "sgd", 13), ("gsam", "sgd", 13), ("wsam", "sgd", 12), ("norms", "sgd", 6)),
+        *(("looksam", "sgd", 15), ("looksam_between", "sgd", 8), ("friendly", "sgd", 16)),
     ],
 )
 def test_byte_budgets_are_the_designs(algorithm, base, moves):
@@ -109,7 +110,7 @@ def test_operators_move_what_the_design_says():
     for found in one_operator.on_cpu(FEW, Clock()).values():
         rates = {name: it["gb_per_s"] for name, it in found.items()}
         moves = {"square_norm": 1, "ascend": 4, "descend": 5, "direction_sums": 2, "update_sgd": 6, "update_adam": 8}
-        moves |= {"restore": 2, "combine": 5}
+        moves |= {"restore": 2, "combine": 5, "mix": 3, "update_sgd that remembers": 8}
         assert rates == pytest.approx({name: 1e-9 * n * 25 * 4 / 1e-6 for name, n in moves.items()})
         assert found["ascend"]["copy_percent"] == pytest.approx(100 * 4 * 25 / (2 * 1024))
 

@@ -25,7 +25,7 @@ from bench.gpu.device import Device
 from bench.gpu.record import Record
 from bench.operators import OPERATORS
 from bsam_fused.report import clock
-from bsam_fused.report.contestant import Contestant, coefficients
+from bsam_fused.report.contestant import Contestant, after_two_steps, coefficients
 from bsam_fused.report.implementations import ALGORITHMS, BASES, RHO, implementations
 
 # Few elements: the radius then moves each of them far enough for every phase to show in the result.
@@ -85,6 +85,21 @@ def test_all_take_the_same_steps(algorithm, base):
     for other in others:  # pytorch_optimizer's norm is float32
         torch.testing.assert_close(other.params, loops.params, rtol=1e-10, atol=1e-10)
     assert not torch.equal(loops.params[0], curvatures[0])
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_all_remember_the_same_for_the_steps_between(device_type):
+    """LookSAM's v, which no step of every k-th itself depends on."""
+    algorithm = ALGORITHMS["looksam"]
+    builds = implementations(algorithm, SGD, device_type)
+    found = {}
+    for name in {"loops", "foreach", "torch", "cpp"} & set(builds):
+        own = after_two_steps(builds[name], algorithm.calls, coefficients(SHAPES, torch.float64))
+        state = getattr(own.optimizer, "state", None)
+        found[name] = [state[p]["orthogonal_gradient"] for p in own.params] if state else [*own.optimizer.v]
+    for others in found.values():
+        torch.testing.assert_close(others, found["loops"], rtol=1e-9, atol=1e-12)
+    assert min(v.norm() for v in found["loops"]) > 1e-3
 
 
 def test_the_compiled_one_takes_the_same_steps(monkeypatch):

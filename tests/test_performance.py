@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import compare, freeing, guard, members, performance, scaling
+from bench import compare, freeing, guard, members, performance, policies, scaling
 from bench.cases import MEMBERS, OVER_SAM, SHAPES
 from bench.cases import family as family_of
 from bench.figures import Figure
@@ -34,7 +34,7 @@ def test_the_page_is_that_of_the_committed_figures():
 
 
 def test_the_page_hides_nothing(figures):
-    text = page(figures, None)
+    text = page(figures, None, None)
     assert "Not measured: any GPU" in text
     missed = [it for case in figures["steps"] for it in case["figures"] if it["target"].endswith("missed")]
     missed += [it for it in figures["scaling"]["figures"] if it["target"].endswith("missed")]
@@ -47,7 +47,7 @@ def test_the_page_hides_nothing(figures):
 
 @pytest.mark.parametrize(("cores", "busy"), [(0.1, False), (0.5, True)])
 def test_the_page_says_where_the_machine_was_busy(figures, cores, busy):
-    text = page({**figures, "about": {**figures["about"], "busy_cores": cores}}, None)
+    text = page({**figures, "about": {**figures["about"], "busy_cores": cores}}, None, None)
     assert ("The machine was busy" in text) is busy
     assert f"{cores} cores" in text
 
@@ -56,7 +56,7 @@ def test_the_page_says_where_the_machine_was_busy(figures, cores, busy):
 def test_the_page_says_where_others_took_bandwidth(figures, slowest, shared):
     rates = [slowest, *[24.0] * (len(figures["steps"]) - 1)]
     steps = [{**case, "copy_gb_per_s": rate} for case, rate in zip(figures["steps"], rates, strict=True)]
-    text = page({**figures, "steps": steps}, None)
+    text = page({**figures, "steps": steps}, None, None)
     assert f"{slowest} to 24.0 GB/s" in text
     assert ("took memory bandwidth" in text) is shared
 
@@ -71,7 +71,7 @@ def test_every_case_is_measured_or_said_not_to_be(figures):
     names = [name for name in SHAPES if any(name == it[0] for it in measured)]
     assert sorted(measured) == sorted((name, *rest) for name in names for rest in performance.CASES)
     missing = set(SHAPES) - set(names)
-    said = re.search(r"Not measured yet: the shapes of ([^.]*)\.", page(figures, None))
+    said = re.search(r"Not measured yet: the shapes of ([^.]*)\.", page(figures, None, None))
     assert (set(said[1].split(", ")) if said else set()) == missing
     for case in figures["steps"]:
         assert {"loops", "foreach", "torch", "cpp"} <= set(case["rows"])
@@ -105,33 +105,87 @@ def family():
     return {"about": performance.about(), "families": [found]}
 
 
+BOUNDS = ("1.30", "1.30", "1.20", "0.60", "1.50", "0.80", "1.60")
+"""Of `MEMBERS`, in their order."""
+
+
 def test_bars_of_relatives_are_what_they_move(family):
     """1.1 times N over SAM's N, and twice as fast as the package; the time is that of SAM of the same run."""
     (group,) = family["families"]
     assert [it["name"] for it in group["members"]] == [ALGORITHMS[name].name for name in ("sam", *MEMBERS)]
     sam, *relatives = group["members"]
     assert not any(it["target"] for it in sam["figures"])
-    for member, bound in zip(relatives, ("1.30", "1.30", "1.20", "0.60"), strict=True):
+    for member, bound in zip(relatives, BOUNDS, strict=True):
         assert not member["absent"]
         figures = {it["name"]: it for it in member["figures"]}
         over_sam = member["step_ms"]["cpp"]["median"] / sam["step_ms"]["cpp"]["median"]
         assert figures[OVER_SAM]["value"] == pytest.approx(over_sam)
         assert figures[OVER_SAM]["target"].startswith(f"<= {bound} ")
-    assert {it["name"] for it in relatives if f"{PACKAGE} / cpp" in str(it["figures"])} == {"GSAM", "WSAM"}
+    packaged = {it["name"] for it in relatives if f"{PACKAGE} / cpp" in str(it["figures"])}
+    assert packaged == {"GSAM", "WSAM", "Friendly SAM"}
 
 
 def test_the_page_has_the_relatives_and_their_bars(figures, family):
-    assert "Not measured yet**: `python -m bench.members`" in page(figures, None)
-    text = page(figures, family)
+    assert "Not measured yet**: `python -m bench.members`" in page(figures, None, None)
+    text = page(figures, family, None)
     section = text[text.index("## SAM's relatives") :].split("\n## ")[0]
     for member in family["families"][0]["members"]:
         (row,) = [line for line in section.splitlines() if line.startswith(f"| {member['name']} |")]
         for it in member["figures"]:
             assert f"| {it['value']:.2f} {it['unit']}".rstrip() in row
     judged = {
-        of: int(re.search(r"Of (\d+) bars", page(figures, it))[1]) for of, it in (("none", None), ("all", family))
+        of: int(re.search(r"Of (\d+) bars", page(figures, it, None))[1]) for of, it in (("none", None), ("all", family))
     }
-    assert judged["all"] - judged["none"] == 4 + 4 + 2
+    assert judged["all"] - judged["none"] == 7 + 7 + 3
+
+
+# ---- policies
+
+
+@pytest.fixture(scope="module")
+def in_turns():
+    """One series of each policy, on few elements."""
+    run = policies.run(((5, 3), (3,), (7,)), "sgd", "cpp", series=1)
+    return {"about": performance.about(), "runs": [{"shapes": "few", "base": "sgd", "backend": "cpp", **run}]}
+
+
+def test_policies_take_the_passes_that_they_say(in_turns):
+    """In the ten steps after the warm-up, whole periods of both ks; of the random ones 0.5 are neither all nor none."""
+    (run,) = in_turns["runs"]
+    assert set(run["kinds"]) == set(policies.KINDS)
+    passes = {policy["name"]: policy["passes"] for policy in run["policies"]}
+    assert passes["EveryKth(k=2)"] == 1.5
+    assert passes["EveryKth(k=5)"] == passes["LookSAM(k=5)"] == 1.2
+    assert 1 < passes["RandomSteps(0.5)"] < 2
+    assert 1 < passes["LargeGradients"] < 2
+
+
+@pytest.mark.parametrize(("slower", "verdict"), [(1.0, "met"), (1.5, "missed")])
+def test_a_policy_is_held_to_the_sum_of_its_steps(slower, verdict):
+    """Two series whose machine is of two speeds: each has the ratio of its own time."""
+    speeds = [speed for speed in (1.0, 3.0) for _ in range(policies.STEPS)]
+    plain, both = ([policies.Taken(1 + i, 0.0, speed * (2 + 3 * i)) for speed in speeds] for i in range(2))
+    mixed = [
+        policies.Taken(1 + i % 2, speed * 0.7, speed * slower * (2 + 3 * (i % 2))) for i, speed in enumerate(speeds)
+    ]
+    found = policies._policy("mixed", mixed, [plain, both])
+    over, asked = found["figures"]
+    assert over["value"] == pytest.approx(slower)
+    assert over["target"].endswith(verdict)
+    assert asked["value"] == pytest.approx(slower + 0.7 / 3.5)
+    assert found["passes"] == 1.5
+
+
+def test_the_page_has_the_policies_and_their_bars(figures, in_turns):
+    assert "Not measured yet**: `python -m bench.policies`" in page(figures, None, None)
+    text = page(figures, None, in_turns)
+    section = text[text.index("## Which steps take") :].split("\n## ")[0]
+    (run,) = in_turns["runs"]
+    for policy in run["policies"]:
+        (row,) = [line for line in section.splitlines() if line.startswith(f"| {policy['name']} |")]
+        assert all(f" | {it['value']:.2f} |" in row for it in policy["figures"])
+    judged = [int(re.search(r"Of (\d+) bars", page(figures, None, it))[1]) for it in (None, in_turns)]
+    assert judged[1] - judged[0] == len(policies.MIXED)
 
 
 # ---- how cost grows

@@ -362,7 +362,7 @@ def test_an_earlier_report_is_replaced_and_that_is_said(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_clock_weighs_what_the_design_says(name):
-    """A matrix of 1 MB and its bias: what each keeps beside parameters, gradients and momentum is 0, N or 2 N."""
+    """A matrix of 1 MB and its bias: what each keeps beside parameters, gradients and momentum is 0 to 3 N."""
     algorithm, base, clock = ALGORITHMS[name], BASES["sgd"], HostClock()
     curvatures = coefficients(((512, 511), (512,)))
     build = implementations(algorithm, base, "cpu")["cpp"]

@@ -26,7 +26,7 @@ import bsam_fused
 from bench.gpu.cases import SUBJECT
 from bench.gpu.device import current
 from bsam_fused.graphs import GraphedStep
-from bsam_fused.ops.contract import DTYPES
+from bsam_fused.ops.contract import DTYPES, HISTORY_KEYS
 from bsam_fused.report.contestant import Shapes
 
 SHAPES: Shapes = ((), (0,), (1,), (3,), (33, 5), (127,), (1023,), (2047,), (2049,), (16384,), (16385,), (3,))
@@ -77,10 +77,12 @@ KINDS: dict[str, Callable[..., Any]] = {
     "extrapolated": partial(bsam_fused.BSAM, descent="extrapolate"),
     "GSAM": bsam_fused.GSAM,
     "WSAM": partial(bsam_fused.WSAM, gamma=0.6),
+    "LookSAM": partial(bsam_fused.LookSAM, k=2),  # of two steps one of each kind
+    "Friendly SAM": bsam_fused.FriendlySAM,
     "exempting SAM": exempting(bsam_fused.SAM),
     "exempting BSAM": exempting(bsam_fused.BSAM),
 }
-CAPTURED = ("BSAM", "extrapolated", "GSAM")
+CAPTURED = ("BSAM", "extrapolated", "GSAM", "LookSAM")
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     "adaptive, clipped": {"adaptive": True, "max_grad_norm": 0.5},  # direction_sums, too
@@ -89,6 +91,8 @@ CHECKS = (
     *itertools.product(("SAM", "BSAM"), BASES, VARIANTS),
     *(("extrapolated", "SGD", "adaptive, clipped"), ("extrapolated", "Adam", ""), ("GSAM", "AdamW", "")),
     *(("GSAM", "not fused", "adaptive, clipped"), ("WSAM", "SGD", ""), ("WSAM", "Adam", "adaptive, clipped")),
+    *(("LookSAM", "SGD", ""), ("LookSAM", "not fused", "adaptive, clipped")),
+    *(("Friendly SAM", "SGD", ""), ("Friendly SAM", "Adam", "adaptive, clipped")),
     *(("exempting SAM", "SGD", ""), ("exempting BSAM", "AdamW", "adaptive, clipped")),
 )
 """Kind, base and variant."""
@@ -111,7 +115,7 @@ class Pair:
     def step(self) -> None:
         """Take a step on both sides, and compare after every phase; the last parameter lacks a gradient at w_max."""
         self._level()
-        for phase, call in enumerate(self.opt._calls):
+        for phase, call in enumerate(self.opt._calls if self.opt.passes > 1 else ("step",)):
             self._backward(without_last=phase == 1)
             for optimizer in (self.opt, self.twin):
                 getattr(optimizer, call)()
@@ -154,12 +158,21 @@ class Pair:
 
     def _compare(self, call: str) -> None:
         tolerance = self.tolerance * (OF_UPDATE if call == "step" else 1)
-        found, expected = (
-            torch.cat([t.detach().cpu().double().flatten() for t in each]) for each in (self.params, self.twins)
-        )
-        torch.testing.assert_close(
-            found, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"weights after {call}: {m}"
-        )
+        compared = {"weights": (self.params, self.twins)}
+        for key in HISTORY_KEYS:  # which no weight of this step depends on
+            if remembered := _state(self.opt, key):
+                compared[key] = remembered, _state(self.twin, key)
+        for name, sides in compared.items():
+            found, expected = (torch.cat([t.detach().cpu().double().flatten() for t in each]) for each in sides)
+            torch.testing.assert_close(
+                found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name} after {call}: {m}"
+            )
+
+
+def _state(optimizer: Any, key: str) -> list[Tensor]:
+    """Return a state of the parameters that have it."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [optimizer.state[p][key] for p in params if key in optimizer.state[p]]
 
 
 def check(kind: str, base: str, variant: str, dtype: torch.dtype, backend: str, shapes: Shapes = SHAPES) -> None:

@@ -38,8 +38,8 @@ class Contestant:
         self.params = [t.clone().requires_grad_() for t in curvatures]
         # Stays, as what a pass allocated beside the gradients would hide what phases allocate from whoever weighs them.
         self._scratch = torch.empty_like(max(curvatures, key=torch.numel)).flatten()
-        optimizer = build(self.params)
-        self.phases = [getattr(optimizer, call) for call in calls]
+        self.optimizer = build(self.params)
+        self.phases = [getattr(self.optimizer, call) for call in calls]
 
     def step(self, measure: Callable[[Callable[[], object]], Result]) -> list[Result]:
         """Take a step; return what ``measure`` says of each phase, without making gradients and clearing the last."""

@@ -117,6 +117,10 @@ class DeviceForeachMixed(DeviceForeachSAM):
         """Return d, in the memory of one of them."""
         raise NotImplementedError
 
+    def _product(self, g: list[Tensor], g_max: list[Tensor], square: Tensor) -> Tensor:
+        """Return ⟨g, g_max⟩ from ‖g + g_max‖, which takes few launches; ``square``: ‖g_max‖²."""
+        return (total_norm(torch._foreach_add(g, g_max)).square() - self.norm.square() - square) / 2
+
     @torch.no_grad()
     def ascend(self) -> None:
         """w = w + ρ g / ‖g‖; keeps g."""
@@ -156,10 +160,9 @@ class DeviceForeachGSAM(DeviceForeachMixed):
     alpha = 0.4
 
     def direction(self, g: list[Tensor], g_max: list[Tensor]) -> list[Tensor]:
-        """Return d = −α g + (1 + α ⟨g, g_max⟩ / ‖g_max‖²) g_max, the product from ‖g + g_max‖: few launches."""
+        """Return d = −α g + (1 + α ⟨g, g_max⟩ / ‖g_max‖²) g_max."""
         square = total_norm(g_max).square()
-        product = (total_norm(torch._foreach_add(g, g_max)).square() - self.norm.square() - square) / 2
-        torch._foreach_mul_(g_max, 1 + self.alpha * product / square)
+        torch._foreach_mul_(g_max, 1 + self.alpha * self._product(g, g_max, square) / square)
         torch._foreach_add_(g_max, g, alpha=-self.alpha)
         return g_max
 
@@ -173,3 +176,61 @@ class DeviceForeachWSAM(DeviceForeachMixed):
         """Return d = g + γ/(1 − γ) (g_max − g)."""
         torch._foreach_lerp_(g, g_max, self.gamma / (1 - self.gamma))
         return g
+
+
+class DeviceForeachLookSAM(DeviceForeachMixed):
+    """LookSAM (arXiv 2203.02714), of whose steps it has every k-th alone; 26 N."""
+
+    v: list[Tensor]
+    norm_v: Tensor
+
+    def direction(self, g: list[Tensor], g_max: list[Tensor]) -> list[Tensor]:
+        """Return d = g_max; keeps v = g_max − ⟨g, g_max⟩ / ‖g‖² g, in the memory of g, and ‖v‖ for later steps."""
+        product = self._product(g, g_max, total_norm(g_max).square())
+        torch._foreach_mul_(g, -product / self.norm.square())
+        torch._foreach_add_(g, g_max)
+        self.v, self.norm_v = g, total_norm(g)
+        return g_max
+
+
+class DeviceForeachLookSAMBetween:
+    """LookSAM in the steps between, in which v stays, α = 0.7: here it is all ones; 11 N. Args: as `DeviceForeachSAM`.
+
+    A temporary of N is made for what is added to g.
+    """
+
+    alpha = 0.7
+
+    def __init__(self, params: Iterable[Tensor], base: torch.optim.Optimizer, rho: float = 0.05) -> None:
+        self.params, self.base = list(params), base
+        self.v = [torch.ones_like(p, requires_grad=False) for p in self.params]
+        self.norm_v = total_norm(self.v)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """The base optimizer's step with d = g + α ‖g‖ / ‖v‖ v, in the memory of g."""
+        g: list[Tensor] = [p.grad for p in self.params]  # type: ignore[misc]
+        torch._foreach_add_(g, torch._foreach_mul(self.v, self.alpha * total_norm(g) / self.norm_v))
+        self.base.step()
+
+
+class DeviceForeachFriendlySAM(DeviceForeachSAM):
+    """Friendly SAM as its authors' code has it (arXiv 2403.12350), σ = 1, λ = 0.9; 21 N."""
+
+    lmbda = 0.9
+
+    def __init__(self, params: Iterable[Tensor], base: torch.optim.Optimizer, rho: float = 0.05) -> None:
+        super().__init__(params, base, rho)
+        self.m: list[Tensor] = []
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        """w = w + ρ q / ‖q‖, q = g − m; m = λ m + (1 − λ) g = m + (1 − λ) q. The first q and m are g."""
+        g: list[Tensor] = [p.grad for p in self.params]  # type: ignore[misc]
+        if self.m:
+            torch._foreach_sub_(g, self.m)
+            torch._foreach_add_(self.m, g, alpha=1 - self.lmbda)
+        else:
+            self.m = [each.clone() for each in g]
+        del g  # the gradients are freed as SAM's
+        super().ascend()

@@ -2,7 +2,8 @@
 
 For comparison. Weights are saved in buffers that stay, g is taken from ``.grad`` and not copied, sums go into it
 in place, and norms are Python floats (free on a CPU), so that scaled additions need no temporaries. With SGD with
-momentum a step moves 13 N elements (SAM), 16 N (WSAM), 21 N (GSAM, and BSAM in two passes), 26 N (BSAM).
+momentum a step moves 13 N elements (SAM), 16 N (WSAM), 21 N (GSAM, and BSAM in two passes), 26 N (BSAM); of LookSAM
+every k-th 19 N, those between 9 N, as ‖v‖ is kept; 19 N (Friendly SAM).
 Unlike `bsam_fused`, it wants a gradient for every parameter in every pass, and does not look for inf and NaN.
 """
 
@@ -150,6 +151,62 @@ class ForeachWSAM(ForeachMixed):
         """Return d = g + γ/(1 − γ) (g_max − g)."""
         torch._foreach_lerp_(g, g_max, self.gamma / (1 - self.gamma))
         return g
+
+
+class ForeachLookSAM(ForeachMixed):
+    """LookSAM (arXiv 2203.02714), of whose steps it has every k-th alone; v is a buffer that stays."""
+
+    def __init__(self, params: Iterable[Tensor], base: torch.optim.Optimizer, rho: float = 0.05) -> None:
+        super().__init__(params, base, rho)
+        self.v = [torch.empty_like(p, requires_grad=False) for p in self.params]
+        self.norm_v = 0.0
+
+    def direction(self, g: list[Tensor], g_max: list[Tensor]) -> list[Tensor]:
+        """Return d = g_max; keeps v = g_max − ⟨g, g_max⟩ / ‖g‖² g, and ‖v‖ for later steps."""
+        along = _product(g, g_max) / self.norm**2 if self.norm else 0.0
+        for v, a, b in zip(self.v, g, g_max, strict=True):  # lists have no addition into other memory
+            torch.add(b, a, alpha=-along, out=v)
+        self.norm_v = _norm(self.v)
+        return g_max
+
+
+class ForeachLookSAMBetween:
+    """LookSAM in the steps between, in which v stays, α = 0.7: here it is all ones. Args: as `ForeachSAM`."""
+
+    alpha = 0.7
+
+    def __init__(self, params: Iterable[Tensor], base: torch.optim.Optimizer, rho: float = 0.05) -> None:
+        self.params, self.base = list(params), base
+        self.v = [torch.ones_like(p, requires_grad=False) for p in self.params]
+        self.norm_v = _norm(self.v)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """The base optimizer's step with d = g + α ‖g‖ / ‖v‖ v, in the memory of g."""
+        g = _gradients(self.params)
+        torch._foreach_add_(g, self.v, alpha=self.alpha * _norm(g) / self.norm_v)
+        self.base.step()
+
+
+class ForeachFriendlySAM(ForeachSAM):
+    """Friendly SAM as its authors' code has it (arXiv 2403.12350), σ = 1, λ = 0.9; q lies in the memory of g."""
+
+    lmbda = 0.9
+
+    def __init__(self, params: Iterable[Tensor], base: torch.optim.Optimizer, rho: float = 0.05) -> None:
+        super().__init__(params, base, rho)
+        self.m: list[Tensor] = []
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        """w = w + ρ q / ‖q‖, q = g − m; m = λ m + (1 − λ) g = m + (1 − λ) q. The first q and m are g."""
+        g = _gradients(self.params)
+        if self.m:
+            torch._foreach_sub_(g, self.m)
+            torch._foreach_add_(self.m, g, alpha=1 - self.lmbda)
+        else:
+            self.m = [each.clone() for each in g]
+        super().ascend()
 
 
 def _mixed(a: float, g: list[Tensor], b: float, g_max: list[Tensor]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import bsam_fused
 from bsam_fused.ops.dispatch import Backend
 from bsam_fused.report import device_foreach, foreach, loops
-from bsam_fused.report.packaged import PackagedGSAM, PackagedSAM, PackagedWSAM
+from bsam_fused.report.packaged import PackagedFriendlySAM, PackagedGSAM, PackagedSAM, PackagedWSAM
 
 Build = Callable[[list[Tensor]], Any]
 """Makes an optimizer of parameters, whose methods are its algorithm's calls."""
@@ -27,7 +28,7 @@ WORDS = {
     "alone": "torch's own optimizer, one pass a step: what the others are measured against",
     REFERENCE: "the papers' formulas in plain Python, a tensor at a time",
     "foreach": "the same as a careful engineer writes it, by torch's operations on lists of tensors",
-    PACKAGE: "SAM, GSAM and WSAM of the package of this name",
+    PACKAGE: "SAM, GSAM, WSAM and Friendly SAM of the package of this name",
     "torch": "this package on torch's operations alone, without compiled code",
     "cpp": "this package's C++ kernels",
     "triton": "this package's Triton kernels",
@@ -92,6 +93,16 @@ class Algorithm(NamedTuple):
         return [group for group in groups if group["params"]]
 
 
+def _looksam_between(params: Any, base: type[torch.optim.Optimizer], **options: Any) -> bsam_fused.LookSAM:
+    """Return LookSAM in the steps between, of which there is no end; v, which stays, is all ones."""
+    optimizer = bsam_fused.LookSAM(params, base, k=sys.maxsize, **options)
+    optimizer.param_groups[0]["looks"] = 1
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p]["orthogonal_gradient"] = p.new_ones(()).expand(p.shape)  # no memory of its own
+    return optimizer
+
+
 ALGORITHMS = {
     "sam": Algorithm(
         *("SAM", 9, 1, bsam_fused.SAM, {}),
@@ -116,6 +127,19 @@ ALGORITHMS = {
     "wsam": Algorithm(
         *("WSAM", 10, 2, bsam_fused.WSAM, {"gamma": loops.PlainWSAM.gamma}),
         *(loops.PlainWSAM, foreach.ForeachWSAM, device_foreach.DeviceForeachWSAM, PackagedWSAM),
+    ),
+    "looksam": Algorithm(  # the package's has norms and products a tensor at a time: another algorithm
+        *("LookSAM, every k-th step", 13, 3, bsam_fused.LookSAM, {"k": 1}),
+        *(loops.PlainLookSAM, foreach.ForeachLookSAM, device_foreach.DeviceForeachLookSAM),
+    ),
+    "looksam_between": Algorithm(
+        *("LookSAM between", 6, 1, _looksam_between, {"alpha": loops.PlainLookSAM.alpha}),
+        *(loops.PlainLookSAMBetween, foreach.ForeachLookSAMBetween, device_foreach.DeviceForeachLookSAMBetween),
+    ),
+    "friendly": Algorithm(
+        *("Friendly SAM", 14, 3, bsam_fused.FriendlySAM),
+        *({"sigma": loops.PlainFriendlySAM.sigma, "lmbda": loops.PlainFriendlySAM.lmbda}, loops.PlainFriendlySAM),
+        *(foreach.ForeachFriendlySAM, device_foreach.DeviceForeachFriendlySAM, PackagedFriendlySAM),
     ),
     "norms": Algorithm(  # the package cannot leave parameters out of the norm
         *("SAM on normalization layers", 4, 0, bsam_fused.SAM, {}),

@@ -168,6 +168,63 @@ class PlainWSAM(PlainMixed):
         return (of_g * a + of_g_max * b for a, b in zip(g, g_max, strict=True))
 
 
+class PlainLookSAM(PlainMixed):
+    """LookSAM by loops (arXiv 2203.02714, algorithm 1), of whose steps it has every k-th alone. Args: as `PlainSAM`."""
+
+    alpha = 0.7
+    v: Sequence[Tensor] = ()
+
+    def direction(self, g: Sequence[Tensor], g_max: Sequence[Tensor]) -> Iterable[Tensor]:
+        """Return d = g_max; keeps v = g_max − ‖g_max‖ cos θ g / ‖g‖, θ the angle between g and g_max."""
+        norm_max = _total(g_max)
+        cosine = sum((a * b).sum() for a, b in zip(g, g_max, strict=True)) / (self.norm * norm_max)
+        self.v = [b - norm_max * cosine * (a / self.norm) for a, b in zip(g, g_max, strict=True)]
+        return g_max
+
+
+class PlainLookSAMBetween(PlainLookSAM):
+    """LookSAM by loops in the steps between, in which v stays: here it is all ones. Args: as `PlainSAM`."""
+
+    calls = ("step",)
+
+    def __init__(self, params: Iterable[Tensor], base: torch.optim.Optimizer, rho: float = 0.05) -> None:
+        super().__init__(params, base, rho)
+        self.v = [torch.ones_like(p, requires_grad=False) for p in self.params]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """The base optimizer's step with d = g + α ‖g‖ / ‖v‖ v."""
+        scale = self.alpha * _norm(self.params) / _total(self.v)
+        for p, v in zip(self.params, self.v, strict=True):
+            if p.grad is not None:
+                p.grad = p.grad + scale * v
+        self.base.step()
+
+
+class PlainFriendlySAM(PlainSAM):
+    """Friendly SAM by loops, as its authors' code has it (arXiv 2403.12350), σ = 1, λ = 0.9. Args: as `PlainSAM`."""
+
+    sigma, lmbda = 1.0, 0.9
+
+    def __init__(self, params: Iterable[Tensor], base: torch.optim.Optimizer, rho: float = 0.05) -> None:
+        super().__init__(params, base, rho)
+        self.m: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        """w = w + ρ q / ‖q‖, q = g − σ m; then m = λ m + (1 − λ) g. The first q and m are g."""
+        for p in self.params:
+            if p.grad is None:
+                continue
+            g = p.grad
+            if p in self.m:
+                p.grad = g - self.sigma * self.m[p]
+                self.m[p] = self.lmbda * self.m[p] + (1 - self.lmbda) * g
+            else:
+                self.m[p] = g.clone()
+        super().ascend()
+
+
 def _norm(params: Iterable[Tensor]) -> Tensor:
     return _total([p.grad for p in params if p.grad is not None])
 

@@ -1,4 +1,4 @@
-"""SAM, GSAM and WSAM as the pytorch_optimizer package from the registry has them, their options as they are by default.
+"""SAM, GSAM, WSAM, Friendly SAM as the pytorch_optimizer package of the registry has them, with its default options.
 
 For comparison; the package is an extra. Without it each raises ModuleNotFoundError.
 """
@@ -80,3 +80,12 @@ class PackagedWSAM(PackagedSAM):
 
         model: Any = None  # of which only clipping asks
         self.optimizer = WSAM(model, params, base, rho=rho, gamma=gamma, decouple=False, **options)
+
+
+class PackagedFriendlySAM(PackagedSAM):
+    """pytorch_optimizer's FriendlySAM, σ = 1, λ = 0.9. Args: as `PackagedSAM`."""
+
+    def __init__(self, params: list[Tensor], base: type[torch.optim.Optimizer], rho: float, **options: Any) -> None:
+        from pytorch_optimizer.optimizer.sam import FriendlySAM
+
+        self.optimizer = FriendlySAM(params, base, rho=rho, **options)
