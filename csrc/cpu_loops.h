@@ -299,7 +299,7 @@ struct SegmentLoops {
     const S *g = static_cast<const S*>(g_), *m = static_cast<const S*>(m_), *w = static_cast<const S*>(w_);
     BSAM_ELEMENTWISE
     for (int64_t i = 0; i < n; ++i)
-      store(q[i], friendly_gradient<T>(value(g[i]), value(m[i]), T(sigma), Arithmetic<S>::kMost));
+      store(q[i], friendly_gradient<T>(value(g[i]), value(m[i]), T(sigma), Arithmetic<S>::kBound));
     sums[0] += square_norm(w, q, reach, n);
     sums[1] += square_sum<false>(m, m, 0, n);
     sums[2] += square_sum<false>(q, q, 0, n);
@@ -313,7 +313,7 @@ struct SegmentLoops {
     const Round round(r.site.key, kToHistory);
     BSAM_ELEMENTWISE
     for (int64_t i = 0; i < r.count; ++i) {
-      const T x = remembered<T>(a, value(kept[i]), b, value(last[i]), c, value(history[i]), Arithmetic<S>::kMost);
+      const T x = remembered<T>(a, value(kept[i]), b, value(last[i]), c, value(history[i]), Arithmetic<S>::kBound);
       round(to[i], x, uint32_t(r.site.begin + i));
     }
   }

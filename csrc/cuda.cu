@@ -108,7 +108,7 @@ struct MixFriendly {
         auto w = load_if_any(at, o.adaptive ? p.w : nullptr);
         at.each([&](int j, int) {
           const T h = value(m[j]);
-          bsam::store(q[j], friendly_gradient<T>(value(q[j]), h, sigma, Arithmetic<S>::kMost));
+          bsam::store(q[j], friendly_gradient<T>(value(q[j]), h, sigma, Arithmetic<S>::kBound));
           const T x = value(q[j]);
           sums[0] = plus_square<T>(sums[0], x, o.adaptivity(value(w[j]), x));
           sums[1] = plus_product<T>(sums[1], h, h);
@@ -350,7 +350,7 @@ struct Remember {
         auto held = load_if_any(at, by.history != 0 ? history : nullptr);
         at.each([&](int j, int i) {
           const T k = value(kept[j]), l = value(last[j]), h = value(held[j]);
-          round(held[j], remembered<T>(by.kept, k, by.last, l, by.history, h, Arithmetic<S>::kMost), i);
+          round(held[j], remembered<T>(by.kept, k, by.last, l, by.history, h, Arithmetic<S>::kBound), i);
         });
         at.store(static_cast<S*>(r.to) + p.flat, held);
       });

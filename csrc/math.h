@@ -179,7 +179,7 @@ BSAM_INLINE T mixed(T kept, T k, T last, T l) {
 // A number as far as it can be stored: at most `most`, but where it is none.
 template <class T>
 BSAM_INLINE T bounded(T x, T most) {
-  return is_finite(x) && std::fabs(x) > most ? std::copysign(most, x) : x;
+  return std::fabs(x) > most && is_finite(x) ? std::copysign(most, x) : x;
 }
 
 // Friendly SAM's q = g − σ m, as far as it can be stored: g without the part that the batches have in common.

@@ -21,21 +21,26 @@ struct Float16 {
   uint16_t bits;
 };
 
-// The type that a stored S is computed with, and the largest number that S can store.
+// The type that a stored S is computed with, and the largest number that S can store; and what a finite number of that
+// type must be kept within: the same, but infinity where the types are one, for compilers to see that nothing is
+// beyond.
 template <class S>
 struct Arithmetic {
   using type = S;
   static constexpr type kMost = std::numeric_limits<S>::max();
+  static constexpr type kBound = std::numeric_limits<S>::infinity();
 };
 template <>
 struct Arithmetic<BFloat16> {
   using type = float;
   static constexpr type kMost = 0x1.fep127f;
+  static constexpr type kBound = kMost;
 };
 template <>
 struct Arithmetic<Float16> {
   using type = float;
   static constexpr type kMost = 65504;
+  static constexpr type kBound = kMost;
 };
 template <class S>
 using arithmetic_t = typename Arithmetic<S>::type;

@@ -71,7 +71,7 @@ INSTRUCTIONS = {
     ("Descend<Stochastic>", "BFloat16"): 475,
     ("Step<SgdBase, Stochastic, false>", "BFloat16"): 640,
     ("Step<AdamBase, Stochastic, false>", "BFloat16"): 1100,
-    ("Remember<Stochastic>", "BFloat16"): 390,
+    ("Remember<Stochastic>", "BFloat16"): 440,
 }
 # How many operands of 16 bits are rounded stochastically.
 ROUNDED = {

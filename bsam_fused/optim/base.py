@@ -271,7 +271,7 @@ class SharpnessAware(ReadsGradients):
         max_norm = clipping_norm(self.max_grad_norm)
         rule, mixing = self._fused_rule(), self._plain_mixing()
         # torch.distributed.checkpoint has a step that moves nothing show what state there is.
-        shown = self._mixing() if self._moves_nothing() else mixing
+        shown = self._mixing() if self._rule.history and self._moves_nothing() else mixing
         if rule is None and max_norm == math.inf and shown.rule.history is None:
             self._flats.hand_over()
             self.base_optimizer.step()
@@ -299,6 +299,7 @@ class SharpnessAware(ReadsGradients):
                 made = self._flats.general_update(totals, True, max_norm, self.base_optimizer.step)
             if self._moves_nothing():  # so does torch.distributed.checkpoint, whenever it finds no state
                 self._flats.draw_again()
+                self._flats.keep_history()
         except BaseException:
             scaling.forget(self)
             self.restore()

@@ -390,6 +390,10 @@ class Flats:
         scalars = [rule.scalars(group) for group in groups] if rule else []
         self._state.have(self._built or [], state, self._kept(rule, scalars or [None] * len(groups)))
 
+    def keep_history(self) -> None:
+        """Go on showing a history of zeros."""
+        self._state.keep_history()
+
     def _kept(self, rule: FusedRule | None, scalars: Sequence[SGDScalars | AdamScalars | None]) -> Kept:
         stateful = [options is not None and options.stateful for options in scalars]
         return Kept(rule, stateful, self.masters, self._history)

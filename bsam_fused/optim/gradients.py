@@ -59,6 +59,7 @@ class ReadsGradients(Phased):
 
         Raises:
             ValueError: ranks have gradients of their own, ``sync="last"``, and would not decide alike.
+            TypeError: `decide` is no function.
         """
         if self._decided is not None:
             return self._decided
@@ -66,14 +67,14 @@ class ReadsGradients(Phased):
             raise ValueError(
                 'decide with sync="last": every rank would decide by the gradient of its own batch; use sync="every"'
             )
+        if not callable(self.decide):
+            raise TypeError(f"decide is a {type(self.decide).__name__}: set a function of ‖g‖², or None")
         self._notice()
         self._read_gradients()
         if self._lacking:
             return True
         for flat in self._flats:
             flat.square_norm(MAX, self._plain_radii())
-        if not callable(self.decide):
-            raise TypeError(f"decide is a {type(self.decide).__name__}: set a function of ‖g‖², or None")
         self._decided = bool(self.decide(self._flats.totals()[0][MAX]))
         return self._decided
 

@@ -42,6 +42,11 @@ class Kept(NamedTuple):
         group, _ = flat.places[i]
         return (self.rule_keys if self.stateful[group] else ()) + self._ours(flat)
 
+    def apart(self, flat: FlatParams, i: int) -> list[list[str]]:
+        """Return the same, the base's and the history apart."""
+        both = [[key for key in self.keys(flat, i) if (key == self.history) == last] for last in (False, True)]
+        return [keys for keys in both if keys]
+
     def begins(self, flat: FlatParams) -> list[int]:
         """Return the parameters that take part in this step, and whose state begins with it."""
         return flat.beginning([True] * len(self.stateful) if self._ours(flat) else self.stateful)
@@ -53,7 +58,7 @@ class Kept(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """State of the base's that is shown, as zeros, before its first update; a history of zeros says what none does."""
+    """State that is shown, as zeros, before its first update: the base's, or the history."""
 
     i: int
     """Of which parameter."""
@@ -117,20 +122,25 @@ class StateViews:
     def _begin(self, flat: FlatParams, members: Sequence[int], state: State, kept: Kept) -> None:
         """Show the state that begins with this step, as zeros; all that must be allocated is, before any update."""
         views = {key: flat.state(key) for key in {key: None for i in members for key in kept.keys(flat, i)}}
-        entries = {i: {key: views[key][i] for key in kept.keys(flat, i)} for i in members}
-        shown = [
-            Shown(
-                i,
-                {key: view for key, view in entry.items() if key != kept.history},
-                dict(state.get(flat.params[i]) or {}),
-            )
-            for i, entry in entries.items()
-        ]
-        self._unproven.append((flat, state, [each for each in shown if each.views]))
-        for i, entry in entries.items():
+        shown = []
+        for i in members:
+            entry = state.get(flat.params[i]) or {}
+            for keys in kept.apart(flat, i):
+                before = {key: entry[key] for key in keys if key in entry}
+                shown.append(Shown(i, {key: views[key][i] for key in keys}, before))
+        self._unproven.append((flat, state, shown))
+        for i, entry, _ in shown:
             state.setdefault(flat.params[i], {}).update(entry)
         flat.begin_state(members)
         self._seen = identity.seen(state)
+
+    def keep_history(self) -> None:
+        """Go on showing a history of zeros."""
+        history = self._kept and self._kept.history
+        self._unproven = [
+            (flat, state, [each for each in shown if history not in each.views])
+            for flat, state, shown in self._unproven
+        ]
 
     @torch.no_grad()
     def retract(self) -> None:

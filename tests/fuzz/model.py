@@ -93,7 +93,9 @@ class Model:
     @property
     def between(self):
         """Whether LookSAM's next step is none of its k-th."""
-        return self.kind == "LookSAM" and self.active and self.base.param_groups[0]["looks"] % K > 0
+        return (
+            self.kind == "LookSAM" and self.active and max(group["looks"] for group in self.base.param_groups) % K > 0
+        )
 
     @property
     def single(self):
@@ -204,7 +206,9 @@ class Model:
         return {i: torch.zeros_like(self.w[i].data) if h is None else h for i, h in entries.items()}
 
     def _look(self):
-        self.base.param_groups[0]["looks"] += 1
+        looks = max(group["looks"] for group in self.base.param_groups) + 1
+        for group in self.base.param_groups:
+            group["looks"] = looks
 
     def _remembered(self, members):
         """v = g_max − (⟨g, g_max⟩ / ‖g‖²) g; m = λ m + (1 − λ) g of q = g − σ m, q where m was 0."""
