@@ -25,7 +25,7 @@ CASES = (
 )
 """Shapes, the base optimizer, whether all implementations are there, else cpp and what it must agree with, and whose.
 
-All of it takes less than three minutes.
+All of it takes some three and a half minutes.
 """
 
 
