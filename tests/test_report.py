@@ -67,7 +67,8 @@ def test_command_writes_page_and_figures(tmp_path, capsys):
     outcomes = {outcome["optimizer"]: outcome for outcome in found["benefit"]["outcomes"]}
     assert {name: outcome["rho"] for name, outcome in outcomes.items()} == {"SGD": None, "SAM": 0.8, "BSAM": 0.3}
     for name, outcome in outcomes.items():
-        each = [row["test_accuracy_percent"] for row in found["benefit"]["rows"] if row["optimizer"] == name]
+        trained = name.replace("SGD", "base")
+        each = [row["accuracy_percent"] for row in found["benefit"]["rows"] if row["optimizer"] == trained]
         assert outcome["accuracies_percent"] == each
         assert outcome["accuracy_percent"] == pytest.approx(sum(each) / 2)
         assert outcome["spread_percent"] == pytest.approx(abs(each[0] - each[1]) / math.sqrt(2))

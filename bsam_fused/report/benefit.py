@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from bsam_fused.report.training import runner
+from bsam_fused.report.training.methods import BASE
 from bsam_fused.report.training.runs import Row, Run, plan
-from bsam_fused.report.training.tasks import REPLACED, TASKS
+from bsam_fused.report.training.tasks import TASKS
 
-TASK = "noisy_digits"
-RADII: dict[str, list[float | None]] = {"SGD": [None], "SAM": [0.8], "BSAM": [0.3]}
+TASK = "digits, 40 % noise"
+REPLACED_PERCENT = 40.0
+RADII: dict[str, list[float | None]] = {BASE: [None], "SAM": [0.8], "BSAM": [0.3]}
 """Of several radii the best: SAM 0.1 to 1.2, BSAM 0.05 to 0.4, read off the test set in an earlier measurement."""
 
 
@@ -59,9 +61,9 @@ def summary(rows: list[Row]) -> Benefit:
     ordered = sorted(rows, key=lambda row: (list(RADII).index(row.optimizer), row.seed))
     return Benefit(
         epochs=rows[0].epochs,
-        replaced_percent=100 * REPLACED,
-        training_images=len(data.y),
-        test_images=len(data.y_test),
+        replaced_percent=REPLACED_PERCENT,
+        training_images=len(data.training.y),
+        test_images=len(data.test.y),
         outcomes=[_outcome([row for row in ordered if row.optimizer == name]) for name in _names(ordered)],
         rows=ordered,
     )
@@ -72,9 +74,9 @@ def _names(rows: list[Row]) -> list[str]:
 
 
 def _outcome(rows: list[Row]) -> Outcome:
-    accuracies = [row.test_accuracy_percent for row in rows]
+    accuracies = [row.accuracy_percent for row in rows]
     return Outcome(
-        optimizer=rows[0].optimizer,
+        optimizer=TASKS[TASK].base.build.__name__ if rows[0].optimizer == BASE else rows[0].optimizer,
         rho=rows[0].rho,
         accuracies_percent=accuracies,
         accuracy_percent=fmean(accuracies),

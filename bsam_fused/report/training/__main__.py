@@ -11,12 +11,14 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from bsam_fused.report import ctrl_c
 from bsam_fused.report.command import positive
 from bsam_fused.report.models import Refused
+from bsam_fused.report.training.methods import BASE, METHODS
 from bsam_fused.report.training.runner import run
-from bsam_fused.report.training.runs import OPTIMIZERS, Run, plan
+from bsam_fused.report.training.runs import Run, Split, plan
 from bsam_fused.report.training.tasks import TASKS
 
 PROGRAM = "python -m bsam_fused.report.training"
@@ -36,9 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: wrong usage (status 2), or ``--help`` (status 0).
     """
     options = _parser().parse_args(arguments)
-    radii = {name: [None] if name == "SGD" else options.rho for name in options.optimizer}
+    radii = {name: [None] if name == BASE else options.rho for name in options.optimizer}
     try:
-        _make(plan(options.task, radii, options.seed, options.epochs), options.out, options.workers)
+        _make(plan(options.task, radii, options.seed, options.epochs, options.split), options.out, options.workers)
     except Refused as refused:
         print(f"{PROGRAM}: {refused}", file=sys.stderr)
         return 1
@@ -56,7 +58,7 @@ def _make(wanted: Sequence[Run], out: Path, workers: int | None) -> None:
     left = len(wanted)  # whatever is not made is there
     for row in run(wanted, out, workers):
         left -= 1
-        print(f"{row.command}: {row.test_accuracy_percent:.1f} % right, {row.seconds:.1f} s", flush=True)
+        print(f"{row.command}: {row.accuracy_percent:.1f} % right, {row.seconds:.1f} s", flush=True)
     if left:
         print(f"{left} rows are there already: {out}")
 
@@ -64,17 +66,18 @@ def _make(wanted: Sequence[Run], out: Path, workers: int | None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROGRAM, description=(__doc__ or "").splitlines()[0].partition(": ")[2])
     add = parser.add_argument
-    add("--task", nargs="+", choices=list(TASKS), default=list(TASKS), help="what is trained (default: all)")
+    add("--task", nargs="+", choices=list(TASKS), default=["digits, 40 % noise"], help="(default: digits, 40 %% noise)")
     add(
         "--optimizer",
         nargs="+",
-        choices=list(OPTIMIZERS),
-        default=list(OPTIMIZERS),
-        help="with SGD as the base (default: all)",
+        choices=list(METHODS),
+        default=[BASE, "SAM", "BSAM"],
+        help="over the task's base optimizer, or that alone (default: base SAM BSAM)",
     )
-    add("--rho", nargs="+", type=_radius, default=[0.05], help="radii, of all but SGD (default: 0.05)")
+    add("--rho", nargs="+", type=_radius, default=[0.05], help="radii, of all but the base (default: 0.05)")
     add("--seed", nargs="+", type=int, default=[0, 1, 2], help="each once (default: 0 1 2)")
     add("--epochs", type=positive, help="of each run (default: the task's)")
+    add("--split", choices=get_args(Split), default="test", help="what the networks are asked (default: test)")
     add("--workers", type=positive, help="processes, of a thread each (default: one a core)")
     add("--out", type=Path, default=Path("rows.jsonl"), help="rows are appended to it (default: %(default)s)")
     return parser

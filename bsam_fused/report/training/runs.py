@@ -4,52 +4,43 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
+from functools import partial
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from bsam_fused import BSAM, SAM
 from bsam_fused.report.machine import this_machine
-from bsam_fused.report.training.tasks import TASKS, Digits
+from bsam_fused.report.training import after
+from bsam_fused.report.training.methods import METHODS, LossFunction, training_loss
+from bsam_fused.report.training.tasks import TASKS, Part
 
 AGAIN = "again.jsonl"
 """Where a row's command writes: in a file that has the row already nothing would be made."""
 
-
-class Optimizer(NamedTuple):
-    """How an optimizer is built of a network and options, and its passes a step."""
-
-    build: Callable[[nn.Module, dict[str, Any]], Any]
-    passes: int
-
-
-OPTIMIZERS = {
-    "SGD": Optimizer(lambda network, options: torch.optim.SGD(network.parameters(), **options), 1),
-    "SAM": Optimizer(lambda network, options: SAM(network.parameters(), model=network, **options), 2),
-    "BSAM": Optimizer(lambda network, options: BSAM(network.parameters(), model=network, **options), 3),
-}
+Split = Literal["validation", "test"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be trained."""
+    """What is to be trained, and what the network is then asked."""
 
     task: str
     """One of `TASKS`."""
     optimizer: str
-    """One of `OPTIMIZERS`."""
+    """One of `METHODS`."""
     rho: float | None
-    """The radius ρ, None of SGD, which has none."""
+    """The radius ρ, None of the base optimizer, which has none."""
     seed: int
-    """Of the labels that are replaced, the weights that training begins with, and the order of the images."""
+    """Of the data that is drawn, the weights that training begins with, and the order of the examples."""
     epochs: int
+    split: Split
 
     @property
     def repeated_by(self) -> str:
@@ -58,8 +49,10 @@ class Run:
             ("--task", self.task),
             ("--optimizer", self.optimizer),
             ("--seed", self.seed),
+            ("--epochs", self.epochs),
+            ("--split", self.split),
         ]
-        options += [("--epochs", self.epochs), *([] if self.rho is None else [("--rho", self.rho)])]
+        options += [] if self.rho is None else [("--rho", self.rho)]
         words = [str(word) for option in options for word in option]
         return shlex.join(["python", "-m", "bsam_fused.report.training", *words, "--out", AGAIN])
 
@@ -68,14 +61,21 @@ class Run:
 class Row(Run):
     """What a run gave, and where."""
 
-    test_accuracy_percent: float
+    accuracy_percent: float
+    """Of the split's labels, how many are named rightly."""
     training_loss: float
     """At w, the mean over the last epoch's steps; an incomplete batch is left out of each."""
+    chance_loss: float
+    """What knowing nothing but how often each label comes gives on the training data."""
+    quantized_percent: dict[str, float]
+    """`accuracy_percent` with weights of so many bits, bits -> percent; {} where the split is for validation."""
+    sharpness: dict[str, float]
+    """The numbers of `after.Sharp`; {} likewise, or where a pass over the training data is not finite."""
     steps: int
     passes: int
     """Forward and backward, in all."""
     seconds: float
-    """Of training alone."""
+    """Of the processor, of training alone."""
     backend: str
     command: str
     threads: int
@@ -89,9 +89,22 @@ class Row(Run):
         """What was to be trained."""
         return Run(**{field.name: getattr(self, field.name) for field in fields(Run)})
 
+    @property
+    def diverged(self) -> bool:
+        """Whether it ended with a loss near chance, as of a network that knows nothing of its training data."""
+        return not self.training_loss < NEAR_CHANCE * self.chance_loss
+
+
+NEAR_CHANCE = 0.97
+"""Times the loss of chance. With 60 % of ten labels random, the best that ignores which are wrong has 0.82."""
+
 
 def plan(
-    tasks: Iterable[str], radii: Mapping[str, Sequence[float | None]], seeds: Iterable[int], epochs: int | None = None
+    tasks: Iterable[str],
+    radii: Mapping[str, Sequence[float | None]],
+    seeds: Iterable[int],
+    epochs: int | None = None,
+    split: Split = "test",
 ) -> list[Run]:
     """Return tasks × optimizers × radii × seeds, a seed of each first, and what is named twice once.
 
@@ -100,9 +113,10 @@ def plan(
         radii: optimizer -> radii.
         seeds: of each.
         epochs: of each run; None: the task's own.
+        split: what the networks are asked.
     """
     runs = (
-        Run(task, optimizer, rho, seed, epochs or TASKS[task].epochs)
+        Run(task, optimizer, rho, seed, epochs or TASKS[task].epochs, split)
         for task in tasks
         for seed in seeds
         for optimizer, rhos in radii.items()
@@ -113,22 +127,26 @@ def plan(
 
 def train(run: Run) -> Row:
     """Train in this process; return the row."""
-    task, how = TASKS[run.task], OPTIMIZERS[run.optimizer]
-    data = task.data(run.seed)
+    task, data = TASKS[run.task], TASKS[run.task].data(run.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         network = task.network()
-        optimizer = how.build(network, task.base if run.rho is None else {"rho": run.rho, **task.base})
-        begin = time.perf_counter()
-        losses = _losses(run, data, network, optimizer)
-        seconds = time.perf_counter() - begin
+        optimizer = METHODS[run.optimizer].build(network, task.base, run.rho or 0.0)
+        begin = time.process_time()
+        losses, passes = _losses(run, data.training, network, optimizer)
+        seconds = time.process_time() - begin
+    tested = run.split == "test"
+    part: Part = getattr(data, run.split)
     machine, epoch = this_machine(), len(losses) // run.epochs
     return Row(
         **vars(run),
-        test_accuracy_percent=_accuracy(network, data),
+        accuracy_percent=after.accuracy_percent(network, part),
         training_loss=fmean(losses[-epoch:]),
+        chance_loss=_entropy(data.training.y),
+        quantized_percent=after.quantized_percent(network, part) if tested else {},
+        sharpness=after.sharpness(network, data.training) if tested else {},
         steps=len(losses),
-        passes=how.passes * len(losses),
+        passes=passes,
         seconds=seconds,
         backend=getattr(optimizer, "backends", {"cpu": "torch.optim"})["cpu"].split()[0],
         command=run.repeated_by,
@@ -140,28 +158,35 @@ def train(run: Run) -> Row:
     )
 
 
-def _losses(run: Run, data: Digits, network: nn.Module, optimizer: Any) -> list[float]:
-    """Train; return each step's loss at w."""
-    task = TASKS[run.task]
-    batches = len(data.y) // task.batch_size
-    schedule = CosineAnnealingLR(optimizer, run.epochs * batches)
+def _losses(run: Run, training: Part, network: nn.Module, optimizer: Any) -> tuple[list[float], int]:
+    """Train; return each step's loss at w, and how many passes there were."""
+    task, method = TASKS[run.task], METHODS[run.optimizer]
+    batches = len(training.y) // task.batch_size
+    steps = run.epochs * batches
+    stepped: list[Any] = [CosineAnnealingLR(optimizer, steps)]
+    stepped += [method.policy(optimizer, steps)] if method.policy else []
     shuffle = torch.Generator().manual_seed(run.seed)
-    losses = []
+    losses: list[float] = []
+    passes = 0
+
+    def closure(batch: Tensor, loss_fn: LossFunction = cross_entropy) -> Tensor:
+        nonlocal passes
+        passes += 1
+        optimizer.zero_grad()
+        loss = training_loss(network(training.x[batch]), training.y[batch], loss_fn)
+        loss.backward()
+        return loss
+
     for _ in range(run.epochs):
-        for batch in torch.randperm(len(data.y), generator=shuffle).split(task.batch_size)[:batches]:
-
-            def closure(x: Tensor = data.x[batch], y: Tensor = data.y[batch]) -> Tensor:
-                optimizer.zero_grad()
-                loss = cross_entropy(network(x), y)
-                loss.backward()
-                return loss
-
-            losses.append(optimizer.step(closure).item())
-            schedule.step()
-    return losses
+        for batch in torch.randperm(len(training.y), generator=shuffle).split(task.batch_size)[:batches]:
+            climbed = {"ascent_closure": partial(closure, batch, method.ascent)} if method.ascent else {}
+            losses.append(optimizer.step(partial(closure, batch), **climbed).item())
+            for each in stepped:
+                each.step()
+    return losses, passes
 
 
-@torch.no_grad()
-def _accuracy(network: nn.Module, data: Digits) -> float:
-    """Return how many test images the network names rightly, in percent."""
-    return 100 * (network.eval()(data.x_test).argmax(1) == data.y_test).double().mean().item()
+def _entropy(y: Tensor) -> float:
+    """Return the entropy of labels, in nats."""
+    share = y.flatten().bincount().double() / y.numel()
+    return torch.special.entr(share).sum().item()

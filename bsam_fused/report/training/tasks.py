@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from sklearn.datasets import load_digits
@@ -12,9 +13,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from bsam_fused.report import models
-
-REPLACED = 0.4
-"""Of the training labels of "noisy_digits"."""
+from bsam_fused.report.training.methods import Base
 
 
 class Digits(NamedTuple):
@@ -26,6 +25,32 @@ class Digits(NamedTuple):
     y_test: Tensor
 
 
+class Part(NamedTuple):
+    """Inputs and what is to be said of them: a label each, or one for each of its places."""
+
+    x: Tensor
+    y: Tensor
+
+
+class Data(NamedTuple):
+    """What is learned; what a radius may be chosen by, its labels as noisy; and what nothing is chosen by."""
+
+    training: Part
+    validation: Part
+    test: Part
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data and a network, each made from a seed, and the recipe: the learning rate falls to 0 by a cosine."""
+
+    data: Callable[[int], Data]
+    network: Callable[[], nn.Module]
+    base: Base
+    epochs: int
+    batch_size: int
+
+
 def digits(dtype: torch.dtype = torch.float64, test_images: int = 449) -> Digits:
     """Return scikit-learn's 1797 handwritten digits, a fixed part of them, alike in every class, for testing."""
     bunch = load_digits()
@@ -35,35 +60,44 @@ def digits(dtype: torch.dtype = torch.float64, test_images: int = 449) -> Digits
     return Digits(x[train], x[test], y[train], y[test])
 
 
-def noisy_digits(seed: int) -> Digits:
-    """Return 1,000 digits to train on, 40 % of their labels replaced by random ones, and 797 with their own to test."""
-    data = digits(torch.float32, test_images=797)
+def noisy_digits(seed: int, *, replaced: float) -> Data:
+    """Return 1,000 digits to train on and 348 to choose by, of whose labels a share is random; 449 to test on.
+
+    Args:
+        seed: of what is trained on and what is chosen by, and of the labels that are replaced.
+        replaced: the share of them, in [0, 1].
+    """
+    all_of = digits(torch.float32)
     generator = torch.Generator().manual_seed(seed)
-    replaced = torch.randperm(len(data.y), generator=generator)[: round(REPLACED * len(data.y))]
-    y = data.y.index_copy(0, replaced, torch.randint(10, (len(replaced),), generator=generator))
-    return data._replace(y=y)
+    training, validation = torch.randperm(len(all_of.y), generator=generator).split((1000, 348))
+    y = noisy(all_of.y, replaced, generator)
+    return Data(
+        Part(all_of.x[training], y[training]),
+        Part(all_of.x[validation], y[validation]),
+        Part(all_of.x_test, all_of.y_test),
+    )
 
 
-@dataclass(frozen=True)
-class Task:
-    """Data and a network, each made from a seed, and the recipe: SGD's learning rate falls to 0 by a cosine."""
+def noisy(y: Tensor, replaced: float, generator: torch.Generator) -> Tensor:
+    """Return labels (n,) of ten classes, a share of them replaced by random ones: a tenth of those happens to be right.
 
-    data: Callable[[int], Digits]
-    network: Callable[[], nn.Module]
-    epochs: int
-    batch_size: int
-    lr: float
-    momentum: float
-    weight_decay: float
+    Args:
+        y: the true ones.
+        replaced: the share, in [0, 1].
+        generator: draws which, and by what.
+    """
+    which = torch.randperm(len(y), generator=generator)[: round(replaced * len(y))]
+    return y.index_copy(0, which, torch.randint(10, (len(which),), generator=generator))
 
-    @property
-    def base(self) -> dict[str, Any]:
-        """The options of the base optimizer, torch.optim.SGD."""
-        return {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+
+def _digits_task(replaced: float) -> Task:
+    base = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4})
+    return Task(partial(noisy_digits, replaced=replaced), models.digits_network, base, epochs=40, batch_size=64)
 
 
 TASKS = {
-    "noisy_digits": Task(
-        noisy_digits, models.digits_network, epochs=40, batch_size=64, lr=0.05, momentum=0.9, weight_decay=5e-4
-    ),
+    "digits": _digits_task(0.0),
+    "digits, 20 % noise": _digits_task(0.2),
+    "digits, 40 % noise": _digits_task(0.4),
+    "digits, 60 % noise": _digits_task(0.6),
 }
