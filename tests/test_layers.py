@@ -171,13 +171,15 @@ MAY_IMPORT = {
     "sharpness.neighbourhood": {"checks", "optim.sharpness", "sharpness.mean_loss"},
     "sharpness.hessian": {"sharpness.extras", "sharpness.mean_loss"},
     "sharpness.landscape": {"sharpness.mean_loss"},
-    "sharpness.plots": {"optim.sharpness", "sharpness.extras"},
+    "sharpness.plots": {"optim.sharpness", "sharpness.extras", "sharpness.radius"},
+    "sharpness.radius": {"checks", "sharpness.mean_loss", "sharpness.neighbourhood"},
     "sharpness": {
         "optim.sharpness",
         "sharpness.hessian",
         "sharpness.landscape",
         "sharpness.neighbourhood",
         "sharpness.plots",
+        "sharpness.radius",
     },
     "": {
         "_version",

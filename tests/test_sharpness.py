@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from untouched import everything, same
 
 import bsam_fused
 from bsam_fused import sharpness
@@ -65,27 +66,6 @@ def itself(output, target):
 
 
 NO_DATA = [(torch.zeros(1), torch.zeros(1))]
-
-
-def everything(model):
-    """All that a measurement might disturb."""
-    return {
-        "state": {name: value.clone() for name, value in model.state_dict().items()},
-        "modes": [m.training for m in model.modules()],
-        "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-        "requires": [p.requires_grad for p in model.parameters()],
-        "random": torch.get_rng_state(),
-    }
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 # ---- MaxS, MinS, BilS, gradient conflict

@@ -1,4 +1,4 @@
-"""Measuring flatness: MaxS, MinS, BilS, gradient conflict, the Hessian's spectrum and trace, landscapes; and pictures.
+"""Measuring flatness: MaxS, MinS, BilS, gradient conflict, the Hessian, landscapes, what radius suits; and pictures.
 
 Everything is of L, the mean loss over a data loader with the model in evaluation mode, and leaves the model bit for
 bit as it was. SciPy (spectrum) and matplotlib (pictures) come with ``pip install 'bsam_fused[sharpness]'``.
@@ -12,12 +12,15 @@ from bsam_fused.sharpness.plots import (
     plot_conflict,
     plot_landscape,
     plot_loss_along,
+    plot_rises,
     plot_sharpness,
     plot_spectrum,
 )
+from bsam_fused.sharpness.radius import Suggestion, loss_rises, radius_at, suggest_radius
 
 __all__ = [
     "Sharpness",
+    "Suggestion",
     "TraceEstimate",
     "direction_to",
     "gradient_conflict",
@@ -25,11 +28,15 @@ __all__ = [
     "hessian_trace",
     "loss_along",
     "loss_on_plane",
+    "loss_rises",
     "measure",
     "plot_conflict",
     "plot_landscape",
     "plot_loss_along",
+    "plot_rises",
     "plot_sharpness",
     "plot_spectrum",
+    "radius_at",
     "random_direction",
+    "suggest_radius",
 ]

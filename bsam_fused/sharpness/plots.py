@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bsam_fused.optim.sharpness import Sharpness
 from bsam_fused.sharpness.extras import load
+from bsam_fused.sharpness.radius import Suggestion
 
 Series = Mapping[str, Any]
 """What to draw, a line each, by the name that the legend gives it."""
@@ -126,6 +127,29 @@ def plot_sharpness(x: Sequence[float], measured: Mapping[str, Sequence[Sharpness
         panel.set(title=title, xlabel="epoch")
         _finished(panel)
     return axes
+
+
+def plot_rises(suggestion: Suggestion, axes: Any = None) -> Any:
+    """Plot how far the loss rises against ρ, both logarithmic; the criterion and the suggested ρ are marked.
+
+    Args:
+        suggestion: what `suggest_radius` returned. Rises that are not positive or not finite are left out.
+        axes: as `plot_spectrum` has it.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ModuleNotFoundError: as `plot_spectrum` has it.
+    """
+    axes = _new_axes() if axes is None else axes
+    axes.axhline(suggestion.sought, color="gray", linestyle="--", label=f"{100 * suggestion.share:.3g} % of L(w)")
+    axes.axvline(suggestion.rho, color="gray", linestyle=":", label=f"ρ = {suggestion.rho:.2g}")
+    axes.plot(suggestion.radii, suggestion.rises, marker=".", label="rise")
+    axes.set(xlabel="ρ", ylabel="L(w + ρ g/‖g‖) − L(w)")
+    axes.set_xscale("log")
+    axes.set_yscale("log", nonpositive="mask")
+    return _finished(axes)
 
 
 def _new_axes(columns: int = 1) -> Any:
