@@ -6,6 +6,7 @@
 # make test-recipes  the snippets of docs/recipes.md
 # make test-trainers the loops of timm and fastai, in an environment of their own (6 GB, in .venv-trainers)
 # make fuzz     random calls and faults beside an independent model, for FUZZ_SECONDS (an hour); prints how to repeat a failure
+# make evidence trains what docs/results.md is made of and bench/results/evidence/ lacks (hours; may be ended at any time)
 # make bench    optimizer time of a step, side by side with other implementations (about 15 minutes)
 # make bench-check   the smallest part of it, which fails where the fused step is slow
 # make performance   measure everything on this CPU, and write docs/performance.md (half an hour to an hour; quiet, please)
@@ -35,7 +36,7 @@ TRAINERS := torch==2.14.1 torchvision==0.29.1 timm==1.0.31 fastai==2.8.12
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py $(wildcard bsam_fused/extension/*.py)
 
-.PHONY: report picture test test-triton interrupts test-recipes test-trainers fuzz bench bench-check performance lint types format cuda-build-check gpu gpu-carry gpu-rehearsal clean
+.PHONY: report picture test test-triton interrupts test-recipes test-trainers fuzz evidence bench bench-check performance lint types format cuda-build-check gpu gpu-carry gpu-rehearsal clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
@@ -66,6 +67,9 @@ test-trainers: $(TRAINERS_VENV)/.built
 FUZZ_SECONDS ?= 3600
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+evidence: $(READY)
+	$(BIN)/python -m bench.evidence
 
 bench: $(READY)
 	mkdir -p build

@@ -15,59 +15,92 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
-from bench.evidence import protocol
+from bench.evidence import criterion, page, pictures, protocol
 from bench.evidence.protocol import PLANS
+from bench.evidence.rows import FOLDER, all_found, file_of, rows_of
 from bsam_fused.report import ctrl_c
 from bsam_fused.report.command import positive
 from bsam_fused.report.training import runner
-from bsam_fused.report.training.runs import Row, Run
+from bsam_fused.report.training.runs import Run
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "bench" / "results" / "evidence"
-
-
-def file_of(task: str) -> Path:
-    """Return where the rows of a task are."""
-    return RESULTS / f"{task.replace(' %', '').replace(',', '').replace(' ', '_')}.jsonl"
-
-
-def rows_of(task: str) -> list[Row]:
-    """Return the rows of a task."""
-    return runner.written(file_of(task))
+PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 
 
 def wanted(task: str) -> Iterator[list[Run]]:
     """Yield what is to be trained: first what chooses the radii, then, once its rows are there, what is reported."""
-    yield protocol.tuning(task)
+    while missing(runs := protocol.tuning(task, rows_of(task))):
+        yield runs
     yield protocol.tests(task, protocol.tuned(task, rows_of(task)))
+
+
+def missing(runs: Sequence[Run]) -> set[Run]:
+    """Return those of a task that there is no row of."""
+    return set(runs) - {row.run for row in rows_of(runs[0].task)}
 
 
 def train(task: str, workers: int | None) -> None:
     """Make the rows of a task that are missing."""
+    FOLDER.mkdir(exist_ok=True)
     for runs in wanted(task):
         with Progress(console=Console(stderr=True)) as progress:
-            shown = progress.add_task(f"{task}, {runs[0].split}", total=len(runs))
+            shown = progress.add_task(f"{task}, {runs[0].split}", total=len(missing(runs)))
             for row in runner.run(runs, file_of(task), workers):
                 progress.advance(shown)
                 progress.console.print(f"{row.optimizer} ρ = {row.rho} seed {row.seed}: {row.accuracy_percent:.1f} %")
 
 
+def show_plan(tasks: Sequence[str]) -> None:
+    """Print how many runs there are, how many are left, and what they take."""
+    shown = Table("task", "runs to choose ρ", "runs to report", "there already", "core-hours in all")
+    hours = 0.0
+    for task in tasks:
+        chosen, reported = protocol.tuning(task), protocol.reported(task)
+        there = len(rows_of(task))
+        of_task = protocol.hours([*chosen, *reported])
+        hours += of_task
+        shown.add_row(task, str(len(chosen)), str(len(reported)), str(there), f"{of_task:.1f}")
+    console = Console()
+    console.print(shown, f"{hours:.1f} core-hours in all, on the CPU that PLANS' seconds are of.")
+
+
+def written_page() -> str:
+    """Return the page of the rows that are there."""
+    found, unfinished = all_found()
+    return page.page(found, unfinished, criterion.judge(found, criterion.written()))
+
+
+def write_page() -> None:
+    """Write the page and its pictures."""
+    text = written_page()
+    PAGE.write_text(text, encoding="utf-8")
+    pictures.write(all_found()[0], text, PAGE.parent)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; returns its exit status: 0; 130 where it was interrupted."""
     options = _parser().parse_args(arguments)
+    if not options.page:
+        show_plan(options.task)
+    if options.plan:
+        return 0
     try:
         with ctrl_c.noted():
             ctrl_c.defer()
-            for task in options.task:
+            for task in [] if options.page else options.task:
                 train(task, options.workers)
     except KeyboardInterrupt:
         return ctrl_c.STATUS
+    write_page()
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.evidence", description=(__doc__ or "").splitlines()[0])
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--plan", action="store_true", help="print runs and core-hours, and train nothing")
+    instead.add_argument("--page", action="store_true", help="write the page of the rows that are there")
     parser.add_argument("--task", nargs="+", choices=list(PLANS), default=list(PLANS), help="(default: all)")
     parser.add_argument("--workers", type=positive, help="processes, of a thread each (default: one a core)")
     return parser

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -31,42 +31,43 @@ SCALES = {
 """Times a task's ladder: a method's; of the others 1. BSAM perturbs to both sides, WSAM(⅔) weighs sharpness twice."""
 
 
+FIRST = slice(2, 6)
+"""Of a ladder: the four radii that are tried first."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a task is treated."""
 
-    ladder: tuple[float, float, float, float]
-    """SAM's radii, of which one is chosen."""
+    ladder: tuple[float, ...]
+    """SAM's radii, eight; `FIRST` are tried, and where the best of them is the last on a side, those beyond it."""
     seeds: int
+    seconds: float
+    """Of a core, that the base optimizer takes for the task's epochs: what `hours` reckons with."""
     methods: Sequence[str] = EVERYWHERE
     longer: Sequence[str] = EVERYWHERE
     """Methods also trained until all have taken as many passes as exact BSAM."""
 
 
-_DIGITS = (0.1, 0.25, 0.6, 1.5)
+_DIGITS = (0.016, 0.04, 0.1, 0.25, 0.6, 1.5, 4.0, 10.0)
 PLANS = {
-    "digits, 40 % noise": Plan(_DIGITS, 10, tuple(METHODS), tuple(METHODS)),
-    "digits": Plan(_DIGITS, 10, tuple(METHODS)),
-    "digits, 60 % noise": Plan(_DIGITS, 10, tuple(METHODS)),
-    "digits, 20 % noise": Plan(_DIGITS, 10, tuple(METHODS)),
+    "digits, 40 % noise": Plan(_DIGITS, 10, 3.2, tuple(METHODS), tuple(METHODS)),
+    "digits": Plan(_DIGITS, 10, 3.2, tuple(METHODS)),
+    "digits, 60 % noise": Plan(_DIGITS, 10, 3.2, tuple(METHODS)),
+    "digits, 20 % noise": Plan(_DIGITS, 10, 3.2, tuple(METHODS)),
 }
 
 
-def radii(task: str, method: str) -> list[float | None]:
-    """Return those of which a method's is chosen."""
-    if method == BASE:
-        return [None]
+def ladder(task: str, method: str) -> list[float]:
+    """Return all radii that a method may be tried with, rising."""
     return [float(f"{SCALES.get(method, 1.0) * rho:.3g}") for rho in PLANS[task].ladder]
 
 
-def tuning(task: str) -> list[Run]:
-    """Return the runs by whose validation accuracy radii are chosen."""
-    chosen = [method for method in PLANS[task].methods if method != BASE]
+def tuning(task: str, rows: Iterable[Row] = ()) -> list[Run]:
+    """Return the runs by whose validation accuracy radii are chosen, as far as these rows tell which there are."""
+    there = {row.run: row.accuracy_percent for row in rows}
     return [
-        Run(task, method, rho, seed, TASKS[task].epochs, "validation")
-        for seed in TUNING_SEEDS
-        for method in chosen
-        for rho in radii(task, method)
+        run for method in _searched(task) for rho in _search(task, method, there)[0] for run in _runs(task, method, rho)
     ]
 
 
@@ -76,31 +77,61 @@ def tuned(task: str, rows: Iterable[Row]) -> dict[str, float | None]:
     Raises:
         LookupError: rows of `tuning` are missing.
     """
-    there = {row.run: row for row in rows}
-    missing = [run for run in tuning(task) if run not in there]
-    if missing:
-        raise LookupError(f"{task}: {len(missing)} of {len(tuning(task))} tuning runs are missing")
+    there = {row.run: row.accuracy_percent for row in rows}
+    found: dict[str, float | None] = {BASE: None}
+    for method in _searched(task):
+        _, found[method] = _search(task, method, there)
+        if found[method] is None:
+            raise LookupError(f"{task}: tuning runs of {method} are missing")
+    return {method: found[method] for method in PLANS[task].methods}
 
-    def accuracy(method: str, rho: float | None) -> float:
-        runs = [run for run in tuning(task) if (run.optimizer, run.rho) == (method, rho)]
-        return fmean(there[run].accuracy_percent for run in runs)
 
-    return {
-        method: None if method == BASE else max(radii(task, method), key=lambda rho: accuracy(method, rho))
-        for method in PLANS[task].methods
-    }
+def _searched(task: str) -> list[str]:
+    return [method for method in PLANS[task].methods if method != BASE]
+
+
+def _runs(task: str, method: str, rho: float) -> list[Run]:
+    return [Run(task, method, rho, seed, TASKS[task].epochs, "validation") for seed in TUNING_SEEDS]
+
+
+def _search(task: str, method: str, there: Mapping[Run, float]) -> tuple[list[float], float | None]:
+    """Return the radii that are tried, and the best of them; None for it where accuracies are missing."""
+    radii = ladder(task, method)
+    first, end = FIRST.start, FIRST.stop
+    while True:
+        tried = radii[first:end]
+        if any(run not in there for rho in tried for run in _runs(task, method, rho)):
+            return tried, None
+        best = max(tried, key=lambda rho: fmean(there[run] for run in _runs(task, method, rho)))
+        if best == tried[0] and first > 0:
+            first -= 1
+        elif best == tried[-1] and end < len(radii):
+            end += 1
+        else:
+            return tried, best
 
 
 def tests(task: str, chosen: dict[str, float | None]) -> list[Run]:
-    """Return the runs that are reported: equal epochs, then equal passes, then SAM at the radii not chosen."""
+    """Return the runs that are reported: equal epochs, then equal passes, then SAM at the first radii not chosen."""
     plan, epochs = PLANS[task], TASKS[task].epochs
     wanted = [(method, rho, epochs) for method, rho in chosen.items()]
     wanted += [(method, chosen[method], as_long_as_bsam(task, method)) for method in plan.longer]
-    wanted += [("SAM", rho, epochs) for rho in radii(task, "SAM")]
+    wanted += [("SAM", rho, epochs) for rho in ladder(task, "SAM")[FIRST]]
     runs = [
         Run(task, method, rho, seed, length, "test") for method, rho, length in wanted for seed in range(plan.seeds)
     ]
     return list(dict.fromkeys(runs))
+
+
+def reported(task: str) -> list[Run]:
+    """Return as many runs as `tests` at most, before any radius is chosen."""
+    return tests(task, {method: None if method == BASE else ladder(task, method)[0] for method in PLANS[task].methods})
+
+
+def hours(runs: Iterable[Run]) -> float:
+    """Return the core-hours that runs take, by what a pass of the base optimizer takes; measuring is extra."""
+    base = {task: plan.seconds / TASKS[task].epochs for task, plan in PLANS.items()}
+    return sum(base[run.task] * run.epochs * METHODS[run.optimizer].passes for run in runs) / 3600
 
 
 def as_long_as_bsam(task: str, method: str) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from functools import partial
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from bsam_fused.report.machine import this_machine
 from bsam_fused.report.training import after
 from bsam_fused.report.training.methods import METHODS, LossFunction, training_loss
-from bsam_fused.report.training.tasks import TASKS, Part
+from bsam_fused.report.training.tasks import TASKS, Data, Part
 
 AGAIN = "again.jsonl"
 """Where a row's command writes: in a file that has the row already nothing would be made."""
@@ -125,8 +125,20 @@ def plan(
     return list(dict.fromkeys(runs))
 
 
-def train(run: Run) -> Row:
-    """Train in this process; return the row."""
+class Trained(NamedTuple):
+    """A network that was trained, on what, and how it went."""
+
+    network: nn.Module
+    data: Data
+    losses: list[float]
+    """Of each step, at w."""
+    passes: int
+    seconds: float
+    backend: str
+
+
+def trained(run: Run) -> Trained:
+    """Train in this process; no epochs leave the network as it begins."""
     task, data = TASKS[run.task], TASKS[run.task].data(run.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
@@ -135,6 +147,13 @@ def train(run: Run) -> Row:
         begin = time.process_time()
         losses, passes = _losses(run, data.training, network, optimizer)
         seconds = time.process_time() - begin
+    backend = getattr(optimizer, "backends", {"cpu": "torch.optim"})["cpu"].split()[0]
+    return Trained(network, data, losses, passes, seconds, backend)
+
+
+def train(run: Run) -> Row:
+    """Train in this process; return the row."""
+    network, data, losses, passes, seconds, backend = trained(run)
     tested = run.split == "test"
     part: Part = getattr(data, run.split)
     machine, epoch = this_machine(), len(losses) // run.epochs
@@ -148,7 +167,7 @@ def train(run: Run) -> Row:
         steps=len(losses),
         passes=passes,
         seconds=seconds,
-        backend=getattr(optimizer, "backends", {"cpu": "torch.optim"})["cpu"].split()[0],
+        backend=backend,
         command=run.repeated_by,
         threads=torch.get_num_threads(),
         cpu=machine.cpu,

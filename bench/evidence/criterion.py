@@ -1,0 +1,152 @@
+"""Whether a radius can be read off how the loss rises along the ascent: judged by the runs, a task left out in turn.
+
+python -m bench.evidence.criterion [--task NAME]...   measures the rises, of networks by the base optimizer alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Literal, get_args
+
+import torch
+
+from bench.evidence.protocol import PLANS, TUNING_SEEDS
+from bench.evidence.results import Found, accuracy, mean
+from bench.evidence.rows import FOLDER
+from bsam_fused.report.training.methods import BASE, training_loss
+from bsam_fused.report.training.runs import Run, trained
+from bsam_fused.report.training.tasks import TASKS
+from bsam_fused.sharpness.radius import LADDER, loss_rises, radius_at
+
+RISES = FOLDER / "rises.jsonl"
+When = Literal["at the beginning", "after a tenth", "at the end"]
+SHARES = tuple(10 ** (i / 8) for i in range(-24, 17))
+"""Of the loss at w: criteria that are tried."""
+
+
+@dataclass(frozen=True)
+class Rises:
+    """How far the loss of a batch rises, the mean over a task's training batches."""
+
+    task: str
+    seed: int
+    when: When
+    """Of training by the base optimizer; a tenth of its epochs is a whole training of so many."""
+    loss: float
+    radii: tuple[float, ...]
+    rises: tuple[float, ...]
+
+
+def measured(task: str, seed: int, when: When) -> Rises:
+    """Train, and measure."""
+    epochs = {
+        "at the beginning": 0,
+        "after a tenth": max(1, TASKS[task].epochs // 10),
+        "at the end": TASKS[task].epochs,
+    }
+    network, data, *_ = trained(Run(task, BASE, None, seed, epochs[when], "validation"))
+    size = TASKS[task].batch_size
+    batches = list(zip(data.training.x.split(size), data.training.y.split(size), strict=True))
+    loss, rises = loss_rises(network, training_loss, batches, LADDER)
+    return Rises(task, seed, when, loss, LADDER, tuple(rises))
+
+
+def written() -> list[Rises]:
+    """Return what was measured."""
+    lines = RISES.read_text(encoding="utf-8").splitlines() if RISES.exists() else []
+    return [Rises(**json.loads(line)) for line in lines]
+
+
+# ---- judged
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task on which SAM gains: how far the loss rises, and what each of its ladder's radii gained."""
+
+    task: str
+    rises: list[Rises]
+    gains: dict[float, float]
+    """ρ -> points of percent over the base optimizer, on the test split."""
+    tuned: float
+
+    def share(self, criterion: float) -> float:
+        """Return the share of the tuned gain that is had at the radius of the ladder next to the criterion's."""
+        rho = math.exp(fmean(math.log(radius_at(it.radii, it.rises, it.loss, criterion).rho) for it in self.rises))
+        nearest = min(self.gains, key=lambda one: abs(math.log(one / rho)))
+        return self.gains[nearest] / self.gains[self.tuned]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A criterion, at one time of training: what it reached on tasks that were left out when it was fitted."""
+
+    when: When
+    reached: dict[str, float]
+    """Task -> the share of the tuned gain."""
+    criterion: float
+    """Fitted to all."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether it reached half of the tuned gain on all tasks but one."""
+        return sum(share < 0.5 for share in self.reached.values()) <= 1
+
+
+def cases(found: Sequence[Found], rises: Iterable[Rises], when: When) -> list[Case]:
+    """Return the tasks on which SAM's gain, at the radius that was tuned, exceeds twice its standard error."""
+    there = [it for it in rises if it.when == when]
+    result = []
+    for each in found:
+        of_task = [it for it in there if it.task == each.task]
+        gain = each.gain("SAM", BASE)
+        if of_task and gain.value > 2 * gain.error:
+            base = each.mean(BASE).value
+            gains = {rho: mean([accuracy(row) for row in rows]).value - base for rho, rows in each.of_sam().items()}
+            tuned = each.tuned["SAM"]
+            assert tuned is not None
+            result.append(Case(each.task, of_task, gains, tuned))
+    return result
+
+
+def judge(found: Sequence[Found], rises: Sequence[Rises]) -> list[Judged]:
+    """Return the judgement of each time of training; none where fewer than three tasks tell."""
+    judged = []
+    for when in get_args(When):
+        told = cases(found, rises, when)
+        if len(told) >= 3:
+            reached = {case.task: case.share(fitted([it for it in told if it is not case])) for case in told}
+            judged.append(Judged(when, reached, fitted(told)))
+    return judged
+
+
+def fitted(told: Sequence[Case]) -> float:
+    """Return the criterion of `SHARES` with the largest mean share of the tuned gains, in the middle of those alike."""
+    means = [fmean(min(case.share(criterion), 1.0) for case in told) for criterion in SHARES]
+    best = [share for share, value in zip(SHARES, means, strict=True) if value >= max(means) - 1e-9]
+    return best[len(best) // 2]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what is missing; returns the exit status, 0."""
+    parser = argparse.ArgumentParser(prog="python -m bench.evidence.criterion")
+    parser.add_argument("--task", nargs="+", choices=list(PLANS), default=list(PLANS), help="(default: all)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    there = {(it.task, it.seed, it.when) for it in written()}
+    wanted = [(task, seed, when) for task in options.task for seed in TUNING_SEEDS for when in get_args(When)]
+    for each in wanted:
+        if each not in there:
+            with RISES.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(measured(*each))) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""docs/results.md, from the rows; its sentences are in results.md.jinja."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from scipy import stats
+
+from bench.evidence import protocol, questions
+from bench.evidence.criterion import Judged
+from bench.evidence.protocol import PLANS
+from bench.evidence.questions import Comparison
+from bench.evidence.results import Found, Gain, accuracy, mean
+from bench.gpu.page import table
+from bsam_fused.report.training import after
+from bsam_fused.report.training.methods import BASE, METHODS
+from bsam_fused.report.training.runs import NEAR_CHANCE, Row
+from bsam_fused.report.training.tasks import TASKS
+
+
+def page(found: Sequence[Found], unfinished: Mapping[str, int], judged: Sequence[Judged]) -> str:
+    """Return the whole page.
+
+    Args:
+        found: tasks whose rows are all there.
+        unfinished: other tasks -> how many of their rows there are.
+        judged: of radii that are read off the loss's rise.
+    """
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    most = max((len(it.tuned) for it in found), default=0)
+    return templates.get_template("results.md.jinja").render(
+        unfinished=", ".join(f"{task} ({rows} rows)" for task, rows in unfinished.items()),
+        answers=_answers(questions.comparisons(found)),
+        prices=[(it.task, _prices(it)) for it in found if len(PLANS[it.task].longer) > len(protocol.EVERYWHERE)],
+        orders=table(["", "methods", *questions.SHARPNESS], map(_orders, found)),
+        most_methods=most,
+        least_correlation=f"{_least_correlation(most):.2f}" if most > 2 else "1",
+        judged=_judged(judged) if judged else "",
+        tasks=[_task(it) for it in found],
+        made=_made(found) if found else "",
+        tuning_seeds=" and ".join(map(str, protocol.TUNING_SEEDS)),
+        margin=f"{questions.MARGIN:g}",
+        near_chance=f"{100 * (1 - NEAR_CHANCE):.0f}",
+        examples=after.EXAMPLES,
+        sharpness_rho=f"{after.RHO:g}",
+    )
+
+
+def _answers(comparisons: Sequence[Comparison]) -> str:
+    tasks = list(dict.fromkeys(chain.from_iterable(it.gains for it in comparisons)))
+    rows = [
+        [it.asked, f"**{it.answer}**", *(_decided(it.gains[task]) if task in it.gains else "" for task in tasks)]
+        for it in comparisons
+    ]
+    return table(["", "", *tasks], rows)
+
+
+def _decided(gain: Gain) -> str:
+    return str(gain) if gain.verdict == "open" else f"**{gain}**"
+
+
+def _prices(found: Found) -> str:
+    rows = [
+        [name, f"{METHODS[name].passes:g}", _decided(epochs), _decided(passes)]
+        for name, epochs, passes in questions.prices(found)
+    ]
+    return table(["", "passes a step", "equal epochs", "equal passes"], rows)
+
+
+def _orders(found: Found) -> list[str]:
+    orders = questions.orders(found)
+    return [found.task, str(orders[0].methods), *(f"{it.correlation:+.2f} (p = {it.p:.2g})" for it in orders)]
+
+
+def _least_correlation(n: int) -> float:
+    """Return the rank correlation of n methods that chance exceeds, to either side, in 5 of 100 cases: Student's t."""
+    t = float(stats.t.ppf(0.975, n - 2))
+    return t / (n - 2 + t * t) ** 0.5
+
+
+def _judged(judged: Sequence[Judged]) -> str:
+    tasks = list(judged[0].reached)
+    rows = [
+        [it.when, f"{it.criterion:.2g}", *(f"{100 * it.reached[task]:.0f} %" for task in tasks), _yes(it.holds)]
+        for it in judged
+    ]
+    return table(["read off a network of the base's", "share, fitted to all", *tasks, "holds"], rows)
+
+
+def _yes(holds: bool) -> str:
+    return questions.YES if holds else questions.NO
+
+
+def _task(found: Found) -> dict[str, str]:
+    plan, task = PLANS[found.task], TASKS[found.task]
+    bits = f"{', '.join(map(str, after.BITS))} bits"
+    head = ["", "ρ", "equal epochs", "over the base", "equal passes", bits, "eigenvalue", "diverged"]
+    ladder = [f"{rho:g}: {mean([accuracy(row) for row in rows])}" for rho, rows in found.of_sam().items()]
+    return {
+        "name": found.task,
+        "about": f"{task.epochs} epochs, {plan.seeds} seeds; the base is {task.base.build.__name__}.",
+        "table": table(head, [_row(found, name) for name in found.tuned]),
+        "ladder": f"SAM at each of its radii: {', '.join(ladder)}.",
+    }
+
+
+def _row(found: Found, name: str) -> list[str]:
+    rows, rho = found.of(name), found.tuned[name]
+    sharp = [row.sharpness["eigenvalue"] for row in rows if row.sharpness]
+    return [
+        TASKS[found.task].base.build.__name__ if name == BASE else name,
+        "" if rho is None else f"{rho:g}{'*' if found.at_edge(name) else ''}",
+        str(found.mean(name)),
+        "" if name == BASE else _decided(found.gain(name, BASE)),
+        str(found.mean(name, "passes")) if found.has(name, "passes") else "",
+        ", ".join(f"{mean([row.quantized_percent[str(bits)] for row in rows]).value:.1f}" for bits in after.BITS),
+        f"{mean(sharp).value:.1f}" if sharp else "",
+        _diverged([*rows, *(found.of(name, "passes") if found.has(name, "passes") else [])]),
+    ]
+
+
+def _diverged(rows: Sequence[Row]) -> str:
+    """Return how many runs diverged, those of equal epochs and of equal passes; nothing where none did."""
+    runs = {row.run: row.diverged for row in rows}
+    return f"{sum(runs.values())} of {len(runs)}" if any(runs.values()) else ""
+
+
+def _made(found: Sequence[Found]) -> str:
+    """Return where the rows were made, and of what."""
+    rows = list(chain.from_iterable(chain.from_iterable(it.rows.values()) for it in found))
+
+    def said(of: Callable[[Row], Any]) -> str:
+        return ", ".join(sorted({str(of(row)) for row in rows}))
+
+    hours = sum(row.seconds for row in rows) / 3600
+    return (
+        f"{len(rows):,} runs are reported, {hours:.1f} core-hours of training, beside those that chose the radii. "
+        f"{said(lambda row: row.date[:10])}; {said(lambda row: row.cpu)}, a run a core; "
+        f"torch {said(lambda row: row.torch)}; commit {said(lambda row: (row.commit or 'unknown')[:10])}."
+    )
