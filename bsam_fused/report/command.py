@@ -62,6 +62,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def needs(error: ModuleNotFoundError) -> str:
+    """Return what is missing, and the command that installs it."""
+    return f"needs {str(error.name).split('.')[0]}: pip install 'bsam_fused[report]'"
+
+
+def refuse(command: str, why: str) -> int:
+    """Say why a command cannot do its work; return the exit status."""
+    print(f"bsam-fused {command}: {why}", file=sys.stderr)
+    return 1
+
+
 def _make(options: argparse.Namespace) -> int:
     import torch
 
@@ -69,7 +80,7 @@ def _make(options: argparse.Namespace) -> int:
         from bsam_fused.report.make import Options, make
         from bsam_fused.report.models import Refused
     except ModuleNotFoundError as error:
-        return _refuse(f"needs {str(error.name).split('.')[0]}: pip install 'bsam_fused[report]'")
+        return refuse("report", needs(error))
     torch.set_num_threads(options.threads)
     wanted = Options(
         model=options.model,
@@ -87,9 +98,4 @@ def _make(options: argparse.Namespace) -> int:
     try:
         return 0 if make(options.out, wanted) else 1
     except Refused as refused:
-        return _refuse(str(refused))
-
-
-def _refuse(why: str) -> int:
-    print(f"bsam-fused report: {why}", file=sys.stderr)
-    return 1
+        return refuse("report", str(refused))

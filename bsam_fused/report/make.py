@@ -62,7 +62,9 @@ class Draft:
 
     def __post_init__(self) -> None:
         options = self.options
-        device = _device(options)
+        if options.graph and options.device != "cuda":
+            raise Refused(f"--graph captures CUDA graphs: it needs --device cuda, not {options.device}")
+        device = models.device(options.device)
         if options.model == "digits":
             _choose_backend()  # that they are learned by
         dtype = getattr(torch, options.dtype)
@@ -135,7 +137,7 @@ class Draft:
             model=self.options.model,
             parameters=sum(map(_elements, self.shapes)),
             tensors=len(self.shapes),
-            batch=_said(self.workload.inputs),
+            batch=self.workload.batch,
             dtype=self.options.dtype,
             compiled=self.options.compile,
             base=self.options.base,
@@ -186,16 +188,6 @@ def make(out: Path, options: Options) -> bool:
     return report.agree
 
 
-def _device(options: Options) -> torch.device:
-    """Return the device that was asked for, if it is there."""
-    device = torch.device(options.device)
-    if options.graph and device.type != "cuda":
-        raise Refused(f"--graph captures CUDA graphs: it needs --device cuda, not {options.device}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise Refused(f"--device {options.device}: torch {torch.__version__} sees no NVIDIA GPU")
-    return device
-
-
 def _choose_backend() -> None:
     try:
         dispatch.choose("auto", torch.device("cpu"))
@@ -211,7 +203,3 @@ def _all(steps: Iterator[Any], progress: Progress, task: Any) -> None:
 
 def _elements(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
-
-
-def _said(inputs: Any) -> str:
-    return f"inputs {tuple(inputs.shape)}" if isinstance(inputs, torch.Tensor) else f"inputs: a {type(inputs).__name__}"

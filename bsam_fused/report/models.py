@@ -28,9 +28,22 @@ class Workload(NamedTuple):
     targets: Any
     loss: Loss = functional.cross_entropy
 
-    def a_pass(self) -> None:
-        """Run forward and backward."""
-        self.loss(self.model(self.inputs), self.targets).backward()
+    def a_pass(self) -> Tensor:
+        """Run forward and backward; return the loss."""
+        loss = self.loss(self.model(self.inputs), self.targets)
+        loss.backward()
+        return loss
+
+    @property
+    def batch(self) -> str:
+        """The inputs, in words."""
+        shape = isinstance(self.inputs, Tensor)
+        return f"inputs {tuple(self.inputs.shape)}" if shape else f"inputs: a {type(self.inputs).__name__}"
+
+    def take(self, examples: Any) -> Workload:
+        """Return some of the examples: those of an index of every tensor's first dimension, such as a slice."""
+        inputs, targets = (mapped(each, lambda tensor: tensor[examples]) for each in (self.inputs, self.targets))
+        return self._replace(inputs=inputs, targets=targets)
 
 
 # ---- networks
@@ -218,6 +231,18 @@ def shapes(name: str) -> list[tuple[int, ...]]:
         return [tuple(p.shape) for p in BUILT_IN[name].build().parameters()]
 
 
+def device(name: str) -> torch.device:
+    """Return the device of that name.
+
+    Raises:
+        Refused: it is not there.
+    """
+    found = torch.device(name)
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise Refused(f"--device {name}: torch {torch.__version__} sees no NVIDIA GPU")
+    return found
+
+
 def workload(name: str, batch_size: int | None, device: torch.device, dtype: torch.dtype) -> Workload:
     """Return a network and a batch of random numbers for it, or those of a user's function.
 
@@ -234,10 +259,14 @@ def workload(name: str, batch_size: int | None, device: torch.device, dtype: tor
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         found = _user(name, batch_size) if ":" in name else _built_in(name, batch_size)
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
     return found._replace(
         model=found.model.to(device, dtype).train(),
-        inputs=_moved(found.inputs, device, dtype),
-        targets=_moved(found.targets, device, dtype),
+        inputs=mapped(found.inputs, moved),
+        targets=mapped(found.targets, moved),
     )
 
 
@@ -305,13 +334,13 @@ def _takes_batch_size(make: Callable[..., Any]) -> bool:
         return False
 
 
-def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return a tensor, or tensors in a dict, list or tuple, on the device; floating point ones as ``dtype``."""
+def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Return what ``change`` makes of a tensor, or of each of those in a dict, list or tuple."""
     if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
+        return change(value)
     if isinstance(value, dict):
-        return {key: _moved(item, device, dtype) for key, item in value.items()}
+        return {key: mapped(item, change) for key, item in value.items()}
     if not isinstance(value, (list, tuple)):
         return value
-    items = [_moved(item, device, dtype) for item in value]
+    items = [mapped(item, change) for item in value]
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a namedtuple takes them apart

@@ -24,12 +24,7 @@ def prepare(out: Path) -> str:
     Raises:
         Refused: it cannot be made or written to, or what would be replaced is no report.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=out):  # a folder that is there may not be one to write to
-            pass
-    except OSError as error:
-        raise Refused(f"--out {out}: {error}") from error
+    folder(out)
     there = [name for name in FILES if (out / name).exists()]
     if not there:
         return ""
@@ -40,6 +35,20 @@ def prepare(out: Path) -> str:
         raise Refused(
             f"--out {out}: there is {' and '.join(there)}, of no earlier report; name another folder"
         ) from error
+
+
+def folder(out: Path) -> None:
+    """Make a directory where there is none.
+
+    Raises:
+        Refused: it cannot be made or written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=out):  # a folder that is there may not be one to write to
+            pass
+    except OSError as error:
+        raise Refused(f"--out {out}: {error}") from error
 
 
 def written(out: Path) -> str:
