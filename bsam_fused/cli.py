@@ -1,4 +1,4 @@
-"""The command line: `bsam-fused info`, `build`, `report`; also `python -m bsam_fused`. torch waits for a command."""
+"""The command line: `bsam-fused info`, `build`, `report`, `rho`; also `python -m bsam_fused`. torch waits for one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from bsam_fused._version import __version__
-from bsam_fused.report import command, ctrl_c
+from bsam_fused.report import command, ctrl_c, rho_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     _add_build(commands.add_parser("build", help="compile the fused kernels for the torch that is installed"))
     command.add_to(commands)
+    rho_command.add_to(commands)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""`bsam-fused info` tells every user what to do next; `report` refuses in one line."""
+"""`bsam-fused info` tells every user what to do next; `report` and `rho` refuse in one line."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def test_info_for_programs(info):
 
 
 @pytest.mark.parametrize(
-    ("argument", "says"), [("--version", f"bsam_fused {bsam_fused.__version__}"), ("--help", "info,build,report")]
+    ("argument", "says"), [("--version", f"bsam_fused {bsam_fused.__version__}"), ("--help", "info,build,report,rho")]
 )
 def test_what_needs_no_torch_does_not_wait_for_it(argument, says):
     """torch takes seconds to import; `python -X importtime` shows the rest in a tenth of one."""
@@ -128,14 +128,14 @@ def test_info_tells_what_the_environment_asks_for(info, monkeypatch, value, chos
     assert line(text, dispatch.VARIABLE).endswith(value)
 
 
-def test_without_extras_info_works_and_report_names_the_command(tmp_path):
+@pytest.mark.parametrize("command", ["report", "rho"])
+def test_without_extras_info_works_and_others_name_the_command(tmp_path, command):
     blocked = "".join(f"sys.modules[{name!r}] = None; " for name in EXTRAS)
-    code = f"import sys; {blocked}from bsam_fused.cli import main; sys.exit(main(['info']) or main(['report']))"
-    command = [sys.executable, "-c", code]
-    done = processes.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT})
+    code = f"import sys; {blocked}from bsam_fused.cli import main; sys.exit(main(['info']) or main([{command!r}]))"
+    done = processes.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT})
     assert done.returncode == 1
     assert "Backends" in done.stdout
-    assert re.fullmatch(r"bsam-fused report: needs \w+: pip install 'bsam_fused\[report\]'\n", done.stderr)
+    assert re.fullmatch(rf"bsam-fused {command}: needs \w+: pip install 'bsam_fused\[report\]'\n", done.stderr)
     assert not list(tmp_path.iterdir())
 
 
