@@ -69,7 +69,7 @@ def noisy_digits(seed: int, *, replaced: float) -> Data:
     """
     all_of = digits(torch.float32)
     generator = torch.Generator().manual_seed(seed)
-    training, validation = torch.randperm(len(all_of.y), generator=generator).split((1000, 348))
+    training, validation = torch.randperm(len(all_of.y), generator=generator).tensor_split([1000])
     y = noisy(all_of.y, replaced, generator)
     return Data(
         Part(all_of.x[training], y[training]),
