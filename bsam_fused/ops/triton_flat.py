@@ -99,6 +99,7 @@ class _Table:
                     "options of the param groups changed since they were last written to the device, which a capture "
                     "cannot do: call optimizer.write_options() before it"
                 )
+            self.rows = []  # an interrupt leaves the device with either
             self._copy(self._on_host(rows))
             self.rows = rows
         return self._on_device
