@@ -28,21 +28,39 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     """Leave out what would take too long.
 
-    Of a test marked `pairwise` the interpreter, which is slow, runs a part in which all pairs of arguments meet; of one
-    marked `part(n)` one in n combinations runs, always the same ones, others on each backend; of those that remain and
-    are marked `every(n)`, as an argument may be, every n-th of a test; all with --whole.
+    Of a test marked `pairwise` the interpreter, which is slow, runs a part in which all pairs of three arguments meet,
+    or all values of two; of one marked `part(n)` one in n combinations runs, always the same ones, others on each
+    backend; of those that remain and are marked `every(n)`, as an argument may be, every n-th of a test; all of both
+    with --whole.
     """
-    whole = config.getoption("whole")
-    kept = [item for item in items if not _is_extra(item) and (whole or not _is_left_out(item))]
+    whole, extra = config.getoption("whole"), {*_extra(items)}
+    kept = [item for item in items if item not in extra and (whole or not _is_left_out(item))]
     kept = kept if whole else [*_every_nth(kept)]
     config.hook.pytest_deselected(items=[*set(items).difference(kept)])
     items[:] = kept
 
 
-def _is_extra(item):
-    if not (item.get_closest_marker("pairwise") and item.get_closest_marker("interpreter")):
-        return False
-    return sum(index for name, index in item.callspec.indices.items() if name != "backend") % 4 != 0
+def _extra(items):
+    """Yield what the interpreter leaves out of the tests marked `pairwise`.
+
+    A combination stays where the sum of its values' numbers is a multiple of the fewest values that an argument has:
+    whatever values two arguments have, one of a third's fits. The numbers are counted here, as pytest's indices are
+    those of combinations.
+    """
+    numbers = collections.defaultdict(dict)
+    slow = [item for item in items if item.get_closest_marker("pairwise") and item.get_closest_marker("interpreter")]
+    for item in slow:
+        for argument, value in _arguments(item):
+            numbers[argument].setdefault(id(value), len(numbers[argument]))
+    for item in slow:
+        arguments = [*_arguments(item)]
+        fewest = min(len(numbers[argument]) for argument, _ in arguments)
+        if sum(numbers[argument][id(value)] for argument, value in arguments) % fewest:
+            yield item
+
+
+def _arguments(item):
+    return (((item.function, name), value) for name, value in item.callspec.params.items() if name != "backend")
 
 
 def _is_left_out(item):

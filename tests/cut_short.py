@@ -167,12 +167,12 @@ class Cut(NamedTuple):
 
 
 @functools.cache
-def _is_ours(name):
-    return name.startswith(ROOT) and not any(kernel in name for kernel in KERNELS)
+def _is_ours(name, module):
+    return name.startswith(ROOT) and module in name and not any(kernel in name for kernel in KERNELS)
 
 
-def cut_short(run, way, at, error, after="line"):
-    """Go ``way`` up to the ``at``-th line of the package, which raises ``error`` instead of running.
+def cut_short(run, way, at, error, after="line", module=""):
+    """Go ``way`` up to the ``at``-th line of the package, or of a ``module``, which raises ``error`` instead of it.
 
     With ``after="c_return"`` up to the ``at``-th return of a function in C, where real signals are noticed.
     """
@@ -180,7 +180,7 @@ def cut_short(run, way, at, error, after="line"):
 
     def trace(frame, event, _):
         nonlocal seen, where
-        if where is not None or not _is_ours(frame.f_code.co_filename):
+        if where is not None or not _is_ours(frame.f_code.co_filename, module):
             return None
         if event == after and run.watched:
             seen += 1
@@ -201,14 +201,15 @@ def cut_short(run, way, at, error, after="line"):
     return Cut(where, None)
 
 
-def complaints(make, way, error, after="line"):
+def complaints(make, way, error, after="line", module="", each=1):
     """Yield what is wrong after ``way`` was cut short, line by line.
 
     Args:
         make: returns a new `Run`.
         way: of `WAYS`.
         error: the class of what is raised.
-        after: as `cut_short` has it.
+        after: as `cut_short` has it, and so is `module`.
+        each: 3 of every third line.
     """
     first, then = make(), make()
     allowed = [first.left()]
@@ -219,9 +220,9 @@ def complaints(make, way, error, after="line"):
     way(first)
     allowed.append(first.left())
     follow = {}
-    for line in itertools.count(1):
+    for line in itertools.count(1, each):
         run = make()
-        cut = cut_short(run, way, line, error(), after)
+        cut = cut_short(run, way, line, error(), after, module)
         if cut.where is None:
             if cut.error is not None:  # without any cut
                 yield f"after all lines: {cut.error!r}"

@@ -235,7 +235,6 @@ def test_combine_gives_the_direction_to_any_base(backend, rule):
         assert all(torch.equal(a, b) for a, b in zip(double(step.params), step.before.w, strict=True))
 
 
-@pytest.mark.pairwise
 @pytest.mark.parametrize("rule", [rule for rule in WITHOUT_HISTORY if rule.keeps])
 def test_merged_directions_go_on_as_one_pass(backend, rule):
     """As if the share of d, unscaled still, were SAM's g_max."""

@@ -40,6 +40,7 @@ def familiar(net, opt, x, y):
     return losses
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("style", [by_closure, by_hand, familiar])
 @pytest.mark.parametrize("name", RECORDED)
 def test_recorded_trajectory(name, style, backend):

@@ -51,6 +51,7 @@ def doubled(state):
     return {k: int(v) if k == "step" else v.double().clone() for k, v in state.items() if k != "master_weight"}
 
 
+@pytest.mark.pairwise
 @every_kind
 @each_base
 @each_dtype
@@ -149,6 +150,7 @@ def stored(what):
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.pairwise
 @every_kind
 @each_base
 @pytest.mark.parametrize("how", ["file", "copy"])

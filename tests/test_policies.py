@@ -81,7 +81,6 @@ def test_every_kth(kind):
     assert Run(kind, lambda opt: EveryKth(opt, 1)).train(range(3)).passes == [full] * 3
 
 
-@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", [SAM, ASAM, BSAM])
 def test_every_kth_goes_k_times_as_far(backend, kind):
     """On request; the groups' own radii, which schedules set, stay what they are."""

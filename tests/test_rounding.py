@@ -201,6 +201,7 @@ def test_what_a_seed_is(backend, kind, dtype):
     assert not torch.equal(run(5), run(6))
 
 
+@pytest.mark.pairwise
 @every_kind
 @each_dtype
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
