@@ -83,15 +83,15 @@ def test_the_update_is_float32s(backend, kind, base, dtype):
 @every_kind
 @each_dtype
 def test_small_updates_add_up(backend, kind, dtype):
-    """Each far below the spacing of the weights, where nearest rounding alone would stand still."""
-    ends = []
+    """Each an eighth of the spacing of the weights, where nearest rounding alone would stand still."""
+    lr, steps, ends = torch.finfo(dtype).eps / 16, 18, []
     for options in ({"master_weights": True}, {"rounding": "nearest"}):
         p = nn.Parameter(torch.ones(3000, dtype=dtype))
-        opt = kind([p], lr=2.0**-14, backend=backend, **options)
-        for t in range(100):
+        opt = kind([p], lr=lr, backend=backend, **options)
+        for t in range(steps):
             walk(opt, [p], t, lambda params, seed: [torch.ones_like(p) for p in params])
         ends.append(p.detach())
-    assert torch.equal(ends[0], torch.full_like(p, 1 - 100 * 2.0**-14))
+    assert torch.equal(ends[0], torch.full_like(p, 1 - steps * lr))
     assert torch.equal(ends[1], torch.ones_like(p))
 
 
