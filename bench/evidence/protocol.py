@@ -49,9 +49,12 @@ class Plan:
     """Methods also trained until all have taken as many passes as exact BSAM."""
 
 
+_IMAGES = (0.0064, 0.016, 0.04, 0.1, 0.25, 0.6, 1.5, 4.0)
 _DIGITS = (0.016, 0.04, 0.1, 0.25, 0.6, 1.5, 4.0, 10.0)
 PLANS = {
     "digits, 40 % noise": Plan(_DIGITS, 10, 3.2, tuple(METHODS), tuple(METHODS)),
+    "CIFAR-10, 40 % noise": Plan(_IMAGES, 5, 30.0),
+    "CIFAR-10": Plan(_IMAGES, 5, 30.0),
     "digits": Plan(_DIGITS, 10, 3.2, tuple(METHODS)),
     "digits, 60 % noise": Plan(_DIGITS, 10, 3.2, tuple(METHODS)),
     "digits, 20 % noise": Plan(_DIGITS, 10, 3.2, tuple(METHODS)),

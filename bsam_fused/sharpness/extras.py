@@ -6,11 +6,12 @@ from importlib import import_module
 from types import ModuleType
 
 
-def load(name: str) -> ModuleType:
-    """Return a module of the ``sharpness`` extra.
+def load(name: str, extra: str = "sharpness") -> ModuleType:
+    """Return a module of an extra.
 
     Args:
         name: such as "scipy.sparse.linalg".
+        extra: which of this package's.
 
     Raises:
         ModuleNotFoundError: it is not installed, with the command that installs it.
@@ -19,6 +20,4 @@ def load(name: str) -> ModuleType:
         return import_module(name)
     except ModuleNotFoundError as error:
         needed = name.split(".")[0]
-        raise ModuleNotFoundError(
-            f"this needs {needed}: pip install 'bsam_fused[sharpness]'", name=error.name
-        ) from error
+        raise ModuleNotFoundError(f"this needs {needed}: pip install 'bsam_fused[{extra}]'", name=error.name) from error

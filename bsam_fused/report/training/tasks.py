@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from torch import Tensor
 
 from bsam_fused.report import models
+from bsam_fused.report.training import cifar
 from bsam_fused.report.training.methods import Base
+from bsam_fused.report.training.task import Data, Part, Task, noisy
 
 
 class Digits(NamedTuple):
@@ -23,32 +23,6 @@ class Digits(NamedTuple):
     x_test: Tensor
     y: Tensor
     y_test: Tensor
-
-
-class Part(NamedTuple):
-    """Inputs and what is to be said of them: a label each, or one for each of its places."""
-
-    x: Tensor
-    y: Tensor
-
-
-class Data(NamedTuple):
-    """What is learned; what a radius may be chosen by, its labels as noisy; and what nothing is chosen by."""
-
-    training: Part
-    validation: Part
-    test: Part
-
-
-@dataclass(frozen=True)
-class Task:
-    """Data and a network, each made from a seed, and the recipe: the learning rate falls to 0 by a cosine."""
-
-    data: Callable[[int], Data]
-    network: Callable[[], nn.Module]
-    base: Base
-    epochs: int
-    batch_size: int
 
 
 def digits(dtype: torch.dtype = torch.float64, test_images: int = 449) -> Digits:
@@ -78,18 +52,6 @@ def noisy_digits(seed: int, *, replaced: float) -> Data:
     )
 
 
-def noisy(y: Tensor, replaced: float, generator: torch.Generator) -> Tensor:
-    """Return labels (n,) of ten classes, a share of them replaced by random ones: a tenth of those happens to be right.
-
-    Args:
-        y: the true ones.
-        replaced: the share, in [0, 1].
-        generator: draws which, and by what.
-    """
-    which = torch.randperm(len(y), generator=generator)[: round(replaced * len(y))]
-    return y.index_copy(0, which, torch.randint(10, (len(which),), generator=generator))
-
-
 def _digits_task(replaced: float) -> Task:
     base = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4})
     return Task(partial(noisy_digits, replaced=replaced), models.digits_network, base, epochs=40, batch_size=64)
@@ -100,4 +62,6 @@ TASKS = {
     "digits, 20 % noise": _digits_task(0.2),
     "digits, 40 % noise": _digits_task(0.4),
     "digits, 60 % noise": _digits_task(0.6),
+    "CIFAR-10": cifar.task(0.0),
+    "CIFAR-10, 40 % noise": cifar.task(0.4),
 }
