@@ -189,9 +189,18 @@ def test_questions_are_answered_of_the_right_rows(found):
     assert len(questions.comparisons([])) == 0
 
 
-def test_the_order_by_sharpness_is_spearmans(found):
-    """Sharpness was made up as 100 less the accuracy: the flattest is the best, of all 19 methods."""
-    assert {(it.measure, round(it.correlation, 9), it.methods) for it in questions.orders(found)} == {
+def test_the_order_by_sharpness_is_spearmans(rows, found):
+    """The flattest is made the best of all 19 methods; of each a network that ended in a ravine decides nothing."""
+    ravines = random.Random(1)
+    flat = {name: 100 - found.mean(name).value for name in found.tuned}
+    sharp = [
+        replace(
+            it, sharpness={m: ravines.uniform(1e3, 1e5) if it.seed == 4 else flat[it.optimizer] for m in it.sharpness}
+        )
+        for it in rows
+    ]
+    orders = questions.orders(results.found(TASK, sharp))
+    assert {(it.measure, round(it.correlation, 9), it.methods) for it in orders} == {
         (name, -1.0, 19) for name in questions.SHARPNESS
     }
     assert page._least_correlation(6) == pytest.approx(0.811, abs=1e-3)  # tables of Pearson's r have it

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -120,7 +121,7 @@ def _row(found: Found, name: str) -> list[str]:
         "" if name == BASE else _decided(found.gain(name, BASE)),
         str(found.mean(name, "passes")) if found.has(name, "passes") else "",
         ", ".join(f"{mean([row.quantized_percent[str(bits)] for row in rows]).value:.1f}" for bits in after.BITS),
-        f"{mean(sharp).value:.1f}" if sharp else "",
+        f"{median(sharp):.1f}" if sharp else "",
         _diverged([*rows, *(found.of(name, "passes") if found.has(name, "passes") else [])]),
     ]
 

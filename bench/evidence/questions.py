@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from scipy import stats
 
@@ -109,18 +110,21 @@ class Order:
 
     measure: str
     correlation: float
-    """Spearman's, of methods' means: −1 where the flattest is the best."""
+    """Spearman's: −1 where the flattest is the best."""
     p: float
     methods: int
 
 
 def orders(found: Found) -> list[Order]:
-    """Return Spearman's rank correlation between a task's mean accuracies and each measure of sharpness."""
+    """Return Spearman's rank correlation between a task's mean accuracies and the median of each measure.
+
+    The median, as a network that ends in a ravine may have thousands of times the sharpness of all others.
+    """
     methods = [name for name in found.tuned if all(row.sharpness for row in found.of(name))]
     accuracies = [found.mean(name).value for name in methods]
     result = []
     for measure in SHARPNESS:
-        sharp = [found.mean(name, of=lambda row, measure=measure: row.sharpness[measure]).value for name in methods]
+        sharp = [median(row.sharpness[measure] for row in found.of(name)) for name in methods]
         correlation = stats.spearmanr(accuracies, sharp)
         result.append(Order(measure, float(correlation.statistic), float(correlation.pvalue), len(methods)))
     return result
