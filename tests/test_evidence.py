@@ -223,16 +223,40 @@ def case(task, curvature, gains, tuned):
 
 
 def test_a_criterion_is_judged_on_tasks_that_it_was_not_fitted_to():
-    """The tuned ρ is where the loss rises by 0.36, in all tasks but the last, of which another would be right."""
+    """The tuned ρ is where the loss, 1, rises by 0.36, in all tasks but the last, of which another would be right."""
     alike = [
-        case(str(c), c, {0.6 / c**0.5: 5.0, 0.1 / c**0.5: 1.0, 3 / c**0.5: -9.0}, 0.6 / c**0.5) for c in (0.5, 1, 4)
+        case(str(c), c, {0.6 / c**0.5: 5.0, 0.1 / c**0.5: 1.0, 3 / c**0.5: -9.0}, 0.6 / c**0.5) for c in (0.01, 1, 50)
     ]
-    share = criterion.fitted(alike)
-    assert 0.1**2 < share < 3**2
-    assert all(it.share(share) == 1.0 for it in alike)
     other = case("other", 1.0, {0.01: 4.0, 0.6: 1.0}, 0.01)
-    assert other.share(share) == pytest.approx(0.25)
-    assert alike[0].share(1e-3) == pytest.approx(0.2)
+    for kind in ("share of the loss", "nats"):
+        value = criterion.fitted(alike, kind)
+        assert 0.1**2 < value < 3**2
+        assert all(it.reached(kind, value) == 1.0 for it in alike)
+        assert alike[1].radius(kind, 0.36) == pytest.approx(0.6)
+        assert other.reached(kind, value) == pytest.approx(0.25)
+        assert alike[0].reached(kind, 1e-3) == pytest.approx(0.2)
+    one = "one ρ for all"
+    assert alike[0].radius(one, 0.3) == 0.3
+    assert min(it.reached(one, criterion.fitted(alike, one)) for it in alike) < 1
+
+
+def test_a_criterion_holds_that_fails_on_one_task(monkeypatch):
+    """Three tasks alike and one that is another: what is fitted to those fails on it, and is not fitted to it."""
+    gains = {0.6: 5.0, 0.1: 1.0, 3.0: -9.0}
+    told = [*(case(name, 1.0, gains, 0.6) for name in "abc"), case("other", 1.0, {0.01: 4.0, 0.6: 1.0}, 0.01)]
+    monkeypatch.setattr(criterion, "cases", lambda found, rises, when: told)
+    share, *_ = criterion.judge([], [])
+    assert share.reached == {"a": 1.0, "b": 1.0, "c": 1.0, "other": pytest.approx(0.25)}
+    assert share.holds
+    assert not replace(share, reached={**share.reached, "a": 0.4}).holds
+    assert "| share of the loss | at the beginning |" in page._judged([share])
+
+
+def test_a_rise_in_nats_is_no_share():
+    rises = tuple(rho**2 for rho in criterion.LADDER)
+    half = Case("half", [Rises("half", 100, "at the end", 0.5, criterion.LADDER, rises)], {1.0: 1.0}, 1.0)
+    assert half.radius("share of the loss", 0.32) == pytest.approx(0.4)
+    assert half.radius("nats", 0.16) == pytest.approx(0.4)
 
 
 def test_only_tasks_with_a_gain_beyond_twice_its_error_tell(rows, found):

@@ -26,8 +26,10 @@ from bsam_fused.sharpness.radius import LADDER, loss_rises, radius_at
 
 RISES = FOLDER / "rises.jsonl"
 When = Literal["at the beginning", "after a tenth", "at the end"]
-SHARES = tuple(10 ** (i / 8) for i in range(-24, 17))
-"""Of the loss at w: criteria that are tried."""
+Kind = Literal["share of the loss", "nats", "one ρ for all"]
+"""What the rise is to be: a share of the loss at w, or so many nats; the last looks at no rise, and is to be beaten."""
+VALUES = tuple(10 ** (i / 8) for i in range(-24, 17))
+"""That are tried of each."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,17 @@ class Case:
     """ρ -> points of percent over the base optimizer, on the test split."""
     tuned: float
 
-    def share(self, criterion: float) -> float:
+    def radius(self, kind: Kind, value: float) -> float:
+        """Return ρ of a criterion, the geometric mean over seeds."""
+        if kind == "one ρ for all":
+            return value
+        losses = [it.loss if kind == "share of the loss" else 1.0 for it in self.rises]
+        found = [radius_at(it.radii, it.rises, loss, value).rho for it, loss in zip(self.rises, losses, strict=True)]
+        return math.exp(fmean(map(math.log, found)))
+
+    def reached(self, kind: Kind, value: float) -> float:
         """Return the share of the tuned gain that is had at the radius of the ladder next to the criterion's."""
-        rho = math.exp(fmean(math.log(radius_at(it.radii, it.rises, it.loss, criterion).rho) for it in self.rises))
+        rho = self.radius(kind, value)
         nearest = min(self.gains, key=lambda one: abs(math.log(one / rho)))
         return self.gains[nearest] / self.gains[self.tuned]
 
@@ -87,11 +97,12 @@ class Case:
 class Judged:
     """A criterion, at one time of training: what it reached on tasks that were left out when it was fitted."""
 
+    kind: Kind
     when: When
     reached: dict[str, float]
     """Task -> the share of the tuned gain."""
-    criterion: float
-    """Fitted to all."""
+    fitted: float
+    """To all tasks: the share of the loss, the rise in nats, or the radius."""
 
     @property
     def holds(self) -> bool:
@@ -116,20 +127,22 @@ def cases(found: Sequence[Found], rises: Iterable[Rises], when: When) -> list[Ca
 
 
 def judge(found: Sequence[Found], rises: Sequence[Rises]) -> list[Judged]:
-    """Return the judgement of each time of training; none where fewer than three tasks tell."""
+    """Return the judgement of each criterion at each time of training; nothing where fewer than three tasks tell."""
     judged = []
     for when in get_args(When):
         told = cases(found, rises, when)
-        if len(told) >= 3:
-            reached = {case.task: case.share(fitted([it for it in told if it is not case])) for case in told}
-            judged.append(Judged(when, reached, fitted(told)))
-    return judged
+        for kind in get_args(Kind) if len(told) >= 3 else ():
+            reached = {
+                it.task: it.reached(kind, fitted([each for each in told if each is not it], kind)) for it in told
+            }
+            judged.append(Judged(kind, when, reached, fitted(told, kind)))
+    return [it for it in judged if it.kind != "one ρ for all" or it.when == "at the end"]
 
 
-def fitted(told: Sequence[Case]) -> float:
-    """Return the criterion of `SHARES` with the largest mean share of the tuned gains, in the middle of those alike."""
-    means = [fmean(min(case.share(criterion), 1.0) for case in told) for criterion in SHARES]
-    best = [share for share, value in zip(SHARES, means, strict=True) if value >= max(means) - 1e-9]
+def fitted(told: Sequence[Case], kind: Kind) -> float:
+    """Return the value of `VALUES` with the largest mean share of the tuned gains, in the middle of those alike."""
+    means = [fmean(min(case.reached(kind, value), 1.0) for case in told) for value in VALUES]
+    best = [value for value, reached in zip(VALUES, means, strict=True) if reached >= max(means) - 1e-9]
     return best[len(best) // 2]
 
 

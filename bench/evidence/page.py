@@ -88,10 +88,16 @@ def _least_correlation(n: int) -> float:
 def _judged(judged: Sequence[Judged]) -> str:
     tasks = list(judged[0].reached)
     rows = [
-        [it.when, f"{it.criterion:.2g}", *(f"{100 * it.reached[task]:.0f} %" for task in tasks), _yes(it.holds)]
+        [
+            it.kind,
+            "" if it.kind == "one ρ for all" else it.when,
+            f"{it.fitted:.2g}",
+            *(f"{100 * it.reached[task]:.0f} %" for task in tasks),
+            _yes(it.holds),
+        ]
         for it in judged
     ]
-    return table(["read off a network of the base's", "share, fitted to all", *tasks, "holds"], rows)
+    return table(["criterion", "read off a network of the base's", "fitted to all", *tasks, "holds"], rows)
 
 
 def _yes(holds: bool) -> str:
