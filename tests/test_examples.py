@@ -18,7 +18,7 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_picture(script):
     assert (ROOT / "docs" / f"{script}.png").stat().st_size < 150_000
-    assert f"({script}.png)" in (ROOT / "docs" / "which.md").read_text()
+    assert f"({script}.png)" in (ROOT / "docs" / "flatness.md").read_text()
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *sorted(WITHOUT - {"training"})])
