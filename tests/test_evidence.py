@@ -19,6 +19,7 @@ from bench.evidence.criterion import Case, Rises
 from bench.evidence.questions import Comparison
 from bench.evidence.results import Gain
 from bench.evidence.rows import rows_of
+from bsam_fused.report import benefit
 from bsam_fused.report.training.methods import BASE, METHODS
 from bsam_fused.report.training.runs import Row
 from bsam_fused.report.training.tasks import TASKS
@@ -123,6 +124,11 @@ def test_seeds_that_choose_are_not_those_that_are_reported():
         assert not {run.seed for run in protocol.tuning(task)} & {run.seed for run in protocol.reported(task)}
 
 
+def test_the_report_has_the_radii_that_were_chosen():
+    chosen = protocol.tuned(benefit.TASK, rows_of(benefit.TASK))
+    assert {name: [chosen[name]] for name in benefit.RADII} == benefit.RADII
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_equal_passes_are_equal(method):
     """To half an epoch of the method's own: what rounding to whole epochs leaves."""
@@ -206,10 +212,28 @@ def test_the_order_by_sharpness_is_spearmans(rows, found):
     assert page._least_correlation(6) == pytest.approx(0.811, abs=1e-3)  # tables of Pearson's r have it
 
 
+def test_the_better_length_is_the_one_with_the_better_mean(rows, found):
+    """SAM's longer runs are made 7 points worse, BSAM's are its own: it is as many epochs as before."""
+    worse = [
+        replace(it, accuracy_percent=it.accuracy_percent - 7) if (it.optimizer, it.epochs) == ("SAM", 60) else it
+        for it in rows
+    ]
+    overfitted = results.found(TASK, worse)
+    assert overfitted.epochs("SAM", "better") == 40
+    assert overfitted.gain("BSAM", "SAM", "better") == found.gain("BSAM", "SAM", "epochs")
+    better = [
+        replace(it, accuracy_percent=it.accuracy_percent + 7) if (it.optimizer, it.epochs) == ("SAM", 60) else it
+        for it in rows
+    ]
+    assert results.found(TASK, better).gain("BSAM", "SAM", "better").value == pytest.approx(
+        found.gain("BSAM", "SAM", "passes").value - 7
+    )
+
+
 def test_prices_are_over_sam_the_best_first(found):
     prices = questions.prices(found)
     assert prices[0][0] == "BSAM"
-    assert [passes.value for _, _, passes in prices] == sorted((it[2].value for it in prices), reverse=True)
+    assert [gains[0].value for _, gains in prices] == sorted((gains[0].value for _, gains in prices), reverse=True)
     assert not {"SAM", BASE} & {name for name, *_ in prices}
 
 

@@ -67,11 +67,8 @@ def _decided(gain: Gain) -> str:
 
 
 def _prices(found: Found) -> str:
-    rows = [
-        [name, f"{METHODS[name].passes:g}", _decided(epochs), _decided(passes)]
-        for name, epochs, passes in questions.prices(found)
-    ]
-    return table(["", "passes a step", "equal epochs", "equal passes"], rows)
+    rows = [[name, f"{METHODS[name].passes:g}", *map(_decided, gains)] for name, gains in questions.prices(found)]
+    return table(["", "passes a step", "equal epochs", "equal passes", "better length"], rows)
 
 
 def _orders(found: Found) -> list[str]:

@@ -67,6 +67,10 @@ def _equal_passes(asked: str, method: str, over: str) -> Question:
     return Question(asked, method, over, "passes", "passes")
 
 
+def _better(asked: str, method: str, over: str) -> Question:
+    return Question(asked, method, over, "better", "better")
+
+
 LATE = "Is BSAM in the last {} of training as good as BSAM throughout?"
 QUESTIONS = (
     Question("Does SAM beat the base optimizer, at equal epochs?", "SAM", BASE),
@@ -74,7 +78,9 @@ QUESTIONS = (
     _equal_passes("Does SAM beat the base optimizer, at equal passes?", "SAM", BASE),
     _equal_passes("Does BSAM beat the base optimizer, at equal passes?", "BSAM", BASE),
     _equal_passes("Does BSAM beat SAM, at equal passes?", "BSAM", "SAM"),
-    Question("Does SAM beat a base optimizer that takes the more passes?", "SAM", BASE, "epochs", "passes"),
+    _better("Does SAM beat the base optimizer, each by its better length?", "SAM", BASE),
+    _better("Does BSAM beat SAM, each by its better length?", "BSAM", "SAM"),
+    _better("Does extrapolated BSAM beat SAM, each by its better length?", "BSAM extrapolated", "SAM"),
     Question("Is extrapolated BSAM as good as exact BSAM, at equal epochs?", "BSAM extrapolated", "BSAM", as_good=True),
     _equal_passes("Does extrapolated BSAM beat exact BSAM, at equal passes?", "BSAM extrapolated", "BSAM"),
     _equal_passes("Does extrapolated BSAM beat SAM, at equal passes?", "BSAM extrapolated", "SAM"),
@@ -130,8 +136,12 @@ def orders(found: Found) -> list[Order]:
     return result
 
 
-def prices(found: Found) -> list[tuple[str, Gain, Gain]]:
-    """Return, of a task, each method with its gains over SAM at equal epochs and at equal passes, the best first."""
-    both = [name for name in found.tuned if name not in ("SAM", BASE) and found.has(name, "passes")]
-    rows = [(name, found.gain(name, "SAM"), found.gain(name, "SAM", "passes")) for name in both]
-    return sorted(rows, key=lambda row: -row[2].value)
+def prices(found: Found) -> list[tuple[str, list[Gain]]]:
+    """Return, of a task, each method with its gains over SAM, the best at equal epochs first.
+
+    At equal epochs, at equal passes, and each by its better length.
+    """
+    both = [name for name in found.tuned if name not in ("SAM", BASE) and found.has(name, "better")]
+    lengths: tuple[Length, ...] = ("epochs", "passes", "better")
+    rows = [(name, [found.gain(name, "SAM", length) for length in lengths]) for name in both]
+    return sorted(rows, key=lambda row: -row[1][0].value)

@@ -15,8 +15,8 @@ from bsam_fused.report.training.runs import Row
 from bsam_fused.report.training.tasks import TASKS
 
 CONFIDENCE = 0.95
-Length = Literal["epochs", "passes"]
-"""As many epochs as the task has, or as many passes as exact BSAM takes in them."""
+Length = Literal["epochs", "passes", "better"]
+"""As many epochs as the task has, as many passes as exact BSAM takes in them, or that with the better mean of these."""
 Verdict = Literal["more", "less", "open"]
 
 
@@ -78,10 +78,16 @@ class Found:
 
     def has(self, method: str, length: Length = "epochs") -> bool:
         """Return whether a method was trained so long."""
-        return method in self.tuned and (method, self.tuned[method], self.epochs(method, length)) in self.rows
+        needed: list[Length] = ["epochs", "passes"] if length == "better" else [length]
+        return method in self.tuned and all(
+            (method, self.tuned[method], self.epochs(method, each)) in self.rows for each in needed
+        )
 
     def epochs(self, method: str, length: Length) -> int:
         """Return the epochs of a method's runs."""
+        if length == "better":
+            both: list[Length] = [each for each in ("epochs", "passes") if self.has(method, each)]
+            length = max(both, key=lambda each: self.mean(method, each).value)
         return TASKS[self.task].epochs if length == "epochs" else protocol.as_long_as_bsam(self.task, method)
 
     def mean(self, method: str, length: Length = "epochs", of: Callable[[Row], float] = accuracy) -> Mean:
