@@ -19,7 +19,7 @@ from bsam_fused.report.training.tasks import TASKS
 COLOURS = dict(zip(EVERYWHERE[1:], ("#3d8bfd", "#e8743b", "#d9a520", "#a06cd5", "#12a594"), strict=True))
 DRAWN = {key: "#222222" if value == INK else value for key, value in STYLE.items()}
 """The report's style, its ink black: a page has no colour of its own to lend."""
-LENGTHS: dict[Length, str] = {"epochs": "equal epochs", "passes": "equal passes"}
+HOLLOW: dict[Length, bool] = {"epochs": False, "passes": True}
 
 
 def write(found: Sequence[Found], page: str, folder: Path) -> None:
@@ -34,7 +34,7 @@ def write(found: Sequence[Found], page: str, folder: Path) -> None:
     if not found:
         return
     pictures: list[tuple[str, Callable[[Axes], None], tuple[float, float]]] = [
-        ("results_gains.png", lambda axes: _gains(axes, found), (8, 1.6 + 0.75 * len(found))),
+        ("results_gains.png", lambda axes: _gains(axes, found), (8, 1.2 + 0.8 * len(found))),
         *[("results_prices.png", lambda axes: _prices(axes, wide[0]), (8, 5)) for _ in wide[:1]],
     ]
     for name, draw, size in pictures:
@@ -53,26 +53,34 @@ def _gains(axes: Axes, found: Sequence[Found]) -> None:
     """Draw each method's gain over the base optimizer, a task a row."""
     for row, task in enumerate(found):
         for i, (name, colour) in enumerate(COLOURS.items()):
-            for length, words in LENGTHS.items():
+            for length, hollow in HOLLOW.items():
                 gain = task.gain(name, BASE, length)
-                label = f"{name}, {words}" if row == 0 else None
-                face = colour if length == "epochs" else "white"
-                y = row + 0.13 * (i - 2) + (0.04 if length == "passes" else -0.04)
-                axes.errorbar(gain.value, y, xerr=gain.reach, fmt="o", ms=5, color=colour, mfc=face, label=label)
-    axes.axvline(0, color="#888", linewidth=1)
+                label = name if row == 0 and not hollow else None
+                y = row + 0.15 * (i - 2) + 0.06 * hollow
+                _point(axes, gain.value, y, gain.reach, colour, hollow, label)
+    axes.axvline(0, color="#888888", linewidth=1)
     axes.set_yticks(range(len(found)), [it.task for it in found])
-    axes.invert_yaxis()
-    axes.set_xlabel("points of test accuracy over the base optimizer, with 95 % intervals")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2, frameon=False, fontsize=8)
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xlabel("points of test accuracy over the base optimizer, 95 % intervals\n● equal epochs   ○ equal passes")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(COLOURS), frameon=False, fontsize=8)
 
 
 def _prices(axes: Axes, found: Found) -> None:
-    """Draw accuracy against passes a step, a method a point."""
-    for name in found.tuned:
-        at, passes = found.mean(name), METHODS[name].passes
-        colour = COLOURS.get(name, "#8b95a5")
-        axes.errorbar(passes, at.value, yerr=at.error, fmt="o", ms=5, color=colour)
-        said = TASKS[found.task].base.build.__name__ if name == BASE else name
-        axes.annotate(said, (passes, at.value), xytext=(6, -3), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="passes a step", ylabel="test accuracy, %", title=f"{found.task}, equal epochs")
-    axes.set_xlim(0.8, 4)
+    """Draw every method's accuracy, the best at equal epochs first."""
+    order = sorted(found.tuned, key=lambda name: -found.mean(name).value)
+    for row, name in enumerate(order):
+        for length, hollow in HOLLOW.items():
+            at = found.mean(name, length)
+            _point(axes, at.value, row + 0.2 * hollow, at.error, COLOURS.get(name, "#8b95a5"), hollow)
+    base = TASKS[found.task].base.build.__name__
+    axes.set_yticks(
+        range(len(order)), [f"{base if name == BASE else name}  {METHODS[name].passes:g}" for name in order]
+    )
+    axes.invert_yaxis()
+    axes.set_title(f"{found.task}; beside the names: passes a step", fontsize=10)
+    axes.set_xlabel("test accuracy, %, with standard errors\n● equal epochs   ○ equal passes")
+
+
+def _point(axes: Axes, x: float, y: float, reach: float, colour: str, hollow: bool, label: str | None = None) -> None:
+    face = "white" if hollow else colour
+    axes.errorbar(x, y, xerr=reach, fmt="o", markersize=5, color=colour, markerfacecolor=face, label=label)

@@ -8,7 +8,7 @@ from statistics import median
 
 from scipy import stats
 
-from bench.evidence.results import Found, Gain, Length
+from bench.evidence.results import Found, Gain, Length, Verdict
 from bsam_fused.report.training.methods import BASE
 from bsam_fused.report.training.runs import Row
 
@@ -39,7 +39,8 @@ class Comparison:
             if "less" in verdicts:
                 return NO
             return YES if all(gain.value - gain.reach > -MARGIN for gain in self.gains.values()) else OPEN
-        for answer, wanted, other in ((YES, "more", "less"), (NO, "less", "more")):
+        sides: tuple[tuple[Answer, Verdict, Verdict], ...] = ((YES, "more", "less"), (NO, "less", "more"))
+        for answer, wanted, other in sides:
             if verdicts.count(wanted) >= len(verdicts) / 2 and other not in verdicts:
                 return answer
         return OPEN
