@@ -1,6 +1,6 @@
 """What is trained: parts that share nothing, drawn by seed, wrong labels where they are meant to be; no file of others.
 
-CIFAR-10 is made up here, a few images in the two formats that are read.
+CIFAR-10 is made up here, a few images in the two formats that are read; so is a text, where its places count.
 """
 
 import ast
@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from bsam_fused.report.models import Refused
-from bsam_fused.report.training import cifar
+from bsam_fused.report.training import after, characters, cifar
+from bsam_fused.report.training.task import Part
 from bsam_fused.report.training.tasks import TASKS
 
 PIXELS = np.random.default_rng(0).integers(256, size=(80, 32, 32, 3), dtype=np.uint8)
@@ -104,6 +105,68 @@ def test_cifar_that_is_not_there_is_refused(tmp_path, monkeypatch):
 
 def test_cifar_networks_take_its_images():
     assert TASKS["CIFAR-10"].network()(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.fixture
+def text(monkeypatch):
+    """Says a text for Python's documentation."""
+
+    def set_to(topics):
+        monkeypatch.setattr("pydoc_data.topics.topics", topics)
+        characters._windows.cache_clear()
+
+    yield set_to
+    characters._windows.cache_clear()
+
+
+def said(rows):
+    return ["".join(map(chr, row)) for row in rows.tolist()]
+
+
+def test_windows_share_no_character(text):
+    """In a text of numbers that count up each is in one place."""
+    numbers = " ".join(f"{i:06}" for i in range(24_000))
+    text({"counting": numbers})
+    data, other = characters.drawn(1), characters.drawn(2)
+    assert [part.x.shape for part in data] == [(500, 64), (200, 64), (500, 64)]
+    begins = []
+    for part, (first, last) in zip(data, [(0, 0.6), (0.6, 0.8), (0.8, 1)]):
+        whole = said(torch.cat([part.x, part.y[:, -1:]], 1))
+        begins += [numbers.index(window) for window in whole]
+        here = begins[-len(whole) :]
+        assert first - 1e-3 <= min(here) / len(numbers) < (max(here) + 65) / len(numbers) <= last + 1e-3
+        assert torch.equal(part.x[:, 1:], part.y[:, :-1])
+    assert (torch.tensor(begins).sort().values.diff() >= 65).all()
+    assert same(data, characters.drawn(1))
+    assert same([data.test], [other.test])
+    assert not torch.equal(data.training.x, other.training.x)
+    assert not torch.equal(data.validation.x, other.validation.x)
+
+
+def test_a_paragraph_of_the_text_comes_once(text):
+    """Topics in the order of their names, sections of which are in several."""
+    text({"b": "the same\n  words\n\nmore of … " + "b" * 80, "a": "the  same words\n\nfirst"})
+    assert said(characters._windows()) == [("the same words first more of ? " + "b" * 80)[:65]]
+
+
+def test_pythons_text_suffices():
+    assert [len(part.y) for part in TASKS["characters"].data(0)] == [500, 200, 500]
+
+
+def test_characters_are_named_by_those_before_them():
+    network = TASKS["characters"].network()
+    x = torch.arange(64)[None]
+    changed = network(x.index_fill(1, torch.tensor([40]), 7)) - network(x)
+    assert changed.shape == (1, 64, 128)
+    assert changed[:, :40].abs().max() < 1e-5
+    assert changed[:, 40:].abs().amax(-1).min() > 1e-3
+
+
+def test_sharpness_of_the_transformer_is_measured():
+    """Its attention is differentiated twice."""
+    network = TASKS["characters"].network()
+    x = torch.arange(128).reshape(2, 64)
+    assert after.sharpness(network, Part(x, x))["eigenvalue"] > 0
 
 
 def test_tasks_can_be_named_without_their_packages():

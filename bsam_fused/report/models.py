@@ -122,18 +122,18 @@ def pyramidnet(layers: int, widening: int, classes: int) -> nn.Sequential:
 
 
 class Attention(nn.Module):
-    """A pre-norm transformer block of width 768 and 12 heads."""
+    """A pre-norm transformer block, as wide and with as many heads as in ViT-B and GPT-2 small."""
 
-    def __init__(self, causal: bool) -> None:
+    def __init__(self, causal: bool, width: int = 768, heads: int = 12) -> None:
         super().__init__()
-        self.causal = causal
-        self.norm1, self.norm2 = nn.LayerNorm(768), nn.LayerNorm(768)
-        self.qkv, self.out = nn.Linear(768, 3 * 768), nn.Linear(768, 768)
-        self.mlp = nn.Sequential(nn.Linear(768, 3072), nn.GELU(), nn.Linear(3072, 768))
+        self.causal, self.heads = causal, heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply it to (batch, positions, 768)."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 12, 64)).permute(2, 0, 3, 1, 4)
+        """Apply it to (batch, positions, width)."""
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         y = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
