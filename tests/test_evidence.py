@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -309,6 +310,14 @@ def test_the_pictures_are_those_of_the_page():
     for path in evidence.PAGE.parent.glob("results_*.png"):
         assert Image.open(path).text["Description"] == pictures.digest(text), path
         assert f"({path.name})" in text
+
+
+@pytest.mark.parametrize("name", ["docs/which.md", "README.md"])
+def test_what_others_quote_is_on_the_page(name):
+    """Every mean with its error: figures of older rows would stay behind."""
+    quoted = re.findall(r"\d+\.\d ± \d+\.\d", (evidence.PAGE.parents[1] / name).read_text())
+    assert not [figure for figure in quoted if figure not in evidence.PAGE.read_text()]
+    assert quoted or name == "README.md"
 
 
 def test_rows_are_of_commits_and_made_once():
