@@ -22,8 +22,10 @@ from bench.evidence.protocol import PLANS
 from bench.evidence.rows import FOLDER, all_found, file_of, rows_of
 from bsam_fused.report import ctrl_c
 from bsam_fused.report.command import positive
+from bsam_fused.report.models import Refused
 from bsam_fused.report.training import runner
 from bsam_fused.report.training.runs import Run
+from bsam_fused.report.training.tasks import TASKS
 
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 
@@ -51,18 +53,45 @@ def train(task: str, workers: int | None) -> None:
                 progress.console.print(f"{row.optimizer} ρ = {row.rho} seed {row.seed}: {row.accuracy_percent:.1f} %")
 
 
+def train_all(tasks: Sequence[str], workers: int | None) -> dict[str, str]:
+    """Train all tasks that can be had here; return the others, and why not."""
+    left_out = {task: why for task in tasks if (why := lacking(task))}
+    for task in tasks:
+        if task not in left_out:
+            train(task, workers)
+    return left_out
+
+
 def show_plan(tasks: Sequence[str]) -> None:
-    """Print how many runs there are, how many are left, and what they take."""
-    shown = Table("task", "runs to choose ρ", "runs to report", "there already", "core-hours in all")
+    """Print how many runs there are, how many are missing, and what those take."""
+    shown = Table("task", "runs", "missing", "core-hours of these")
     hours = 0.0
     for task in tasks:
-        chosen, reported = protocol.tuning(task), protocol.reported(task)
-        there = len(rows_of(task))
-        of_task = protocol.hours([*chosen, *reported])
-        hours += of_task
-        shown.add_row(task, str(len(chosen)), str(len(reported)), str(there), f"{of_task:.1f}")
-    console = Console()
-    console.print(shown, f"{hours:.1f} core-hours in all, on the CPU that PLANS' seconds are of.")
+        runs = all_runs(task)
+        left = missing(runs)
+        hours += protocol.hours(left)
+        shown.add_row(task, str(len(runs)), str(len(left)), f"{protocol.hours(left):.1f}")
+    about = "without measuring, and radii beyond the first four; on the CPU that PLANS' seconds are of."
+    Console().print(shown, f"{hours:.1f} core-hours of training are missing, {about}")
+
+
+def all_runs(task: str) -> list[Run]:
+    """Return all runs of a task, as far as its rows tell which there are."""
+    rows = rows_of(task)
+    try:
+        reported = protocol.tests(task, protocol.tuned(task, rows))
+    except LookupError:
+        reported = protocol.reported(task)
+    return [*protocol.tuning(task, rows), *reported]
+
+
+def lacking(task: str) -> str:
+    """Return what keeps a task from being trained here: its data, or a package; "" where nothing does."""
+    try:
+        TASKS[task].data(0)
+    except (Refused, ModuleNotFoundError) as why:
+        return str(why)
+    return ""
 
 
 def written_page() -> str:
@@ -79,21 +108,25 @@ def write_page() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0; 130 where it was interrupted."""
+    """Run the command; returns its exit status: 0; 1 where a task was left out; 130 where it was interrupted."""
     options = _parser().parse_args(arguments)
-    if not options.page:
-        show_plan(options.task)
-    if options.plan:
-        return 0
     try:
+        if not options.page:
+            show_plan(options.task)
+        if options.plan:
+            return 0
         with ctrl_c.noted():
             ctrl_c.defer()
-            for task in [] if options.page else options.task:
-                train(task, options.workers)
+            left_out = {} if options.page else train_all(options.task, options.workers)
+    except Refused as refused:
+        print(f"python -m bench.evidence: {refused}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return ctrl_c.STATUS
     write_page()
-    return 0
+    for task, why in left_out.items():
+        print(f"{task} was left out: {why}", file=sys.stderr)
+    return 1 if left_out else 0
 
 
 def _parser() -> argparse.ArgumentParser:

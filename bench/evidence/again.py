@@ -45,8 +45,9 @@ def near(found: Found, method: str) -> bool:
     return apart <= FAR
 
 
-def _numbers(row: Row) -> tuple[float, float]:
-    return row.accuracy_percent, row.training_loss
+def _numbers(row: Row) -> str:
+    """Return what must be the same, as text: NaN is no number's equal."""
+    return f"{row.accuracy_percent!r} %, training loss {row.training_loss!r}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     draw = random.Random(options.seed)
     rows = [row for task in PLANS for row in rows_of(task)]
     found, _ = all_found()
+    if not found:
+        parser.error("no task's rows are all there: python -m bench.evidence makes them")
     task = draw.choice(found)
     good = same(draw.sample(rows, min(options.rows, len(rows))))
     return 0 if near(task, draw.choice(list(task.tuned))) and good else 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ import torch
 from bench.evidence.protocol import PLANS, TUNING_SEEDS
 from bench.evidence.results import Found, accuracy, mean
 from bench.evidence.rows import FOLDER
+from bsam_fused.report.machine import this_machine
 from bsam_fused.report.training.methods import BASE, training_loss
 from bsam_fused.report.training.runs import Run, trained
 from bsam_fused.report.training.tasks import TASKS
@@ -30,6 +32,8 @@ Kind = Literal["share of the loss", "nats", "one ρ for all"]
 """What the rise is to be: a share of the loss at w, or so many nats; the last looks at no rise, and is to be beaten."""
 VALUES = tuple(10 ** (i / 8) for i in range(-24, 17))
 """That are tried of each."""
+NEXT = 2.0
+"""Times a radius: what is called next to it. Radii are tested two and a half times apart."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,10 @@ class Rises:
     loss: float
     radii: tuple[float, ...]
     rises: tuple[float, ...]
+    command: str
+    cpu: str
+    torch: str
+    commit: str | None
 
 
 def measured(task: str, seed: int, when: When) -> Rises:
@@ -56,7 +64,8 @@ def measured(task: str, seed: int, when: When) -> Rises:
     size = TASKS[task].batch_size
     batches = list(zip(data.training.x.split(size), data.training.y.split(size), strict=True))
     loss, rises = loss_rises(network, training_loss, batches, LADDER)
-    return Rises(task, seed, when, loss, LADDER, tuple(rises))
+    here, command = this_machine(), shlex.join(["python", "-m", "bench.evidence.criterion", "--task", task])
+    return Rises(task, seed, when, loss, LADDER, tuple(rises), command, here.cpu, here.torch, here.git_commit)
 
 
 def written() -> list[Rises]:
@@ -87,10 +96,13 @@ class Case:
         return math.exp(fmean(map(math.log, found)))
 
     def reached(self, kind: Kind, value: float) -> float:
-        """Return the share of the tuned gain that is had at the radius of the ladder next to the criterion's."""
+        """Return the share of the tuned gain that is had at the radius next to the criterion's, of those tested.
+
+        Nothing is known, and 0 returned, of a radius more than `NEXT` times beyond them.
+        """
         rho = self.radius(kind, value)
         nearest = min(self.gains, key=lambda one: abs(math.log(one / rho)))
-        return self.gains[nearest] / self.gains[self.tuned]
+        return self.gains[nearest] / self.gains[self.tuned] if 1 / NEXT <= rho / nearest <= NEXT else 0.0
 
 
 @dataclass(frozen=True)
@@ -152,13 +164,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", nargs="+", choices=list(PLANS), default=list(PLANS), help="(default: all)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    there = {(it.task, it.seed, it.when) for it in written()}
-    wanted = [(task, seed, when) for task in options.task for seed in TUNING_SEEDS for when in get_args(When)]
-    for each in wanted:
+    rows = written()
+    there = {(it.task, it.seed, it.when) for it in rows}
+    for each in ((task, seed, when) for task in options.task for seed in TUNING_SEEDS for when in get_args(When)):
         if each not in there:
-            with RISES.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(measured(*each))) + "\n")
+            rows.append(measured(*each))
+            _write(rows)
     return 0
+
+
+def _write(rows: Iterable[Rises]) -> None:
+    """Write all rows anew, or leave the file as it was."""
+    draft = RISES.with_suffix(".draft")
+    draft.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
+    draft.replace(RISES)
 
 
 if __name__ == "__main__":

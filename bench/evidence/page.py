@@ -9,16 +9,15 @@ from statistics import median
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from scipy import stats
 
 from bench.evidence import protocol, questions
 from bench.evidence.criterion import Judged
 from bench.evidence.protocol import PLANS
-from bench.evidence.questions import Comparison
-from bench.evidence.results import Found, Gain, accuracy, mean
+from bench.evidence.questions import Comparison, Order
+from bench.evidence.results import CONFIDENCE, Found, Gain, accuracy, mean
 from bench.gpu.page import table
 from bsam_fused.report.training import after
-from bsam_fused.report.training.methods import BASE, METHODS
+from bsam_fused.report.training.methods import BASE
 from bsam_fused.report.training.runs import NEAR_CHANCE, Row
 from bsam_fused.report.training.tasks import TASKS
 
@@ -34,14 +33,11 @@ def page(found: Sequence[Found], unfinished: Mapping[str, int], judged: Sequence
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
     )
-    most = max((len(it.tuned) for it in found), default=0)
     return templates.get_template("results.md.jinja").render(
         unfinished=", ".join(f"{task} ({rows} rows)" for task, rows in unfinished.items()),
         answers=_answers(questions.comparisons(found)),
         prices=[(it.task, _prices(it)) for it in found if len(PLANS[it.task].longer) > len(protocol.EVERYWHERE)],
         orders=table(["", "methods", *questions.SHARPNESS], map(_orders, found)),
-        most_methods=most,
-        least_correlation=f"{_least_correlation(most):.2f}" if most > 2 else "1",
         judged=_judged(judged) if judged else "",
         tasks=[_task(it) for it in found],
         made=_made(found) if found else "",
@@ -67,19 +63,22 @@ def _decided(gain: Gain) -> str:
 
 
 def _prices(found: Found) -> str:
-    rows = [[name, f"{METHODS[name].passes:g}", *map(_decided, gains)] for name, gains in questions.prices(found)]
+    rows = [[name, f"{_passes(found, name):.3g}", *map(_decided, gains)] for name, gains in questions.prices(found)]
     return table(["", "passes a step", "equal epochs", "equal passes", "better length"], rows)
+
+
+def _passes(found: Found, name: str) -> float:
+    """Return the passes a step that a method took, the mean of its runs."""
+    return mean([row.passes / row.steps for row in found.of(name)]).value
 
 
 def _orders(found: Found) -> list[str]:
     orders = questions.orders(found)
-    return [found.task, str(orders[0].methods), *(f"{it.correlation:+.2f} (p = {it.p:.2g})" for it in orders)]
+    return [found.task, str(orders[0].methods), *map(_correlation, orders)]
 
 
-def _least_correlation(n: int) -> float:
-    """Return the rank correlation of n methods that chance exceeds, to either side, in 5 of 100 cases: Student's t."""
-    t = float(stats.t.ppf(0.975, n - 2))
-    return t / (n - 2 + t * t) ** 0.5
+def _correlation(order: Order) -> str:
+    return f"**{order.correlation:+.2f}**" if order.p < 1 - CONFIDENCE else f"{order.correlation:+.2f}"
 
 
 def _judged(judged: Sequence[Judged]) -> str:
@@ -110,7 +109,7 @@ def _task(found: Found) -> dict[str, str]:
         "name": found.task,
         "about": f"{task.epochs} epochs, {plan.seeds} seeds; the base is {task.base.build.__name__}.",
         "table": table(head, [_row(found, name) for name in found.tuned]),
-        "ladder": f"SAM at each of its radii: {', '.join(ladder)}.",
+        "ladder": f"SAM at each of its radii: {', '.join(ladder)}. {_diverged_before(found)}",
     }
 
 
@@ -127,6 +126,14 @@ def _row(found: Found, name: str) -> list[str]:
         f"{median(sharp):.1f}" if sharp else "",
         _diverged([*rows, *(found.of(name, "passes") if found.has(name, "passes") else [])]),
     ]
+
+
+def _diverged_before(found: Found) -> str:
+    """Return which runs diverged of those that chose the radii."""
+    diverged = [row for row in found.tuning if row.diverged]
+    which = dict.fromkeys(f"{row.optimizer} at {row.rho:g}" for row in diverged)
+    said = f": {'; '.join(which)}" if which else ""
+    return f"Of {len(found.tuning)} runs that chose the radii {len(diverged)} diverged{said}."
 
 
 def _diverged(rows: Sequence[Row]) -> str:
@@ -146,5 +153,10 @@ def _made(found: Sequence[Found]) -> str:
     return (
         f"{len(rows):,} runs are reported, {hours:.1f} core-hours of training, beside those that chose the radii. "
         f"{said(lambda row: row.date[:10])}; {said(lambda row: row.cpu)}, a run a core; "
-        f"torch {said(lambda row: row.torch)}; commit {said(lambda row: (row.commit or 'unknown')[:10])}."
+        f"torch {said(lambda row: row.torch)}; commit {said(lambda row: _short(row.commit))}."
     )
+
+
+def _short(commit: str | None) -> str:
+    """Return a commit, in short; that it was not the whole of what ran stays said."""
+    return f"{commit[:10]}{commit[40:]}" if commit else "unknown"

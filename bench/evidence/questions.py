@@ -32,13 +32,13 @@ class Comparison:
     def answer(self) -> Answer:
         """Yes where it is above on at least half of the tasks and below on none; no the other way round.
 
-        Of being as good: yes where no interval reaches below −`MARGIN`, no where one lies below 0.
+        Of being as good: yes where no interval reaches below −`MARGIN`; else no where one lies below 0.
         """
         verdicts = [gain.verdict for gain in self.gains.values()]
         if self.as_good:
-            if "less" in verdicts:
-                return NO
-            return YES if all(gain.value - gain.reach > -MARGIN for gain in self.gains.values()) else OPEN
+            if all(gain.value - gain.reach > -MARGIN for gain in self.gains.values()):
+                return YES
+            return NO if "less" in verdicts else OPEN
         sides: tuple[tuple[Answer, Verdict, Verdict], ...] = ((YES, "more", "less"), (NO, "less", "more"))
         for answer, wanted, other in sides:
             if verdicts.count(wanted) >= len(verdicts) / 2 and other not in verdicts:

@@ -44,7 +44,7 @@ class Gain(Mean):
     @property
     def verdict(self) -> Verdict:
         """Whether the interval is above 0, below, or neither."""
-        if abs(self.value) <= self.reach:
+        if not abs(self.value) > self.reach:  # of one seed nothing is known: NaN
             return "open"
         return "more" if self.value > 0 else "less"
 
@@ -69,6 +69,8 @@ class Found:
 
     task: str
     tuned: dict[str, float | None]
+    tuning: list[Row]
+    """Rows of the validation split."""
     rows: dict[tuple[str, float | None, int], list[Row]]
     """(method, ρ, epochs) -> rows of the test split, in the order of their seeds."""
 
@@ -132,4 +134,4 @@ def found(task: str, rows: Sequence[Row]) -> Found | None:
     grouped: dict[tuple[str, float | None, int], list[Row]] = {}
     for run in wanted:
         grouped.setdefault((run.optimizer, run.rho, run.epochs), []).append(there[run])
-    return Found(task, tuned, grouped)
+    return Found(task, tuned, [there[run] for run in protocol.tuning(task, rows)], grouped)

@@ -25,6 +25,8 @@ RADII = (None, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """What is tried; None: the base optimizer alone."""
 LR = {"sgd": 0.05, "adamw": 1e-3}
 MINIBATCH = 32
+IGNORED = -100
+"""The target that cross-entropy leaves out by default."""
 
 
 @dataclass(frozen=True)
@@ -144,19 +146,15 @@ def minibatch_of(recipe: Recipe, parts: Parts) -> int:
 
 
 def runs(parts: Parts, recipe: Recipe, minibatch: int) -> Iterator[Outcome]:
-    """Yield what each of `RADII` gives, all from the same weights with the same minibatches.
+    """Yield what each of `RADII` gives, all by copies of the network, with the same minibatches.
 
-    An incomplete minibatch is left out. After each the network's state dict is as it was.
+    An incomplete minibatch is left out. The network itself is not trained.
     """
-    model = parts.training.model
-    before = copy.deepcopy(model.state_dict())
     for rho in RADII:
-        try:
-            _train(parts.training, parts.sizes[0], recipe.optimizer(parts.training, rho), recipe.epochs, minibatch)
-            outcome = Outcome(rho, *_judged(parts.judging))
-        finally:
-            model.load_state_dict(before)
-        yield outcome
+        model = copy.deepcopy(parts.training.model)  # a state dict need not hold everything
+        training, judging = (part._replace(model=model) for part in (parts.training, parts.judging))
+        _train(training, parts.sizes[0], recipe.optimizer(training, rho), recipe.epochs, minibatch)
+        yield Outcome(rho, *_judged(judging))
 
 
 def _train(training: Workload, examples: int, optimizer: Any, epochs: int, minibatch: int) -> None:
@@ -192,7 +190,8 @@ def _accuracy_percent(output: Any, targets: Any) -> float | None:
         return None
     if output.shape[:1] + output.shape[2:] != targets.shape:  # as cross-entropy has it: classes are dimension 1
         return None
-    return 100 * (output.argmax(1) == targets).double().mean().item()
+    counted = targets != IGNORED
+    return 100 * (output.argmax(1) == targets)[counted].double().mean().item()
 
 
 # ---- in words

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from scipy.sparse.linalg import ArpackError
 from torch import nn
 
 from bsam_fused.report.training.methods import training_loss
@@ -59,13 +60,14 @@ def _rounded(network: nn.Module, bits: int) -> Iterator[None]:
 def sharpness(network: nn.Module, training: Part) -> dict[str, float]:
     """Return MaxS, MinS and BilS at `RHO`, and the Hessian's largest eigenvalue to 1 %, where training ended.
 
-    Of the loss of `EXAMPLES` training examples in evaluation mode; {} where a loss or gradient is not finite.
+    Of the loss of `EXAMPLES` training examples in evaluation mode; {} where a loss or gradient is not finite, or no
+    eigenvalue is found.
     """
     loader = [(training.x[:EXAMPLES], training.y[:EXAMPLES])]
     try:
         found = measure(network.eval(), training_loss, loader, RHO)
         top = hessian_eigenvalues(network, training_loss, loader, tol=1e-2).item()
-    except FloatingPointError:
+    except (FloatingPointError, ArpackError):
         return {}
     named = {"MaxS": found.max_sharpness, "MinS": found.min_sharpness, "BilS": found.bilateral_sharpness}
     return {**named, "eigenvalue": top}

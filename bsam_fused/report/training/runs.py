@@ -64,7 +64,7 @@ class Row(Run):
     accuracy_percent: float
     """Of the split's labels, how many are named rightly."""
     training_loss: float
-    """At w, the mean over the last epoch's steps; an incomplete batch is left out of each."""
+    """Cross-entropy at w, the mean over the last epoch's steps; an incomplete batch is left out of each."""
     chance_loss: float
     """What knowing nothing but how often each label comes gives on the training data."""
     quantized_percent: dict[str, float]
@@ -186,20 +186,24 @@ def _losses(run: Run, training: Part, network: nn.Module, optimizer: Any) -> tup
     stepped += [method.policy(optimizer, steps)] if method.policy else []
     shuffle = torch.Generator().manual_seed(run.seed)
     losses: list[float] = []
-    passes = 0
+    passes, first = 0, True
 
     def closure(batch: Tensor, loss_fn: LossFunction = cross_entropy) -> Tensor:
-        nonlocal passes
-        passes += 1
+        nonlocal passes, first
         optimizer.zero_grad()
-        loss = training_loss(network(training.x[batch]), training.y[batch], loss_fn)
+        output = network(training.x[batch])
+        loss = training_loss(output, training.y[batch], loss_fn)
         loss.backward()
+        if first:  # at w; what is climbed there may be another loss
+            losses.append(training_loss(output.detach(), training.y[batch]).item())
+        passes, first = passes + 1, False
         return loss
 
     for _ in range(run.epochs):
         for batch in torch.randperm(len(training.y), generator=shuffle).split(task.batch_size)[:batches]:
             climbed = {"ascent_closure": partial(closure, batch, method.ascent)} if method.ascent else {}
-            losses.append(optimizer.step(partial(closure, batch), **climbed).item())
+            first = True
+            optimizer.step(partial(closure, batch), **climbed)
             for each in stepped:
                 each.step()
     return losses, passes
