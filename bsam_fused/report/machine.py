@@ -44,12 +44,17 @@ def _cpu_model() -> str:
 
 
 def _git_commit() -> str | None:
-    """Return the checkout's commit, with "-dirty" where tracked files differ from it; None elsewhere."""
+    """Return the checkout's commit, with "-dirty" where tracked files differ from it; None elsewhere.
+
+    Results and pages count for nothing: they change as rows come.
+    """
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        changed = ["git", "diff", "--quiet", "HEAD", "--", ".", ":!bench/results", ":!docs"]
+        dirty = subprocess.run(changed, cwd=root, capture_output=True, check=False).returncode != 0
     except (OSError, subprocess.CalledProcessError):
         return None
+    return found.stdout.strip() + ("-dirty" if dirty else "")
