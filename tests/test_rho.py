@@ -171,6 +171,29 @@ def test_runs_are_those_of_plain_loops_from_the_same_weights(monkeypatch):
     assert len({outcome.loss for outcome in outcomes}) == 3
 
 
+class Hidden(Classifier):
+    """Keeps a mean of what it saw where no state dict has it, and takes it off."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def forward(self, inputs):
+        if self.training:
+            self.seen.add_(1)
+        return super().forward(inputs) * (1 + self.seen)
+
+
+def test_runs_begin_alike_whatever_a_network_keeps(monkeypatch):
+    """The same run thrice, of a network whose state dict does not hold all of it."""
+    monkeypatch.setattr(radius_runs, "RADII", (None, None, None))
+    found = models.workload(f"{__name__}:classes", None, CPU, torch.float64)
+    found = found._replace(model=Hidden().double())
+    runs = radius_runs.runs(radius_runs.split("hidden", found), radius_runs.Recipe(epochs=2), minibatch=8)
+    assert len({outcome.loss for outcome in runs}) == 1
+    assert found.model.seen == 0
+
+
 @pytest.mark.parametrize(("base", "kind", "lr"), [("sgd", torch.optim.SGD, 0.05), ("adamw", torch.optim.AdamW, 1e-3)])
 def test_the_base_optimizer(base, kind, lr):
     found = models.workload(f"{__name__}:classes", None, CPU, torch.float64)
@@ -217,6 +240,7 @@ def test_the_best_by_held_out_loss(losses, said):
     ("output", "targets", "percent"),
     [
         (torch.eye(4), torch.tensor([0, 1, 2, 0]), 75.0),
+        (torch.eye(4), torch.tensor([0, -100, 0, -100]), 50.0),  # as cross-entropy leaves it out
         (torch.eye(3, 4)[None], torch.tensor([[0, 1, 2, 1]]), 75.0),  # classes are dimension 1
         (torch.eye(4), torch.eye(4), None),
         (torch.eye(4), torch.zeros(4, 4, dtype=torch.long), None),

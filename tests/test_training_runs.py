@@ -156,6 +156,12 @@ def test_every_method_takes_the_passes_it_is_planned_with(name):
         assert row.passes == pytest.approx(METHODS[name].passes * row.steps, abs=1)
 
 
+def test_the_loss_in_a_row_is_cross_entropy_whatever_is_climbed():
+    """With ρ = 0 BiSAM is SGD, and BiSAM's own loss, some ½ lower, is in no row."""
+    rows = [train(replace(SGD, optimizer=name, rho=rho)) for name, rho in (("base", None), ("BiSAM", 0.0))]
+    assert rows[0].training_loss == pytest.approx(rows[1].training_loss, rel=1e-4)
+
+
 def test_bsam_without_c_steps_along_what_is_left_of_its_formula():
     """d = g + g_max − ĝ_min, ĝ_min = g − r (g_max − g), r = lr / lr_0 = ½: written out on a network of one layer."""
     network, base, rho = torch.nn.Linear(3, 2, bias=False).double(), Base(torch.optim.SGD, {"lr": 0.4}), 0.3

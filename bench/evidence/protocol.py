@@ -128,8 +128,10 @@ def tests(task: str, chosen: dict[str, float | None]) -> list[Run]:
 
 
 def reported(task: str) -> list[Run]:
-    """Return as many runs as `tests` at most, before any radius is chosen."""
-    return tests(task, {method: None if method == BASE else ladder(task, method)[0] for method in PLANS[task].methods})
+    """Return as many runs as `tests`, before any radius is chosen."""
+    return tests(
+        task, {method: None if method == BASE else ladder(task, method)[FIRST][0] for method in PLANS[task].methods}
+    )
 
 
 def hours(runs: Iterable[Run]) -> float:
