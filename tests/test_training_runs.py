@@ -148,8 +148,8 @@ def test_an_interrupt_has_a_status_and_no_traceback(tmp_path, capsys, monkeypatc
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "base"])
 def test_every_method_takes_the_passes_it_is_planned_with(name):
-    """Of 30 steps a quarter is 8. AE-SAM's depend on the gradients, so that it is between one pass and two."""
-    row = train(replace(SGD, optimizer=name, rho=0.1, epochs=2))
+    """Of 15 steps a quarter is 4. AE-SAM's depend on the gradients, so that it is between one pass and two."""
+    row = train(replace(SGD, optimizer=name, rho=0.1, epochs=1))
     if name == "AE-SAM":
         assert 1 < row.passes / row.steps < 2
     else:
