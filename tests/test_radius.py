@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from untouched import everything, same
+from untouched import Counting, everything, same
 
 from bsam_fused import sharpness
 from bsam_fused.sharpness.radius import LADDER
@@ -53,16 +53,6 @@ def network():
     net[0].bias.requires_grad_(False)
     net[4].weight.grad = torch.ones_like(net[4].weight)
     return net
-
-
-class Counting(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("passes", torch.zeros(()))
-
-    def forward(self, x):
-        self.passes += 1
-        return x
 
 
 def batches():

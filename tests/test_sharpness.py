@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from untouched import everything, same
+from untouched import Counting, everything, same
 
 import bsam_fused
 from bsam_fused import sharpness
@@ -283,18 +283,6 @@ MEASUREMENTS = {
     ),
 }
 every_measurement = pytest.mark.parametrize("measurement", MEASUREMENTS.values(), ids=MEASUREMENTS)
-
-
-class Counting(nn.Module):
-    """A buffer that every pass moves, in evaluation mode too."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("passes", torch.zeros(()))
-
-    def forward(self, x):
-        self.passes += 1
-        return x
 
 
 def measured_network(dtype=torch.float32):
