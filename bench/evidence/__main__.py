@@ -19,6 +19,7 @@ from rich.table import Table
 
 from bench.evidence import criterion, page, pictures, protocol
 from bench.evidence.protocol import PLANS
+from bench.evidence.results import Found
 from bench.evidence.rows import FOLDER, all_found, file_of, rows_of
 from bsam_fused.report import ctrl_c
 from bsam_fused.report.command import positive
@@ -94,17 +95,17 @@ def lacking(task: str) -> str:
     return ""
 
 
-def written_page() -> str:
-    """Return the page of the rows that are there."""
+def written_page() -> tuple[list[Found], str]:
+    """Return the tasks whose rows are all there, and the page of all rows."""
     found, unfinished = all_found()
-    return page.page(found, unfinished, criterion.judge(found, criterion.written()))
+    return found, page.page(found, unfinished, criterion.judge(found, criterion.written()))
 
 
 def write_page() -> None:
     """Write the page and its pictures."""
-    text = written_page()
+    found, text = written_page()
     PAGE.write_text(text, encoding="utf-8")
-    pictures.write(all_found()[0], text, PAGE.parent)
+    pictures.write(found, text, PAGE.parent)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

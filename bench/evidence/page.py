@@ -63,13 +63,8 @@ def _decided(gain: Gain) -> str:
 
 
 def _prices(found: Found) -> str:
-    rows = [[name, f"{_passes(found, name):.3g}", *map(_decided, gains)] for name, gains in questions.prices(found)]
+    rows = [[name, f"{found.passes(name):.3g}", *map(_decided, gains)] for name, gains in questions.prices(found)]
     return table(["", "passes a step", "equal epochs", "equal passes", "better length"], rows)
-
-
-def _passes(found: Found, name: str) -> float:
-    """Return the passes a step that a method took, the mean of its runs."""
-    return mean([row.passes / row.steps for row in found.of(name)]).value
 
 
 def _orders(found: Found) -> list[str]:
@@ -117,7 +112,7 @@ def _row(found: Found, name: str) -> list[str]:
     rows, rho = found.of(name), found.tuned[name]
     sharp = [row.sharpness["eigenvalue"] for row in rows if row.sharpness]
     return [
-        TASKS[found.task].base.build.__name__ if name == BASE else name,
+        TASKS[found.task].called(name),
         "" if rho is None else f"{rho:g}{'*' if found.at_edge(name) else ''}",
         str(found.mean(name)),
         "" if name == BASE else _decided(found.gain(name, BASE)),

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from bench.evidence.protocol import EVERYWHERE, PLANS
 from bench.evidence.results import Found, Length
 from bsam_fused.report.figures import INK, STYLE
-from bsam_fused.report.training.methods import BASE, METHODS
+from bsam_fused.report.training.methods import BASE
 from bsam_fused.report.training.tasks import TASKS
 
 COLOURS = dict(zip(EVERYWHERE[1:], ("#3d8bfd", "#e8743b", "#d9a520", "#a06cd5", "#12a594"), strict=True))
@@ -72,10 +72,8 @@ def _prices(axes: Axes, found: Found) -> None:
         for length, hollow in HOLLOW.items():
             at = found.mean(name, length)
             _point(axes, at.value, row + 0.2 * hollow, at.error, COLOURS.get(name, "#8b95a5"), hollow)
-    base = TASKS[found.task].base.build.__name__
-    axes.set_yticks(
-        range(len(order)), [f"{base if name == BASE else name}  {METHODS[name].passes:g}" for name in order]
-    )
+    called = TASKS[found.task].called
+    axes.set_yticks(range(len(order)), [f"{called(name)}  {found.passes(name):.3g}" for name in order])
     axes.invert_yaxis()
     axes.set_title(f"{found.task}; beside the names: passes a step", fontsize=10)
     axes.set_xlabel("test accuracy, %, with standard errors\n● equal epochs   ○ equal passes")

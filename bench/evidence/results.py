@@ -109,6 +109,10 @@ class Found:
         found = mean([of(row) - of(other) for row, other in pairs])
         return Gain(found.value, found.error, found.n)
 
+    def passes(self, method: str) -> float:
+        """Return the passes a step that a method took at equal epochs, the mean of its runs."""
+        return self.mean(method, of=lambda row: row.passes / row.steps).value
+
     def at_edge(self, method: str) -> bool:
         """Return whether the radius that was chosen is its ladder's first or last."""
         ladder = protocol.ladder(self.task, method)

@@ -76,7 +76,7 @@ def _names(rows: list[Row]) -> list[str]:
 def _outcome(rows: list[Row]) -> Outcome:
     accuracies = [row.accuracy_percent for row in rows]
     return Outcome(
-        optimizer=TASKS[TASK].base.build.__name__ if rows[0].optimizer == BASE else rows[0].optimizer,
+        optimizer=TASKS[TASK].called(rows[0].optimizer),
         rho=rows[0].rho,
         accuracies_percent=accuracies,
         accuracy_percent=fmean(accuracies),

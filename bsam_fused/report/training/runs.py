@@ -70,7 +70,7 @@ class Row(Run):
     quantized_percent: dict[str, float]
     """`accuracy_percent` with weights of so many bits, bits -> percent; {} where the split is for validation."""
     sharpness: dict[str, float]
-    """The numbers of `after.Sharp`; {} likewise, or where a pass over the training data is not finite."""
+    """What `after.sharpness` returns; {} likewise, or where a pass over the training data is not finite."""
     steps: int
     passes: int
     """Forward and backward, in all."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bsam_fused.report.training.methods import Base
+from bsam_fused.report.training.methods import BASE, Base
 
 
 class Part(NamedTuple):
@@ -36,6 +36,10 @@ class Task:
     base: Base
     epochs: int
     batch_size: int
+
+    def called(self, method: str) -> str:
+        """Return what a method is called in words: the base optimizer alone by its class."""
+        return self.base.build.__name__ if method == BASE else method
 
 
 def noisy(y: Tensor, replaced: float, generator: torch.Generator) -> Tensor:
