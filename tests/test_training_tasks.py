@@ -165,11 +165,15 @@ def test_characters_are_named_by_those_before_them():
     assert changed[:, 40:].abs().amax(-1).min() > 1e-3
 
 
-def test_sharpness_of_the_transformer_is_measured():
-    """Its attention is differentiated twice."""
+def test_sharpness_of_the_transformer_is_measured_on_so_many_labels(monkeypatch):
+    """Its attention is differentiated twice; a window has 64 labels, so the third is left out."""
+    monkeypatch.setattr(after, "LABELS", 128)
     network = TASKS["characters"].network()
-    x = torch.arange(128).reshape(2, 64)
-    assert after.sharpness(network, Part(x, x))["eigenvalue"] > 0
+    x = torch.cat([torch.arange(128).reshape(2, 64), torch.full((1, 64), 7)])
+    found = after.sharpness(network, Part(x, x))
+    assert found["eigenvalue"] > 0
+    assert found == pytest.approx(after.sharpness(network, Part(x[:2], x[:2])), rel=1e-4)
+    assert found["MaxS"] != pytest.approx(after.sharpness(network, Part(x.flip(0), x.flip(0)))["MaxS"], rel=1e-2)
 
 
 class Lite0(nn.Module):

@@ -45,6 +45,7 @@ def page(found: Sequence[Found], unfinished: Mapping[str, int], judged: Sequence
         margin=f"{questions.MARGIN:g}",
         near_chance=f"{100 * (1 - NEAR_CHANCE):.0f}",
         examples=after.EXAMPLES,
+        labels=after.LABELS,
         sharpness_rho=f"{after.RHO:g}",
     )
 

@@ -17,7 +17,9 @@ BITS = (8, 4, 3, 2)
 RHO = 0.05
 """Radius of MaxS, MinS and BilS, of all methods."""
 EXAMPLES = 500
-"""Of the training data, the first, that sharpness is measured on; and those of a pass that measures."""
+"""Of a pass that measures accuracy."""
+LABELS = 3200
+"""That sharpness is measured on at most: of the first `EXAMPLES` training examples, as many as have them."""
 
 
 @torch.no_grad()
@@ -60,10 +62,11 @@ def _rounded(network: nn.Module, bits: int) -> Iterator[None]:
 def sharpness(network: nn.Module, training: Part) -> dict[str, float]:
     """Return MaxS, MinS and BilS at `RHO`, and the Hessian's largest eigenvalue to 1 %, where training ended.
 
-    Of the loss of `EXAMPLES` training examples in evaluation mode; {} where a loss or gradient is not finite, or no
-    eigenvalue is found.
+    Of the loss, in evaluation mode, of the first `EXAMPLES` training examples, of fewer where those have more than
+    `LABELS`; {} where a loss or gradient is not finite, or no eigenvalue is found.
     """
-    loader = [(training.x[:EXAMPLES], training.y[:EXAMPLES])]
+    some = min(EXAMPLES, LABELS // training.y[0].numel())
+    loader = [(training.x[:some], training.y[:some])]
     try:
         found = measure(network.eval(), training_loss, loader, RHO)
         top = hessian_eigenvalues(network, training_loss, loader, tol=1e-2).item()
