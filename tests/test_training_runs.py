@@ -89,6 +89,19 @@ def test_rows_are_written_as_they_come_and_only_those_missing_are_made(tmp_path,
         runner.written(path)
 
 
+def test_two_processes_do_not_write_to_one_file(tmp_path):
+    """Each would make all rows; the lock goes with the process, however that ends."""
+    path = tmp_path / "rows.jsonl"
+    hold = f"import fcntl; f = open({str(path)!r}, 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held'); input()"
+    with processes.started([sys.executable, "-uc", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(Refused, match=f"--out {path}: another process"):
+            list(runner.run([SGD], path, workers=1))
+        other.kill()
+        other.wait()
+        assert [row.run for row in runner.run([SGD], path, workers=1)] == [SGD]
+
+
 def test_a_worker_ends_with_whoever_asked():
     """A killed runner cannot end it."""
     command = [sys.executable, "-m", "bsam_fused.report.training.worker"]

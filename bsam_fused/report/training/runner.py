@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import queue
@@ -9,9 +10,10 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 import bsam_fused
 from bsam_fused.extension.compiling import cores
@@ -71,27 +73,45 @@ def run(runs: Sequence[Run], path: Path | None = None, workers: int | None = Non
         workers: processes, of one thread each; None: as many as there are cores.
 
     Raises:
-        Refused: ``path`` holds something else than rows.
+        Refused: ``path`` holds something else than rows, or another process is writing rows to it.
         RuntimeError: a run failed; its traceback is shown.
         KeyboardInterrupt: Ctrl-C came.
     """
-    done = {row.run for row in written(path)} if path else set()
-    left = [each for each in runs if each not in done]
-    count = min(workers or cores(), len(left))
-    if not left:
+    if path is None:
+        yield from _made(runs, workers)
         return
+    with _alone(path) as file:
+        done = {row.run for row in written(path)}
+        for row in _made([each for each in runs if each not in done], workers):
+            file.write(json.dumps(asdict(row)) + "\n")
+            file.flush()
+            yield row
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[TextIO]:
+    """Open a file to append to, which no other process opens so meanwhile: both would make every row."""
+    with path.open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Refused(f"--out {path}: another process writes rows to it; wait for it, or name another") from error
+        yield file
+
+
+def _made(runs: Sequence[Run], workers: int | None) -> Iterator[Row]:
+    """Yield the rows of runs in the order in which they come."""
+    if not runs:
+        return
+    count = min(workers or cores(), len(runs))
     # Left in the other order: workers that are ended fail the runs which threads still wait for.
     with ThreadPoolExecutor(count) as threads, _Workers(count) as crew:
-        waiting = {threads.submit(crew.train, each) for each in left}
+        waiting = {threads.submit(crew.train, each) for each in runs}
         while waiting:
             ctrl_c.look()
             came, waiting = wait(waiting, LOOK, FIRST_COMPLETED)
             for future in came:
-                row = future.result()
-                if path:
-                    with path.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(asdict(row)) + "\n")
-                yield row
+                yield future.result()
 
 
 class _Workers:
