@@ -1,4 +1,4 @@
-"""What an optimizer must do: the formulas of docs/design.md §1 in float64, around torch.optim's own optimizers.
+"""What an optimizer must do: the formulas of docs/mathematics.md in float64, around torch.optim's own optimizers.
 
 Written for the fuzzer, from the papers and not from the package; imports torch only. Parameters are known by their
 index, gradients come as {index: float64 tensor}: no entry where a parameter has none in a pass.
