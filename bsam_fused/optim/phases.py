@@ -65,7 +65,7 @@ class Phased(Persistent):
         """How many forward and backward passes the coming step takes, or the one that is under way.
 
         One where ``active`` is False, and in steps between LookSAM's k-th. Asked before a step, or where its gradient
-        decides (`decide`) after its first backward and before the next call. By hand::
+        decides (`decide`) after its first backward and before the next call. By hand:
 
             loss_fn(model(x), y).backward()
             if optimizer.passes > 1:

@@ -138,7 +138,7 @@ class RandomSteps(StepPolicy):
 class LargeGradients(Stepped):
     """Perturb in steps whose gradient is large, for those of late: AE-SAM (arXiv 2304.14647).
 
-    With n = ‖g‖², over all parameters, of the first pass of the step after the first t::
+    With n = ‖g‖², over all parameters, of the first pass of the step after the first t:
 
         μ = δ μ + (1 − δ) n
         σ² = δ σ² + (1 − δ) (n − μ)²
