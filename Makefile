@@ -10,6 +10,8 @@
 # make bench    optimizer time of a step, side by side with other implementations (about 15 minutes)
 # make bench-check   the smallest part of it, which fails where the fused step is slow
 # make performance   measure everything on this CPU, and write docs/performance.md (half an hour to an hour; quiet, please)
+# make docs     the documentation as a site, in build/site, whose search needs a server (python -m http.server -d build/site);
+#               fails where a link is broken, a public name is missing, or a page is wider than a telephone
 # make lint     ruff and clang-format
 # make types    mypy on the package; mypy --strict and pyright on a user's script, tests/typing, its deliberate mistakes among it
 # make cuda-build-check   the CUDA build against a CUDA build of torch (5 GB, in .venv-cuda); needs nvcc and no GPU
@@ -36,7 +38,7 @@ TRAINERS := torch==2.14.1 torchvision==0.29.1 timm==1.0.31 fastai==2.8.12
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py $(wildcard bsam_fused/extension/*.py)
 
-.PHONY: report picture test test-triton interrupts test-recipes test-trainers fuzz evidence bench bench-check performance lint types format cuda-build-check gpu gpu-carry gpu-rehearsal clean
+.PHONY: report picture test test-triton interrupts test-recipes test-trainers fuzz evidence bench bench-check performance docs lint types format cuda-build-check gpu gpu-carry gpu-rehearsal clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
@@ -83,6 +85,10 @@ performance: $(READY)
 	$(BIN)/python -m bench.members
 	$(BIN)/python -m bench.policies
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python -m pytest -q website
+
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -99,9 +105,12 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CSRC)
 
-$(VENV)/.report: constraints.txt
+$(VENV)/.made: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt pip setuptools wheel
+	touch $@
+
+$(VENV)/.report: $(VENV)/.made
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt numpy matplotlib jinja2 rich scikit-learn pytorch_optimizer
 	touch $@
@@ -109,6 +118,12 @@ $(VENV)/.report: constraints.txt
 $(VENV)/.installed: $(VENV)/.report
 	$(BIN)/pip install -q -c constraints.txt ninja pytest pytest-benchmark pytest-xdist hypothesis ruff clang-format build triton \
 		lightning transformers accelerate schedulefree peft skorch tensorboard mypy 'pyright[nodejs]'
+	touch $@
+
+# Sources are read, not imported: without torch.
+$(VENV)/.docs: $(VENV)/.made
+	$(BIN)/pip install -q -c constraints.txt mkdocs mkdocs-material 'mkdocstrings[python]' griffe latex2mathml markdown-it-py \
+		ruff pytest
 	touch $@
 
 $(VENV)/.evidence: $(VENV)/.report
