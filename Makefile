@@ -11,6 +11,7 @@
 # make bench-check   the smallest part of it, which fails where the fused step is slow
 # make performance   measure everything on this CPU, and write docs/performance.md (half an hour to an hour; quiet, please)
 # make lint     ruff and clang-format
+# make api      whether users of the last release can go on, but for what the changelog names
 # make types    mypy on the package; mypy --strict and pyright on a user's script, tests/typing, its deliberate mistakes among it
 # make cuda-build-check   the CUDA build against a CUDA build of torch (5 GB, in .venv-cuda); needs nvcc and no GPU
 # make gpu      with PYTHON's own torch, this machine's nvcc and no network: build, checks, figures, tests; STAGES=call1
@@ -36,7 +37,7 @@ TRAINERS := torch==2.14.1 torchvision==0.29.1 timm==1.0.31 fastai==2.8.12
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py $(wildcard bsam_fused/extension/*.py)
 
-.PHONY: report picture test test-triton interrupts test-recipes test-trainers fuzz evidence bench bench-check performance lint types format cuda-build-check gpu gpu-carry gpu-rehearsal clean
+.PHONY: report picture test test-triton interrupts test-recipes test-trainers fuzz evidence bench bench-check performance lint types api format cuda-build-check gpu gpu-carry gpu-rehearsal clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
@@ -94,6 +95,10 @@ types: $(READY)
 	$(BIN)/mypy --strict --warn-unused-ignores --untyped-calls-exclude=torch --follow-imports=silent tests/typing
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# Reads the sources, by griffe; the list of what may break, and how a release empties it: CONTRIBUTING.md.
+api: $(READY)
+	$(BIN)/python -m tests.public_api
+
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -107,8 +112,8 @@ $(VENV)/.report: constraints.txt
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.report
-	$(BIN)/pip install -q -c constraints.txt ninja pytest pytest-benchmark pytest-xdist hypothesis ruff clang-format build triton \
-		lightning transformers accelerate schedulefree peft skorch tensorboard mypy 'pyright[nodejs]'
+	$(BIN)/pip install -q -c constraints.txt ninja pytest pytest-benchmark pytest-xdist hypothesis ruff clang-format build griffelib \
+		triton lightning transformers accelerate schedulefree peft skorch tensorboard mypy 'pyright[nodejs]'
 	touch $@
 
 $(VENV)/.evidence: $(VENV)/.report
