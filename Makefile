@@ -5,6 +5,7 @@
 # make interrupts    what an interrupt leaves, at every line, after every call and of 500 real signals (SEED=... repeats their order)
 # make test-recipes  the snippets of docs/recipes.md
 # make test-trainers the loops of timm and fastai, in an environment of their own (6 GB, in .venv-trainers)
+# make wheels   the pure wheel and one with the extension, into dist/; each is installed and trained with by itself
 # make fuzz     random calls and faults beside an independent model, for FUZZ_SECONDS (an hour); prints how to repeat a failure
 # make evidence trains what docs/results.md is made of and bench/results/evidence/ lacks (hours; may be ended at any time)
 # make bench    optimizer time of a step, side by side with other implementations (about 15 minutes)
@@ -37,7 +38,7 @@ TRAINERS := torch==2.14.1 torchvision==0.29.1 timm==1.0.31 fastai==2.8.12
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py $(wildcard bsam_fused/extension/*.py)
 
-.PHONY: report picture test test-triton interrupts test-recipes test-trainers fuzz evidence bench bench-check performance lint types api format cuda-build-check gpu gpu-carry gpu-rehearsal clean
+.PHONY: report picture test test-triton interrupts test-recipes test-trainers wheels fuzz evidence bench bench-check performance lint types api format cuda-build-check gpu gpu-carry gpu-rehearsal clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
@@ -64,6 +65,9 @@ test-recipes: $(READY)
 
 test-trainers: $(TRAINERS_VENV)/.built
 	$(TRAINERS_VENV)/bin/python -m pytest -q tests/with_torchvision
+
+wheels: $(READY)
+	.ci/wheels $(BIN)/python dist
 
 FUZZ_SECONDS ?= 3600
 fuzz: $(READY)
