@@ -6,6 +6,8 @@
 # make test-recipes  the snippets of docs/recipes.md
 # make test-trainers the loops of timm and fastai, in an environment of their own (6 GB, in .venv-trainers)
 # make wheels   the pure wheel and one with the extension, into dist/; each is installed and trained with by itself
+# make compat   the core tests on the oldest, the pinned and the newest torch (11 GB, in .venv-compat); OLDEST_PYTHON=,
+#               NEWEST_PYTHON= where they are not called python3.10 and python3.13
 # make fuzz     random calls and faults beside an independent model, for FUZZ_SECONDS (an hour); prints how to repeat a failure
 # make evidence trains what docs/results.md is made of and bench/results/evidence/ lacks (hours; may be ended at any time)
 # make bench    optimizer time of a step, side by side with other implementations (about 15 minutes)
@@ -38,7 +40,7 @@ TRAINERS := torch==2.14.1 torchvision==0.29.1 timm==1.0.31 fastai==2.8.12
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py $(wildcard bsam_fused/extension/*.py)
 
-.PHONY: report picture test test-triton interrupts test-recipes test-trainers wheels fuzz evidence bench bench-check performance lint types api format cuda-build-check gpu gpu-carry gpu-rehearsal clean
+.PHONY: report picture test test-triton interrupts test-recipes test-trainers wheels compat fuzz evidence bench bench-check performance lint types api format cuda-build-check gpu gpu-carry gpu-rehearsal clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
@@ -68,6 +70,9 @@ test-trainers: $(TRAINERS_VENV)/.built
 
 wheels: $(READY)
 	.ci/wheels $(BIN)/python dist
+
+compat: $(READY)
+	.ci/compat $(BIN)/python
 
 FUZZ_SECONDS ?= 3600
 fuzz: $(READY)
@@ -164,4 +169,4 @@ gpu-rehearsal: $(READY)
 	$(BIN)/python -m pytest -q -m rehearsal
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) $(TRAINERS_VENV) build dist report *.egg-info bsam_fused/*.so bsam_fused/left_out.json
+	rm -rf $(VENV) $(CUDA_VENV) $(TRAINERS_VENV) .venv-compat build dist report *.egg-info bsam_fused/*.so bsam_fused/left_out.json
