@@ -5,6 +5,9 @@
 # make interrupts    what an interrupt leaves, at every line, after every call and of 500 real signals (SEED=... repeats their order)
 # make test-recipes  the snippets of docs/recipes.md
 # make test-trainers the loops of timm and fastai, in an environment of their own (6 GB, in .venv-trainers)
+# make wheels   the pure wheel and one with the extension, into dist/; each is installed and trained with by itself
+# make compat   the core tests on the oldest, the pinned and the newest torch (11 GB, in .venv-compat); OLDEST_PYTHON=,
+#               NEWEST_PYTHON= where they are not called python3.10 and python3.13
 # make fuzz     random calls and faults beside an independent model, for FUZZ_SECONDS (an hour); prints how to repeat a failure
 # make evidence trains what docs/results.md is made of and bench/results/evidence/ lacks (hours; may be ended at any time)
 # make bench    optimizer time of a step, side by side with other implementations (about 15 minutes)
@@ -13,6 +16,7 @@
 # make docs     the documentation as a site, in build/site, whose search needs a server (python -m http.server -d build/site);
 #               fails where a link is broken, a public name is missing, or a page is wider than a telephone
 # make lint     ruff and clang-format
+# make api      whether users of the last release can go on, but for what the changelog names
 # make types    mypy on the package; mypy --strict and pyright on a user's script, tests/typing, its deliberate mistakes among it
 # make cuda-build-check   the CUDA build against a CUDA build of torch (5 GB, in .venv-cuda); needs nvcc and no GPU
 # make gpu      with PYTHON's own torch, this machine's nvcc and no network: build, checks, figures, tests; STAGES=call1
@@ -38,7 +42,7 @@ TRAINERS := torch==2.14.1 torchvision==0.29.1 timm==1.0.31 fastai==2.8.12
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py $(wildcard bsam_fused/extension/*.py)
 
-.PHONY: report picture test test-triton interrupts test-recipes test-trainers fuzz evidence bench bench-check performance docs lint types format cuda-build-check gpu gpu-carry gpu-rehearsal clean
+.PHONY: report picture test test-triton interrupts test-recipes test-trainers wheels compat fuzz evidence bench bench-check performance docs lint types api format cuda-build-check gpu gpu-carry gpu-rehearsal clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
@@ -65,6 +69,12 @@ test-recipes: $(READY)
 
 test-trainers: $(TRAINERS_VENV)/.built
 	$(TRAINERS_VENV)/bin/python -m pytest -q tests/with_torchvision
+
+wheels: $(READY)
+	.ci/wheels $(BIN)/python dist
+
+compat: $(READY)
+	.ci/compat $(BIN)/python
 
 FUZZ_SECONDS ?= 3600
 fuzz: $(READY)
@@ -100,6 +110,10 @@ types: $(READY)
 	$(BIN)/mypy --strict --warn-unused-ignores --untyped-calls-exclude=torch --follow-imports=silent tests/typing
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# Reads the sources, by griffe; the list of what may break, and how a release empties it: CONTRIBUTING.md.
+api: $(READY)
+	$(BIN)/python -m tests.public_api
+
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -116,8 +130,8 @@ $(VENV)/.report: $(VENV)/.made
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.report
-	$(BIN)/pip install -q -c constraints.txt ninja pytest pytest-benchmark pytest-xdist hypothesis ruff clang-format build triton \
-		lightning transformers accelerate schedulefree peft skorch tensorboard mypy 'pyright[nodejs]'
+	$(BIN)/pip install -q -c constraints.txt ninja pytest pytest-benchmark pytest-xdist hypothesis ruff clang-format build griffelib \
+		triton lightning transformers accelerate schedulefree peft skorch tensorboard mypy 'pyright[nodejs]'
 	touch $@
 
 # Sources are read, not imported: without torch.
@@ -170,4 +184,4 @@ gpu-rehearsal: $(READY)
 	$(BIN)/python -m pytest -q -m rehearsal
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) $(TRAINERS_VENV) build dist report *.egg-info bsam_fused/*.so bsam_fused/left_out.json
+	rm -rf $(VENV) $(CUDA_VENV) $(TRAINERS_VENV) .venv-compat build dist report *.egg-info bsam_fused/*.so bsam_fused/left_out.json

@@ -391,3 +391,10 @@ def test_loops_of_every_instruction_set(capability, name):
     assert order.index(result.stdout.strip()) <= order.index(name)
     if capability == "default":
         assert result.stdout.strip() == "baseline"
+
+
+def test_the_library_names_no_folder_of_this_machine():
+    """torch's headers put their own paths into errors, and so the builder's folders into a wheel."""
+    module, why = native_flat.load()
+    assert module is not None, why
+    assert os.fsencode(Path(torch.__file__).parent) not in Path(module.__file__).read_bytes()

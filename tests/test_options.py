@@ -22,8 +22,9 @@ every_member = pytest.mark.parametrize("kind", FAMILY)
 
 def arguments(kind):
     """Those of a docstring, by name, in order: what is said of each, in one line."""
-    (part,) = re.findall(r"\n    Args:\n(.*?)\n\n    Raises:", kind.__doc__, re.DOTALL)
-    entries = re.split(r"\n {8}(?=\S)", "\n" + part.expandtabs())
+    text = inspect.cleandoc(kind.__doc__)  # as Python has it from 3.13 on
+    (part,) = re.findall(r"\nArgs:\n(.*?)\n\nRaises:", text, re.DOTALL)
+    entries = re.split(r"\n {4}(?=\S)", "\n" + part)
     named = (entry.partition(":") for entry in entries if entry.strip())
     return {name.strip(): " ".join(said.split()) for name, _, said in named}
 

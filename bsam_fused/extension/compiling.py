@@ -105,6 +105,7 @@ def cxx_command(source: Path, compiled: Path, cuda: Cuda | None) -> list[str]:
         f"-std={_torchs_standard()}",
         *(f"-D{name}={value}" for name, value in macros.items()),
         *(f"-isystem{folder}" for folder in headers if folder != Path("/usr/include")),  # gcc minds its place
+        f"-ffile-prefix-map={torch_headers}=torch",  # which the headers' errors name: else this machine's own folders
         f"-I{sysconfig.get_path('include')}",
         *("-c", str(source), "-o", str(compiled)),
     ]
