@@ -52,7 +52,7 @@ picture: $(BUILT)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile \
-		-m "not interpreter and not recipe and not interrupts and not rehearsal"
+		-m "not interpreter and not recipe and not interrupts and not rehearsal and not cuda_build"
 
 # What depends on the kernels; the rest is the same code for all backends written in Python.
 INTERPRETED := $(addprefix tests/test_,against_reference.py directions.py history.py golden.py rounding.py master_weights.py \

@@ -84,7 +84,10 @@ ROUNDED = {
     "Remember<Stochastic>": 1,
 }
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc, of the CUDA toolkit, is not on PATH")
+pytestmark = [
+    pytest.mark.cuda_build,
+    pytest.mark.skipif(NVCC is None, reason="nvcc, of the CUDA toolkit, is not on PATH"),
+]
 
 
 class Kernel(NamedTuple):

@@ -54,7 +54,7 @@ every_combination = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.part(2)
+@pytest.mark.part(4)  # make interrupts: all
 @every_combination
 def test_at_every_line(optimizer, way, backend, dtypes, steps, error):
     assert_none(complaints(lambda: Run(optimizer, backend, dtypes, steps), WAYS[way], error))
