@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from bench.gpu import plan, record, tools
     from bench.gpu.stages import ROOT
 
-    os.environ.update({**tools.toolkit(), **tools.headers()})  # of all stages: Triton compiles, too
+    os.environ.update({**tools.toolkit(), **tools.headers(), **tools.packages()})  # of all stages: Triton compiles, too
 
     try:
         names = plan.names(options.stages)

@@ -26,8 +26,17 @@ def toolkit() -> dict[str, str]:
 
 def headers() -> dict[str, str]:
     """Return where compilers also look for headers: for Python's, where they were carried along."""
-    carried = [str(CARRIED / "include")] if (CARRIED / "include" / "Python.h").exists() else []
-    return {"CPATH": os.pathsep.join(filter(None, [os.environ.get("CPATH"), *carried]))} if carried else {}
+    return _also("CPATH", CARRIED / "include")
+
+
+def packages() -> dict[str, str]:
+    """Return where Python also looks for packages: for those that tests import, where they were carried along."""
+    return _also("PYTHONPATH", CARRIED / "packages")
+
+
+def _also(variable: str, folder: Path) -> dict[str, str]:
+    """Return a search path with one more folder, where that is there."""
+    return {variable: os.pathsep.join(filter(None, [os.environ.get(variable), str(folder)]))} if folder.is_dir() else {}
 
 
 @functools.cache
