@@ -30,7 +30,7 @@ class Record:
 
     Args:
         path: the JSON file; read where it is there.
-        commit: of the source, where this is no git checkout.
+        commit: of the source; None: what git says.
     """
 
     def __init__(self, path: Path, commit: str | None = None) -> None:
@@ -64,7 +64,7 @@ def about(commit: str | None = None) -> dict[str, Any]:
         "triton": _version("triton"),
         "cores": os.cpu_count(),
         **machine,
-        "git_commit": machine["git_commit"] or commit,
+        "git_commit": commit or machine["git_commit"],
     }
 
 
