@@ -1,4 +1,7 @@
-"""Compile the Triton kernels ahead of time for GPUs that need not be there; in a process without the interpreter.
+"""Have Triton prepare launches of the kernels for GPUs that need not be there; in a process without the interpreter.
+
+All that a first launch does is done, by Triton's own code: arguments bound by name, their types and alignment seen,
+kernels compiled. Only the driver, which says which GPU it is, is none.
 
     python tests/compile_triton.py cuda:80 cuda:90 hip:gfx942
 
@@ -17,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 from bsam_fused.ops import triton_flat, triton_kernels, triton_updates
 from bsam_fused.ops.contract import Rule
@@ -25,21 +29,43 @@ DTYPES = {"float32": tl.float32, "float64": tl.float64, "bfloat16": tl.bfloat16,
 CHUNK = {name: triton_flat.CHUNK[dtype.primitive_bitwidth // 8] for name, dtype in DTYPES.items()}
 KERNELS = ("square_norm", "mix", "direction_sums", "ascend", "descend", "direction", "remember")
 KERNELS += ("update_sgd", "update_adam")
+ADDRESS, NUMBER = 1 << 40, 1001
 ARGUMENTS = {
-    "*i64": ("tensors", "pointers", "step_count", "skipped"),
-    "*i32": ("map", "ticket"),
-    "*fp64": ("options", "numbers", "sums", "own_sums", "partials"),
-    "*fp32": ("steps",),
-    "i32": ("chunks", "count", "slot", "square_slot"),
-    "i64": ("saved", "master", "momentum_buffer", "exp_avg", "exp_avg_sq", "history"),
+    torch.int64: ("tensors", "pointers", "step_count", "skipped"),
+    torch.int32: ("map", "ticket"),
+    torch.float64: ("rows", "numbers", "sums", "own_sums", "partials"),
+    torch.float32: ("steps",),
+    NUMBER: ("chunks", "count", "slot", "square_slot"),
+    ADDRESS: ("saved", "master", "momentum_buffer", "exp_avg", "exp_avg_sq", "history"),
 }
+"""Tensors by their dtype, and numbers, by the names that the kernels give them."""
 RULE = Rule.EXTRAPOLATED.value  # it takes the most scalars and sums
 REMEMBERING = {"remember": Rule.FRIENDLY.value}
-TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names}
+GIVEN = {
+    name: torch.zeros(16, dtype=kind) if isinstance(kind, torch.dtype) else kind
+    for kind, names in ARGUMENTS.items()
+    for name in names
+}
 ACCESSES = {
     "ptx": (r"ld\.global\S*\.(v4\.b32|v2\.b64)", r"st\.global\S*\.(v4\.b32|v2\.b64)"),
     "amdgcn": (r"(global|buffer)_load_dwordx4", r"(global|buffer)_store_dwordx4"),
 }
+
+
+class Driver:
+    """What Triton asks of a driver before it launches."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return str(self.target)  # Triton keeps kernels by it
+
+    def get_current_stream(self, device):
+        return 0
 
 
 def compiled(target, name, dtype):
@@ -48,13 +74,10 @@ def compiled(target, name, dtype):
     wide = {"S": DTYPES[dtype], "T": tl.float64 if dtype == "float64" else tl.float32}
     flags = {"STOCHASTIC": size == 2, "MASTER": size == 2, "RULE": REMEMBERING.get(name, RULE), "FROM_SAVED": True}
     constants = {**wide, "CHUNK": CHUNK[dtype], "MOST": torch.finfo(getattr(torch, dtype)).max, **flags}
-    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    signature = {a: "constexpr" if a in constants else TYPES[a] for a in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if signature[a].startswith("*")}
-    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(
-        source, target=target, options={"num_warps": triton_flat.THREADS // target.warp_size, "enable_fp_fusion": False}
-    )
+    arguments = {key: {**GIVEN, **constants}[key] for key in kernel.arg_names}
+    driver.set_active(Driver(target))
+    how = {"num_warps": triton_flat.THREADS // target.warp_size, "enable_fp_fusion": False}
+    return kernel.warmup(**arguments, **how, grid=(1,))
 
 
 def spilled_by_ptxas(ptx):

@@ -174,16 +174,16 @@ def longest_kept(
 
 @triton.jit
 def direction_of(
-    sums: tl.tensor, numbers: tl.tensor, options: tl.tensor, square_slot: tl.tensor, RULE: tl.constexpr
+    sums: tl.tensor, numbers: tl.tensor, rows: tl.tensor, square_slot: tl.tensor, RULE: tl.constexpr
 ) -> tl.tuple:
     """Return whether an update can be made, c, and what all of d is multiplied by.
 
     It cannot where the sums are not finite, or a coefficient or d, of any group, may be beyond the limit: they are
-    monotonous in the number. options: max_norm, limit. `square_slot`: where a sum of what was kept is.
+    monotonous in the number. rows: max_norm, limit. `square_slot`: where a sum of what was kept is.
     """
-    limit = tl.load(options + 1)
+    limit = tl.load(rows + 1)
     c, largest = ratio_of(sums, RULE), rule_number(numbers + 1, RULE)
-    factor = factor_of(sums, c, largest, tl.load(options), RULE)
+    factor = factor_of(sums, c, largest, tl.load(rows), RULE)
     longest_last = tl.sqrt(tl.load(sums + last_slot(RULE)))
     if not MIXES[RULE]:
         within = (factor <= 1) | (factor * longest_last <= limit)

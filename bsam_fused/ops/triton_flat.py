@@ -258,12 +258,12 @@ class TritonFlatParams(PythonFlatParams):
         def pointers(i: int) -> Pointers:
             return self._weights(i).data_ptr() if adaptive else 0, 0, self._now[i].data_ptr(), WANTED
 
-        self._launch("square_norm", self._now, pointers, options=options, sums=self.sums, slot=slot, **self._reduction)
+        self._launch("square_norm", self._now, pointers, rows=options, sums=self.sums, slot=slot, **self._reduction)
 
     def _run_mix(self, radii: Sequence[Radius]) -> None:
         """q = g − σ m, into g; Σ (T q)², Σ m², Σ q²."""
         adaptive = any(radius.adaptive for radius in radii)
-        how = {"options": self._norm_options(ASCENT, radii), "numbers": self._numbers(), "history": self._history_at()}
+        how = {"rows": self._norm_options(ASCENT, radii), "numbers": self._numbers(), "history": self._history_at()}
 
         def pointers(i: int) -> Pointers:
             return (
@@ -330,7 +330,7 @@ class TritonFlatParams(PythonFlatParams):
             "ascend",
             self._now,
             pointers,
-            options=options,
+            rows=options,
             sums=sums,
             own_sums=self.sums,
             saved=self._at("saved"),
@@ -354,7 +354,7 @@ class TritonFlatParams(PythonFlatParams):
             "descend",
             self._ascended.union(self._now),
             pointers,
-            options=options,
+            rows=options,
             sums=sums,
             own_sums=self.sums,
             saved=self._at_if_any("saved"),
@@ -375,7 +375,7 @@ class TritonFlatParams(PythonFlatParams):
             name,
             members,
             pointers,
-            options=options,
+            rows=options,
             numbers=self._numbers(),
             sums=update.sums,
             square_slot=SQUARE if self._summed else ASCENT,
@@ -416,7 +416,7 @@ class TritonFlatParams(PythonFlatParams):
         def pointers(i: int) -> Pointers:
             return directions[i].data_ptr(), _address(self._g.get(i)), _address(self._now.get(i)), self._flags(i)
 
-        how = {"options": self._limits(max_norm), "numbers": self._numbers()}
+        how = {"rows": self._limits(max_norm), "numbers": self._numbers()}
         self._launch("direction", directions, pointers, sums=sums, RULE=self._mixing.rule.value, **how)
         return directions
 
@@ -433,7 +433,7 @@ class TritonFlatParams(PythonFlatParams):
             "remember",
             to,
             pointers,
-            options=limits,
+            rows=limits,
             numbers=self._numbers(),
             sums=sums,
             square_slot=SQUARE if self._summed else ASCENT,

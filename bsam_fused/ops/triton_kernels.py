@@ -55,17 +55,17 @@ NOT_SPECIALIZED = ["chunks", "slot"]
 
 
 @triton.jit
-def _reach(options: tl.tensor, group: tl.tensor, sum_ascent: tl.tensor, T: tl.constexpr) -> tl.tuple:
+def _reach(rows: tl.tensor, group: tl.tensor, sum_ascent: tl.tensor, T: tl.constexpr) -> tl.tuple:
     """Return step, η and whether T is adaptive, of a param group."""
-    o = options + RADIUS_OPTIONS * group
+    o = rows + RADIUS_OPTIONS * group
     step = step_length(tl.load(o), tl.load(o + 4), sum_ascent, tl.load(o + 5))
     return step.to(T), tl.load(o + 2).to(T), tl.load(o + 1) != 0
 
 
 @triton.jit
-def _is_out_of_reach(options: tl.tensor, sum_ascent: tl.tensor) -> tl.tensor:
+def _is_out_of_reach(rows: tl.tensor, sum_ascent: tl.tensor) -> tl.tensor:
     """Whether a step length is beyond the limit: nothing is perturbed then, and the step will be skipped."""
-    return step_length(tl.load(options + 3), float("inf"), sum_ascent, tl.load(options + 5)) > tl.load(options + 6)
+    return step_length(tl.load(rows + 3), float("inf"), sum_ascent, tl.load(rows + 5)) > tl.load(rows + 6)
 
 
 # ---- the operators
@@ -77,7 +77,7 @@ def square_norm(
     pointers: tl.tensor,
     map: tl.tensor,
     chunks: tl.tensor,
-    options: tl.tensor,
+    rows: tl.tensor,
     sums: tl.tensor,
     slot: tl.tensor,
     partials: tl.tensor,
@@ -90,7 +90,7 @@ def square_norm(
     total = tl.zeros((CHUNK,), tl.float64)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         _, group, _, _, _, count, _, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
-        _, eta, adaptive = _reach(options, group, 0.0, T)  # w is not read where it is not needed
+        _, eta, adaptive = _reach(rows, group, 0.0, T)  # w is not read where it is not needed
         for WHOLE in tl.static_range(2):
             if is_variant(WHOLE, count, w, g, now, CHUNK):
                 slope = load(now, count, S, CHUNK, WHOLE).to(T)
@@ -107,7 +107,7 @@ def mix(
     pointers: tl.tensor,
     map: tl.tensor,
     chunks: tl.tensor,
-    options: tl.tensor,
+    rows: tl.tensor,
     numbers: tl.tensor,
     sums: tl.tensor,
     history: tl.tensor,
@@ -124,7 +124,7 @@ def mix(
     of_q = tl.zeros((CHUNK,), tl.float64)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         _, group, _, _, _, count, flat, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
-        _, eta, adaptive = _reach(options, group, 0.0, T)
+        _, eta, adaptive = _reach(rows, group, 0.0, T)
         for WHOLE in tl.static_range(2):
             if is_variant(WHOLE, count, w, g, now, CHUNK):
                 slope = load(now, count, S, CHUNK, WHOLE).to(T)
@@ -199,7 +199,7 @@ def ascend(
     pointers: tl.tensor,
     map: tl.tensor,
     chunks: tl.tensor,
-    options: tl.tensor,
+    rows: tl.tensor,
     sums: tl.tensor,
     own_sums: tl.tensor,
     saved: tl.tensor,
@@ -212,7 +212,7 @@ def ascend(
 ) -> None:
     """saved = w, w = w_max; `now`, g at w, is copied into g where that is there. Σ (T g)² = NaN where out of reach."""
     sum_ascent = tl.load(sums + ASCENT)
-    beyond = _is_out_of_reach(options, sum_ascent)
+    beyond = _is_out_of_reach(rows, sum_ascent)
     finite = is_finite(sum_ascent) & (beyond == 0)
     # A program that reads it from here on finds a sum that is not finite, and leaves w alone as well.
     tl.store(own_sums + ASCENT, float("nan"), mask=beyond)
@@ -222,7 +222,7 @@ def ascend(
             if is_variant(WHOLE, count, w, g, now, CHUNK):
                 before = load(w, count, S, CHUNK, WHOLE)
                 slope = load(now, count, S, CHUNK, WHOLE)
-                step, eta, adaptive = _reach(options, group, sum_ascent, T)
+                step, eta, adaptive = _reach(rows, group, sum_ascent, T)
                 store(saved + flat, before, count, S, CHUNK, WHOLE)
                 store(g, slope, count, S, CHUNK, WHOLE)
                 x, slope = before.to(T), slope.to(T)
@@ -237,7 +237,7 @@ def descend(
     pointers: tl.tensor,
     map: tl.tensor,
     chunks: tl.tensor,
-    options: tl.tensor,
+    rows: tl.tensor,
     sums: tl.tensor,
     own_sums: tl.tensor,
     saved: tl.tensor,
@@ -253,7 +253,7 @@ def descend(
     """w = w_min from saved, g += g_max in `now`, Σ g_max². Of what did not ascend g_max is copied into g."""
     sum_ascent = tl.load(sums + ASCENT)
     # Where w is out of reach the step length becomes NaN, and w stays, as where the sum is not finite.
-    sum_ascent = tl.where(_is_out_of_reach(options, sum_ascent), float("nan"), sum_ascent)
+    sum_ascent = tl.where(_is_out_of_reach(rows, sum_ascent), float("nan"), sum_ascent)
     sum_max = tl.zeros((CHUNK,), tl.float64)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         _, group, key, flags, begin, count, flat, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
@@ -263,7 +263,7 @@ def descend(
                 x = load(only_if(moved, saved + flat), count, S, CHUNK, WHOLE).to(T)
                 slope = load(only_if(ascended, g), count, S, CHUNK, WHOLE).to(T)
                 g_max = load(now, count, S, CHUNK, WHOLE).to(T)
-                step, eta, adaptive = _reach(options, group, sum_ascent, T)
+                step, eta, adaptive = _reach(rows, group, sum_ascent, T)
                 x = perturbed(x, slope, adaptivity(x, slope, eta, adaptive), step, MOST)
                 x = rounded(x, TO_MIN, key, step_count, begin, S, CHUNK, STOCHASTIC)
                 store(only_if(moved, w), x, count, S, CHUNK, WHOLE)
@@ -273,5 +273,5 @@ def descend(
                 sum_max = plus_product(sum_max, g_max, g_max)
     partial(sum_max, partials, 0)
     if is_last(ticket):
-        beyond = _is_out_of_reach(options, tl.load(sums + ASCENT))
+        beyond = _is_out_of_reach(rows, tl.load(sums + ASCENT))
         tl.store(own_sums + MAX, tl.where(beyond, float("nan"), added_up(partials, 0)))

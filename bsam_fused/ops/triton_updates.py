@@ -48,7 +48,7 @@ def direction(
     pointers: tl.tensor,
     map: tl.tensor,
     chunks: tl.tensor,
-    options: tl.tensor,
+    rows: tl.tensor,
     numbers: tl.tensor,
     sums: tl.tensor,
     S: tl.constexpr,
@@ -56,9 +56,9 @@ def direction(
     CHUNK: tl.constexpr,
     RULE: tl.constexpr,
 ) -> None:
-    """d, into what stands for w; options: max_norm, limit."""
+    """d, into what stands for w; rows: max_norm, limit."""
     c = ratio_of(sums, RULE)
-    factor = factor_of(sums, c, rule_number(numbers + 1, RULE), tl.load(options), RULE)
+    factor = factor_of(sums, c, rule_number(numbers + 1, RULE), tl.load(rows), RULE)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         _, group, _, flags, _, count, _, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
         for WHOLE in tl.static_range(2):
@@ -76,7 +76,7 @@ def remember(
     pointers: tl.tensor,
     map: tl.tensor,
     chunks: tl.tensor,
-    options: tl.tensor,
+    rows: tl.tensor,
     numbers: tl.tensor,
     sums: tl.tensor,
     square_slot: tl.tensor,
@@ -89,11 +89,11 @@ def remember(
     MOST: tl.constexpr,
     RULE: tl.constexpr,
 ) -> None:
-    """What the history becomes, into what stands for w, where the step is made; options: max_norm, limit.
+    """What the history becomes, into what stands for w, where the step is made; rows: max_norm, limit.
 
     An operand that does not count is not read: 0 · ∞ is no number. step_count: with this step.
     """
-    finite = direction_of(sums, numbers, options, square_slot, RULE)[0]
+    finite = direction_of(sums, numbers, rows, square_slot, RULE)[0]
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         _, group, key, _, begin, n, flat, to, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
         for WHOLE in tl.static_range(2):
@@ -134,7 +134,7 @@ def update_sgd(
     pointers: tl.tensor,
     map: tl.tensor,
     chunks: tl.tensor,
-    options: tl.tensor,
+    rows: tl.tensor,
     numbers: tl.tensor,
     sums: tl.tensor,
     square_slot: tl.tensor,
@@ -158,7 +158,7 @@ def update_sgd(
 
     With MASTER from float32 master weights and to them, w their rounding to nearest.
     """
-    finite, c, factor = direction_of(sums, numbers, options + 6, square_slot, RULE)
+    finite, c, factor = direction_of(sums, numbers, rows + 6, square_slot, RULE)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         tensor, group, key, flags, begin, n, flat, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
         master_at = master + 2 * flat  # float32 takes twice the bytes of 16-bit parameters
@@ -171,7 +171,7 @@ def update_sgd(
                 x = update_start(start, load(master_at, n, T, CHUNK, WHOLE)) if MASTER else start.to(T)
                 kept, last = gradients(g, now, n, S, T, CHUNK, WHOLE, RULE)
                 m = load(m_at, n, S, CHUNK, WHOLE).to(T)
-                o = options + SGD_OPTIONS * group
+                o = rows + SGD_OPTIONS * group
                 number = rule_number(numbers + NUMBERS * group, RULE)
                 of_kept, of_last = mix_of(sums, c, number, has_both(flags, now), RULE)
                 signed = tl.where(tl.load(o + 5) != 0, -factor, factor)
@@ -207,7 +207,7 @@ def update_adam(
     pointers: tl.tensor,
     map: tl.tensor,
     chunks: tl.tensor,
-    options: tl.tensor,
+    rows: tl.tensor,
     numbers: tl.tensor,
     sums: tl.tensor,
     square_slot: tl.tensor,
@@ -229,7 +229,7 @@ def update_adam(
     FROM_SAVED: tl.constexpr,
 ) -> None:
     """torch.optim.Adam's and AdamW's rule, otherwise as `update_sgd`."""
-    finite, c, factor = direction_of(sums, numbers, options + 7, square_slot, RULE)
+    finite, c, factor = direction_of(sums, numbers, rows + 7, square_slot, RULE)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         tensor, group, key, flags, begin, n, flat, w, g, now = piece(tensors, pointers, map, chunk, S, CHUNK)
         master_at = master + 2 * flat  # float32 takes twice the bytes of 16-bit parameters
@@ -243,7 +243,7 @@ def update_adam(
                 kept, last = gradients(g, now, n, S, T, CHUNK, WHOLE, RULE)
                 m = load(m_at, n, S, CHUNK, WHOLE).to(T)
                 v = load(v_at, n, S, CHUNK, WHOLE).to(T)
-                o = options + ADAM_OPTIONS * group
+                o = rows + ADAM_OPTIONS * group
                 beta1, beta2 = tl.load(o + 1), tl.load(o + 2)
                 number = rule_number(numbers + NUMBERS * group, RULE)
                 of_kept, of_last = mix_of(sums, c, number, has_both(flags, now), RULE)
