@@ -20,10 +20,10 @@
 # make types    mypy on the package; mypy --strict and pyright on a user's script, tests/typing, its deliberate mistakes among it
 # make cuda-build-check   the CUDA build against a CUDA build of torch (5 GB, in .venv-cuda); needs nvcc and no GPU
 # make gpu      with PYTHON's own torch, this machine's nvcc and no network: build, checks, figures, tests; STAGES=call1
-#               to call4, or names of stages; SECONDS= for all, OUT= for what comes of it, COMMIT= of the source where
+#               to call5, or names of stages; SECONDS= for all, OUT= for what comes of it, COMMIT= of the source where
 #               this is no git checkout; bench/gpu/README.md says which call yields what
 # make gpu-carry      what a machine with a GPU may lack, into build/carry: PYTHON_THERE's headers, packages that tests
-#               import, the source of BEFORE=
+#               import, the source of BEFORE=, the images of CIFAR10=.../cifar10_jpeg.npz
 # make gpu-rehearsal  all calls of `make gpu` with this CPU in the place of the GPU (2 minutes)
 #
 # Each but the gpu ones does its own set-up: a virtual environment in .venv, pinned packages, the C++ extension in place.
@@ -181,6 +181,7 @@ gpu-carry:
 	rm -rf build/carry && mkdir -p build/carry
 	cp -r "$$($(PYTHON_THERE) -c 'import sysconfig; print(sysconfig.get_path("include"))')" build/carry/include
 	$(PYTHON) -m pip install -q -c constraints.txt --no-deps --no-compile --target build/carry/packages $(CARRIED_PACKAGES)
+	$(if $(CIFAR10),cp $(CIFAR10) build/carry/cifar10_jpeg.npz)
 	$(if $(BEFORE),mkdir build/carry/before && git archive $(BEFORE) | tar x -C build/carry/before)
 	$(if $(BEFORE),git rev-parse $(BEFORE) >build/carry/before/COMMIT)
 

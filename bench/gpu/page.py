@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from bench.gpu.files import write
@@ -48,6 +49,8 @@ def _run(content: Content) -> str:
         parts.append("### Operators alone\n\n" + operators(content["operators"]))
     parts += [case(name, found) for name, found in content["steps"].items()]
     parts += [training(name, found) for name, found in content["training"].items()]
+    if content.get("accuracy"):  # older records have no such section
+        parts.append("### ResNet-18 on CIFAR-10\n\n" + _accuracy(content["accuracy"].values()))
     if content["kernels"]:
         parts.append("### Kernels, by Nsight Compute\n\n" + _kernels(content["kernels"]))
     if content["compared"]:
@@ -156,6 +159,26 @@ def training(name: str, found: Content) -> str:
     size = f"Batch {found['batch_size']}; one pass {found['base_pass_ms']:.2f} ms; over: 1, 2 or 3 x that pass. "
     size += f"Means over the middle half of the steps. {around(found)}"
     return "\n\n".join([title, size, table((*heads, "launches"), rows), table(("figure", "", "bar"), targets)])
+
+
+def _accuracy(rows: Iterable[Content]) -> str:
+    """Return a table of trainings, with the mean of their seeds."""
+    found: dict[str, list[Content]] = {}
+    for row in rows:
+        found.setdefault(row["training"], []).append(row)
+    cells = [
+        (
+            name,
+            seeds[0]["epochs"],
+            f"{seeds[0]['passes']:.0f}",
+            f"{mean(it['accuracy_percent'] for it in seeds):.2f}",
+            ", ".join(f"{it['accuracy_percent']:.2f}" for it in seeds),
+            f"{mean(it['training_loss'] for it in seeds):.4f}",
+            f"{mean(it['seconds'] for it in seeds):.1f}",
+        )
+        for name, seeds in found.items()
+    ]
+    return table(("training", "epochs", "passes", "accuracy, %", "of each seed", "training loss", "seconds"), cells)
 
 
 def _implementation(it: Content) -> Sequence[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from bench.gpu import kernels
 from bench.gpu.device import REHEARSAL, current
 from bench.gpu.stages import ROOT, Stage, as_far_as_it_came
-from bench.gpu.tools import CARRIED, ERRORS_FOUND, find, judge_sanitizer
+from bench.gpu.tools import CARRIED, ERRORS_FOUND, find, judge_accuracy, judge_sanitizer
 
 SECONDS = 570
 """Of a call."""
@@ -23,6 +23,7 @@ CALLS = {
     "call2": ("environment", "build", "graphs", "tests-triton", "memcheck", "racecheck"),
     "call3": ("environment", "build", "smoke", "kernels", "cases", "training-resnet18", "training-vit", "compiled"),
     "call4": ("environment", "build", "build-before", "smoke", "compare"),
+    "call5": ("environment", "build", "smoke", "accuracy"),
 }
 """By name, in the order in which they are made."""
 
@@ -75,6 +76,14 @@ def stages(record: Path, logs: Path) -> dict[str, Stage]:
         figures("cases", [*measure, "--cases=others"], 130),
         figures("training-resnet18", [*python, "bench.gpu.training", adding, "resnet18"], 40),
         figures("training-vit", [*python, "bench.gpu.training", adding, "vit_b_16"], 45),
+        Stage(
+            "accuracy",
+            [*python, "bench.gpu.accuracy", adding, "--seconds={seconds}"],
+            150,
+            judge_accuracy,
+            environment={"BSAM_FUSED_CIFAR10": str(CARRIED / "cifar10_jpeg.npz")},
+            needs="smoke",
+        ),
         figures("compiled", [*measure, "--cases=compiled"], 100),
         Stage(
             "compare",

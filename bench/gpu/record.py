@@ -22,7 +22,7 @@ from bench.gpu.files import write
 from bsam_fused.report.machine import this_machine
 
 RESULTS = Path(__file__).parents[1] / "results"
-SECTIONS = ("stages", "operators", "steps", "training", "tests", "kernels", "compared")
+SECTIONS = ("stages", "operators", "steps", "training", "accuracy", "tests", "kernels", "compared")
 
 
 class Record:

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from bench.gpu.stages import NOT_FOUND, Outcome
+from bench.gpu.stages import NOT_FOUND, Outcome, as_far_as_it_came
 from bsam_fused.extension import obstacles
 
 ERRORS_FOUND = 86
@@ -61,3 +61,10 @@ def judge_sanitizer(status: int | None, output: str) -> Outcome:
     if status in {0, ERRORS_FOUND}:
         return Outcome("ok" if status == 0 else "failed", said)
     return Outcome("failed", f"exit status {status}; {said}")
+
+
+def judge_accuracy(status: int | None, output: str) -> Outcome:
+    """Judge the trainings on CIFAR-10; that there is none is no failure."""
+    if status == NOT_FOUND:
+        return Outcome("left out", "CIFAR-10 was not carried along: make gpu-carry CIFAR10=...")
+    return as_far_as_it_came(status, output)

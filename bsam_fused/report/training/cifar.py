@@ -56,11 +56,11 @@ def drawn(seed: int, *, training: int, replaced: float) -> Data:
         Refused: CIFAR-10 is not there.
         ModuleNotFoundError: it is there as JPEG, and Pillow is not.
     """
-    path = Path(os.environ.get(VARIABLE) or BESIDE)
-    images = _images(path, "train")
+    path = place()
+    found = images(path, "train")
     generator = torch.Generator().manual_seed(seed)
-    which = torch.randperm(len(images.y), generator=generator)[: training + VALIDATION]
-    x, y = images.part(which)
+    which = torch.randperm(len(found.y), generator=generator)[: training + VALIDATION]
+    x, y = found.part(which)
     y = noisy(y, replaced, generator)
     return Data(Part(x[:training], y[:training]), Part(x[training:], y[training:]), _tested_on(path))
 
@@ -84,16 +84,26 @@ def _network() -> nn.Sequential:
 @cache
 def _tested_on(path: Path) -> Part:
     """Return the images that are tested on, drawn once for all, with their true labels."""
-    images = _images(path, "test")
-    return images.part(torch.randperm(len(images.y), generator=torch.Generator().manual_seed(0))[:TEST])
+    found = images(path, "test")
+    return found.part(torch.randperm(len(found.y), generator=torch.Generator().manual_seed(0))[:TEST])
 
 
 # ---- files
 
 
+def place() -> Path:
+    """Return where CIFAR-10 is looked for."""
+    return Path(os.environ.get(VARIABLE) or BESIDE)
+
+
 @cache
-def _images(path: Path, part: Literal["train", "test"]) -> Images:
-    """Return a part of CIFAR-10 from a file of JPEGs, or from the folder of pickles that torchvision unpacks."""
+def images(path: Path, part: Literal["train", "test"]) -> Images:
+    """Return a part of CIFAR-10 from a file of JPEGs, or from the folder of pickles that torchvision unpacks.
+
+    Raises:
+        Refused: it is not there.
+        ModuleNotFoundError: it is there as JPEG, and Pillow is not.
+    """
     if path.is_dir():
         return _pickled([path / f"data_batch_{i}" for i in range(1, 6)] if part == "train" else [path / "test_batch"])
     if path.is_file():
