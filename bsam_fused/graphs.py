@@ -295,7 +295,16 @@ def _capture(work: Callable[[], Any], device: torch.device) -> torch.cuda.CUDAGr
     torch's own stream for captures is on the device of the first one, and stays the current one where one fails.
     """
     with _side_stream(device) as stream:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            work()
+        try:
+            return _captured(work, stream)
+        except BaseException:
+            # torch's generator is in a capture until one ends well: until then nobody could draw from it.
+            _captured(lambda: torch.zeros((), device=device), stream)
+            raise
+
+
+def _captured(work: Callable[[], Any], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        work()
     return graph

@@ -16,7 +16,8 @@ from bsam_fused.ops import dispatch
 
 ON_GPU = [pytest.param(name, marks=pytest.mark.cuda) for name in ("cuda", "triton")]
 INTERPRETED = pytest.param("triton-interpreted", marks=pytest.mark.interpreter)
-BACKENDS = ["torch", "cpp", "cuda-on-host", INTERPRETED, *ON_GPU]
+ON_HOST = ["torch", "cpp", "cuda-on-host", INTERPRETED]
+BACKENDS = [*ON_HOST, *ON_GPU]
 
 
 def pytest_addoption(parser):

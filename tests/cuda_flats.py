@@ -142,7 +142,9 @@ def assert_alike(found, expected, dtype):
 
 
 def zero_if_none(grads):
-    return [torch.zeros(n, dtype=torch.float64) if g is None else g.cpu().double() for n, g in zip(NUMELS, grads)]
+    """On the CPU, in float64."""
+    zeros = [torch.zeros(n, dtype=torch.float64, device="cpu") for n in NUMELS]
+    return [zero if g is None else g.cpu().double() for zero, g in zip(zeros, grads)]
 
 
 def dot(some, others):

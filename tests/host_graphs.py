@@ -107,6 +107,7 @@ class Cuda:
         self.streams = [None, None]
         self.streams = [Stream(self), Stream(self)]
         self.error_modes = []
+        self.draws_are_captured = False  # told by the begin of a capture, and by its end if that is a good one
 
     def current_stream(self):
         return self.streams[self.device]
@@ -142,6 +143,7 @@ class Graph:
 
     def capture_begin(self, *, capture_error_mode, **_):
         self._cuda.error_modes.append(capture_error_mode)
+        self._cuda.draws_are_captured = True
         if self._cuda.device == HOME:
             self._record = Record()
             self._record.__enter__()
@@ -154,6 +156,7 @@ class Graph:
             self._record.end()
             if self._record.failed:
                 raise RuntimeError("operation failed due to a previous error during capture")
+        self._cuda.draws_are_captured = False
 
     def replay(self):
         if self._record is not None:

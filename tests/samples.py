@@ -27,22 +27,27 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8.5e-3, torch.float16: 1.1e-3}
 
 
+def normal(*shape, dtype, drawn=torch.float32):
+    """Random numbers on the default device: the CPU's, so that all devices have the same."""
+    return torch.randn(shape, dtype=drawn, device="cpu").to(torch.get_default_device(), dtype)
+
+
 def parameters(name, dtype=torch.float32, scale=1.0):
-    return [torch.nn.Parameter((torch.randn(shape) * scale).to(dtype)) for shape in SHAPES[name]]
+    return [torch.nn.Parameter((normal(*shape, dtype=torch.float32) * scale).to(dtype)) for shape in SHAPES[name]]
 
 
 def strided(dtype=torch.float32):
     """Parameters whose memory order is not their index order, and one with gaps in its memory."""
-    transposed = torch.randn(9, 5, dtype=torch.float64).to(dtype).t()
-    channels_last = torch.randn(4, 3, 5, 2).to(dtype).to(memory_format=torch.channels_last)
-    gaps = torch.randn(6, 8).to(dtype)[:, ::2]
-    return [torch.nn.Parameter(t) for t in (transposed, channels_last, gaps, torch.randn(11).to(dtype))]
+    transposed = normal(9, 5, dtype=dtype, drawn=torch.float64).t()
+    channels_last = normal(4, 3, 5, 2, dtype=dtype).to(memory_format=torch.channels_last)
+    gaps = normal(6, 8, dtype=dtype)[:, ::2]
+    return [torch.nn.Parameter(t) for t in (transposed, channels_last, gaps, normal(11, dtype=dtype))]
 
 
 def misaligned(dtype=torch.float32):
     """Parameters that begin at no multiple of 16 bytes, each at another distance from one."""
     numels = (5, 1031, 2048, 63)
-    return [torch.nn.Parameter(torch.randn(n + 1 + i).to(dtype)[1 + i :]) for i, n in enumerate(numels)]
+    return [torch.nn.Parameter(normal(n + 1 + i, dtype=dtype)[1 + i :]) for i, n in enumerate(numels)]
 
 
 def gradients(params, seed, without=()):

@@ -288,7 +288,8 @@ def test_a_differentiable_base_steps_tensors_that_are_no_leaves(backend, kind, s
     """As torch's does: the graph from the leaf to the next weights stays whole. No hook of a scaler's fits them."""
     leaf = torch.ones(3, requires_grad=True)
     p, q = leaf * 2, leaf * 2
-    options = {"lr": 0.1, "weight_decay": 0.5, "differentiable": True}
+    # On a GPU torch would take its foreach loops, which break the graph: SGD's defaults leave `differentiable` out.
+    options = {"lr": 0.1, "weight_decay": 0.5, "differentiable": True, "foreach": False}
     opt = kind([p], torch.optim.SGD, rho=0.1, backend=backend, **options)
     scaler = torch.amp.GradScaler(p.device.type, init_scale=4.0)
     scaler.scale(leaf.new_ones(()))

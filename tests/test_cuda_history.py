@@ -171,7 +171,8 @@ def test_16_bits_are_rounded_by_the_count_with_this_step(backend, dtype, combine
         for i, found in enumerate(copies(one.history(rule))):
             x = exact_history(rule, before[i], grads, i)
             key = rounding.tensor_key(seed, *PLACES[i])
-            bits = rounding.random_bits(key, torch.tensor(steps + 1), TO_HISTORY, torch.arange(NUMELS[i]))
+            count, elements = torch.tensor(steps + 1, device="cpu"), torch.arange(NUMELS[i], device="cpu")
+            bits = rounding.random_bits(key, count, TO_HISTORY, elements)
             assert torch.equal(found, before[i] if x is None else rounding.rounded(x, dtype, bits)), (kind, i)
 
 

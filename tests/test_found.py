@@ -96,7 +96,7 @@ def test_laid_out_anew_under_a_zero_gradient_without_memory(backend):
     before = p.detach().clone()
     p.data = p.data.t().contiguous().t()
     for call in opt._calls:
-        p.grad = torch._efficientzerotensor((2, 3))
+        p.grad = torch._efficientzerotensor((2, 3), device=p.device)
         getattr(opt, call)()
     assert torch.equal(p, before)
 

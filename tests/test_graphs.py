@@ -186,10 +186,14 @@ def test_only_tensors_on_one_gpu():
 @where
 @pytest.mark.parametrize("passes_before", [0, 1])
 def test_a_capture_that_fails_does_nothing(captures, passes_before):
-    """Here in the first pass or the second: what was captured was never done; the current stream is what it was."""
+    """Here in the first pass or the second: what was captured was never done; the current stream is what it was.
+
+    So is the generator: torch's refuses to be drawn from while it takes a capture to be under way.
+    """
     model = network()
     opt = optimizer(SAM, model)
-    eager_step(model, opt, data(0))
+    batch = data(0)
+    eager_step(model, opt, batch)
     weights = [p.detach().clone() for p in model.parameters()]
     streams = [*captures.streams] if captures else torch.cuda.current_stream()
     passes = iter(range(100))
@@ -200,8 +204,13 @@ def test_a_capture_that_fails_does_nothing(captures, passes_before):
             loss.item()
         return loss
 
+    torch.manual_seed(5)
     with pytest.raises(RuntimeError):
-        GraphedStep(model, waits, opt, data(0))
+        GraphedStep(model, waits, opt, batch)
+    assert captures is None or not captures.draws_are_captured
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))
     assert (captures.streams if captures else torch.cuda.current_stream()) == streams
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
     eager_step(model, opt, data(0))

@@ -440,7 +440,8 @@ def exact_passes(params, rule):
     """Gradients of few bits; of LookSAM's, a quarter of g's square is along g_max."""
     numel = sum(p.numel() for p in params)
     looks = rule is Rule.ORTHOGONAL
-    few = torch.randint(1, 128, (numel,)) * 2.0 ** -torch.randint(4, 16 if looks else 12, (numel,)).float()
+    few, shift = (torch.randint(*ends, (numel,), device="cpu") for ends in ((1, 128), (4, 16 if looks else 12)))
+    few = (few * 2.0 ** -shift.float()).to(torch.get_default_device())
     g, g_max = few, few.flip(0)
     if looks:
         half = numel // 2

@@ -11,6 +11,7 @@ import mmap
 import numpy as np
 import pytest
 import torch
+from conftest import ON_HOST
 from torch import nn
 
 import bsam_fused
@@ -116,19 +117,24 @@ def alias(look_at):
         def lend(values):
             grad = values.clone()
             seen = look_at(grad)
-            return grad, lambda: np.asarray(seen() if callable(seen) else seen)
+            return grad, lambda: seen() if callable(seen) else seen
 
         return lend
 
     return lender
 
 
+def as_a_tensor(seen):
+    """Over the same memory, whatever reads it."""
+    return seen if isinstance(seen, torch.Tensor) else torch.from_numpy(np.asarray(seen))
+
+
 def by_its_storage(grad):
     storage = grad.untyped_storage()
-    return lambda: torch.empty(0).set_(storage, 0, (storage.nbytes() // 4,), (1,))
+    return lambda: torch.empty(0, device=grad.device).set_(storage, 0, (storage.nbytes() // 4,), (1,))
 
 
-LENDERS = {
+OF_A_HOST = {
     **{
         lender.__name__: lender
         for lender in (
@@ -137,13 +143,20 @@ LENDERS = {
     },
     "seen by NumPy": alias(lambda grad: grad.numpy()),
     "seen by NumPy through DLPack": alias(np.from_dlpack),
+    "a memoryview": alias(lambda grad: memoryview(grad.numpy())),
+}
+"""Memory that a host's code holds, or sees."""
+
+LENDERS = {
     "seen by torch through DLPack": alias(torch.from_dlpack),
     "held": alias(lambda grad: grad),
     "held detached": alias(lambda grad: grad.detach()),
     "held as a view": alias(lambda grad: grad.view(-1, 10).view(-1)),
     "its storage held": alias(by_its_storage),
-    "a memoryview": alias(lambda grad: memoryview(grad.numpy())),
 }
+"""Memory of any device."""
+
+on_host = pytest.mark.parametrize("backend", ON_HOST, indirect=True)
 
 
 def finish(opt, call, scaler):
@@ -168,13 +181,13 @@ def train(opt, params, lend, scaler=None, steps=2):
                 looks.append((look, values))
             finish(opt, call, scaler)
             for look, values in looks:
-                assert np.array_equal(look(), values.numpy()), f"{call} wrote into the owner's memory"
+                assert torch.equal(as_a_tensor(look()), values), f"{call} wrote into the owner's memory"
             pass_ += 1
         opt.zero_grad()
 
 
 def own(values, i):
-    return values.clone(), lambda: values.numpy()
+    return values.clone(), lambda: values
 
 
 def states(opt, params):
@@ -182,7 +195,7 @@ def states(opt, params):
 
 
 def scaler():
-    return torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    return torch.amp.GradScaler(torch.get_default_device().type, init_scale=1024.0, growth_interval=1000)
 
 
 def assert_alike(run):
@@ -191,19 +204,30 @@ def assert_alike(run):
         assert all(map(torch.equal, run(n, True), run(n, False))), n
 
 
-@every_way
-@pytest.mark.parametrize("lender", LENDERS)
-def test_lent_gradients(backend, kind, base, lender, how, tmp_path):
+def assert_left_alone(backend, kind, base, lender, how, folder):
     def run(n, lent):
         params = weights(n)
         opt = make(kind, base, params, backend, max_grad_norm=0.5 if "clipped" in how else None)
         opt.active = "inactive" not in how
-        lend = LENDERS[lender](n, tmp_path)
+        lend = lender(n, folder)
         train(opt, params, (lambda values, i: lend(values)) if lent else own, scaler() if how == "scaled" else None)
         assert not torch.equal(params[0], weights(n)[0])
         return states(opt, params)
 
     assert_alike(run)
+
+
+@every_way
+@pytest.mark.parametrize("lender", LENDERS)
+def test_lent_gradients(backend, kind, base, lender, how, tmp_path):
+    assert_left_alone(backend, kind, base, LENDERS[lender], how, tmp_path)
+
+
+@on_host
+@every_way
+@pytest.mark.parametrize("lender", OF_A_HOST)
+def test_gradients_that_a_host_lends(backend, kind, base, lender, how, tmp_path):
+    assert_left_alone(backend, kind, base, OF_A_HOST[lender], how, tmp_path)
 
 
 # ---- one tensor in several places
@@ -262,6 +286,7 @@ def test_one_tensor_for_several_parameters(backend, kind, base, sharing, how):
     assert_alike(run)
 
 
+@on_host
 @every_kind
 @pytest.mark.parametrize("n", SIZES)
 def test_no_overflow_is_written_into_what_others_see(backend, kind, n):

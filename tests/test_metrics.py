@@ -21,7 +21,8 @@ SHARPNESS = ("loss", "loss_max", "loss_min", "max_sharpness", "min_sharpness", "
 
 
 def parameters(dtypes=(torch.float64, torch.float64)):
-    return [nn.Parameter(a.flip(0).sin().to(dtype)) for a, dtype in zip(CURVATURE, dtypes)]
+    home = torch.get_default_device()
+    return [nn.Parameter(a.flip(0).sin().to(home, dtype)) for a, dtype in zip(CURVATURE, dtypes)]
 
 
 def loss_at(ws):

@@ -29,8 +29,8 @@ def network():
 
 
 def closure_of(net, opt, t, calls):
-    generator = torch.Generator().manual_seed(t)
-    x, y = torch.randn(16, 4, generator=generator), torch.randint(3, (16,), generator=generator)
+    home, drawn = next(net.parameters()).device, {"generator": torch.Generator("cpu").manual_seed(t), "device": "cpu"}
+    x, y = torch.randn(16, 4, **drawn).to(home), torch.randint(3, (16,), **drawn).to(home)
 
     def closure():
         calls.append(t)

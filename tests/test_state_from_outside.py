@@ -188,7 +188,8 @@ def test_what_was_left_is_what_is_saved(backend, base, edit, how):
         assert saved.keys() == right.keys()
         for i, entry in right.items():
             for key, value in entry.items():
-                torch.testing.assert_close(saved[i][key], value, rtol=1e-11, atol=1e-12)
+                at_home = key != "step"  # saved on the CPU, where torch makes it: but here on the default device
+                torch.testing.assert_close(saved[i][key], value, rtol=1e-11, atol=1e-12, check_device=at_home)
     else:
         optimizer, params = copy.deepcopy((optimizer, params))
     for t in range(2, 4):
