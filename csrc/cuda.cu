@@ -105,7 +105,7 @@ struct MixFriendly {
       const T sigma = T(rule_of(numbers, p.group).number);
       for_elements(p, [&](auto at) {
         auto q = at.load(p.now), m = at.load(static_cast<const S*>(history) + p.flat);
-        auto w = load_if_any(at, o.adaptive ? p.w : nullptr);
+        auto w = at.load(p.w, o.adaptive);
         at.each([&](int j, int) {
           const T h = value(m[j]);
           bsam::store(q[j], friendly_gradient<T>(value(q[j]), h, sigma, Arithmetic<S>::kBound));
@@ -147,7 +147,9 @@ struct Ascend {
         at.store(static_cast<S*>(saved) + p.flat, w);
         if (p.g) at.store(p.g, g);
         if (!finite) return;
-        at.each([&](int j, int i) { round(w[j], o.template perturbed<S>(value(w[j]), value(g[j])), i); });
+        Elements<T, decltype(at)::kCount> w_max;
+        at.each([&](int j, int) { w_max[j] = o.template perturbed<S>(value(w[j]), value(g[j])); });
+        round(w, w_max, at);
         at.store(p.w, w);
       });
     });
@@ -183,12 +185,15 @@ struct Descend {
           if (p.g) at.store(p.g, g_max);
           return add_squares();
         }
-        auto w = load_if_any(at, p.perturbed ? static_cast<const S*>(saved) + p.flat : nullptr), g = at.load(p.g);
+        auto w = at.load(static_cast<const S*>(saved) + p.flat, p.perturbed), g = at.load(p.g);
         add_squares();
-        at.each([&](int j, int i) {
-          const T slope = value(g[j]);
-          if (finite) round(w[j], o.template perturbed<S>(value(w[j]), slope), i);
-          bsam::store(g[j], both_gradients<T>(slope, value(g_max[j])));
+        if (finite) {
+          Elements<T, decltype(at)::kCount> w_min;
+          at.each([&](int j, int) { w_min[j] = o.template perturbed<S>(value(w[j]), value(g[j])); });
+          round(w, w_min, at);
+        }
+        at.each([&](int j, int) {
+          bsam::store(g[j], both_gradients<T>(value(g[j]), value(g_max[j])));
           beyond |= is_too_long<T>(value(g[j]));
         });
         if (p.perturbed) at.store(p.w, w);
@@ -297,8 +302,7 @@ struct Step {
       auto w = at.load(from), last = load_if_any(at, p.now), g = load_if_any(at, p.g);
       decltype(w) held[Base::kStates];
 #pragma unroll
-      for (int s = 0; s < Base::kStates; ++s)
-        held[s] = load_if_any(at, stateful ? static_cast<const S*>(state[s]) + p.flat : nullptr);
+      for (int s = 0; s < Base::kStates; ++s) held[s] = at.load(static_cast<const S*>(state[s]) + p.flat, stateful);
       decltype(at.load(u.master)) master;
       if constexpr (masters) master = at.load(u.master + p.flat);
       Elements<T, decltype(at)::kCount> d;  // at once: one by one between divisions they take more registers
@@ -306,19 +310,26 @@ struct Step {
         const T l = value(last[j]);
         d[j] = p.g ? mixed<T>(o.mix.kept, value(g[j]), o.mix.last, l) : o.mix.last * l;
       });
-      at.each([&](int j, int i) {
+      Elements<T, decltype(at)::kCount> next, next_state[Base::kStates];
+      at.each([&](int j, int) {
         T kept[Base::kStates];
 #pragma unroll
         for (int s = 0; s < Base::kStates; ++s) kept[s] = value(held[s][j]);
-        if constexpr (masters) {
-          master[j] = o.base(update_start(w[j], master[j]), d[j], kept);
-          bsam::store(w[j], master[j]);
-        } else {
-          round(w[j], o.base(value(w[j]), d[j], kept), i);
-        }
+        if constexpr (masters)
+          next[j] = o.base(update_start(w[j], master[j]), d[j], kept);
+        else
+          next[j] = o.base(value(w[j]), d[j], kept);
 #pragma unroll
-        for (int s = 0; s < Base::kStates; ++s) round_state[s](held[s][j], kept[s], i);
+        for (int s = 0; s < Base::kStates; ++s) next_state[s][j] = kept[s];
       });
+      if constexpr (masters) {
+        master = next;
+        ToNearest{}(w, next, at);
+      } else {
+        round(w, next, at);
+      }
+#pragma unroll
+      for (int s = 0; s < Base::kStates; ++s) round_state[s](held[s], next_state[s], at);
       at.store(p.w, w);
       if constexpr (masters) at.store(u.master + p.flat, master);
       if (!stateful) return;
@@ -347,11 +358,13 @@ struct Remember {
       for_elements(p, [&](auto at) {  // what counts: 0 · ∞ is no number
         auto kept = load_if_any(at, by.kept != 0 ? p.g : nullptr);
         auto last = load_if_any(at, by.last != 0 ? p.now : nullptr);
-        auto held = load_if_any(at, by.history != 0 ? history : nullptr);
-        at.each([&](int j, int i) {
+        auto held = at.load(history, by.history != 0);
+        Elements<T, decltype(at)::kCount> next;
+        at.each([&](int j, int) {
           const T k = value(kept[j]), l = value(last[j]), h = value(held[j]);
-          round(held[j], remembered<T>(by.kept, k, by.last, l, by.history, h, Arithmetic<S>::kBound), i);
+          next[j] = remembered<T>(by.kept, k, by.last, l, by.history, h, Arithmetic<S>::kBound);
         });
+        round(held, next, at);
         at.store(static_cast<S*>(r.to) + p.flat, held);
       });
     });

@@ -154,12 +154,14 @@ struct Whole {
     return (j / kLanes<S> * kThreads + int(threadIdx.x)) * kLanes<S> + j % kLanes<S>;
   }
 
+  // Zeros where it is not `there`: as whole vectors, which nvcc would else put together of their elements.
   template <class X>
-  __device__ Elements<X, kCount> load(const X* from) const {
+  __device__ Elements<X, kCount> load(const X* from, bool there = true) const {
     Elements<X, kCount> all;
 #pragma unroll
     for (int j = 0; j < kCount; j += kLanes<X>) {
-      const uint4 bits = *reinterpret_cast<const uint4*>(from + place(j));
+      uint4 bits{};
+      if (there) bits = *reinterpret_cast<const uint4*>(from + place(j));
       std::memcpy(&all[j], &bits, sizeof bits);
     }
     return all;
@@ -189,8 +191,11 @@ struct Single {
   static constexpr int kCount = 1;
   int i;
 
+  __device__ int place(int) const { return i; }
+
   template <class X>
-  __device__ Elements<X, 1> load(const X* from) const {
+  __device__ Elements<X, 1> load(const X* from, bool there = true) const {
+    if (!there) return {};
     return {from[i]};
   }
   template <class X>
@@ -206,9 +211,7 @@ struct Single {
 // Zeros without a pointer.
 template <class At, class X>
 __device__ auto load_if_any(const At& at, const X* from) {
-  decltype(at.load(from)) all{};
-  if (from) all = at.load(from);
-  return all;
+  return at.load(from, from != nullptr);
 }
 
 // Calls body(at), compiled twice: `at` loads and stores what this thread works on at a time.

@@ -42,13 +42,18 @@ BSAM_INLINE Draw draw(uint32_t step_key, Operand operand) {
   return {first, mixed(first + kGolden)};
 }
 
-// 32 bits, of which the upper ones are used, for the i-th element in memory order (modulo 2^32).
-BSAM_INLINE uint32_t random_bits(Draw draw, uint32_t i) {
-  uint32_t x = i ^ draw.first;
-  x = (x ^ x >> 16) * 0x7feb352du;
+// 32 bits, of which the upper ones are used, for the i-th element in memory order (modulo 2^32). In two parts: for
+// i + j, where i is a multiple of 2^n and j < 2^n ≤ 2^16, the first one is half_random(draw, i) ^ j.
+BSAM_INLINE uint32_t half_random(Draw draw, uint32_t i) {
+  const uint32_t x = i ^ draw.first;
+  return x ^ x >> 16;
+}
+BSAM_INLINE uint32_t whole_random(Draw draw, uint32_t half) {
+  uint32_t x = half * 0x7feb352du;
   x = (x ^ x >> 15 ^ draw.second) * 0x846ca68bu;
   return x ^ x >> 16;
 }
+BSAM_INLINE uint32_t random_bits(Draw draw, uint32_t i) { return whole_random(draw, half_random(draw, i)); }
 
 // From the largest finite number on, rounding is to nearest; NaN stays NaN.
 BSAM_INLINE void store_stochastic(BFloat16& to, float x, uint32_t random) {
@@ -57,6 +62,9 @@ BSAM_INLINE void store_stochastic(BFloat16& to, float x, uint32_t random) {
   const uint32_t noise = magnitude < 0x7f7f0000u ? random >> 16 : 0x7fffu + (bits >> 16 & 1u);
   to.bits = uint16_t(magnitude > 0x7f800000u ? 0x7fc0u : (bits + noise) >> 16);
 }
+
+// The same where the magnitude is less than that: in the upper half.
+BSAM_INLINE uint32_t small_stochastic(float x, uint32_t random) { return bit_cast<uint32_t>(x) + (random >> 16); }
 
 BSAM_INLINE void store_stochastic(Float16& to, float x, uint32_t random) {
   const uint32_t bits = bit_cast<uint32_t>(x);

@@ -67,11 +67,11 @@ INSTRUCTIONS = {
     ("Step<SgdBase, ToNearest, false>", "float"): 200,
     ("Step<AdamBase, ToNearest, false>", "float"): 530,
     ("Remember<ToNearest>", "float"): 150,
-    ("Ascend<Stochastic>", "BFloat16"): 345,
-    ("Descend<Stochastic>", "BFloat16"): 475,
-    ("Step<SgdBase, Stochastic, false>", "BFloat16"): 640,
-    ("Step<AdamBase, Stochastic, false>", "BFloat16"): 1100,
-    ("Remember<Stochastic>", "BFloat16"): 440,
+    ("Ascend<Stochastic>", "BFloat16"): 250,
+    ("Descend<Stochastic>", "BFloat16"): 370,
+    ("Step<SgdBase, Stochastic, false>", "BFloat16"): 425,
+    ("Step<AdamBase, Stochastic, false>", "BFloat16"): 850,
+    ("Remember<Stochastic>", "BFloat16"): 310,
 }
 # How many operands of 16 bits are rounded stochastically.
 ROUNDED = {

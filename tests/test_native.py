@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bsam_fused
 from bsam_fused.ops import native_flat
@@ -248,6 +249,30 @@ def test_combine_saves_every_weight_and_writes_to_no_gradient(max_norm):
         p.data.add_(1.0)  # a base that raises afterwards
     flat.restore()
     assert all(torch.equal(p, x) for p, x in zip(params, w, strict=True))
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that are read from tensors: a GPU is waited for at each."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, None])
+def test_combine_of_16_bits_finds_what_is_not_finite_and_waits_once(bad):
+    params = [nn.Parameter(torch.randn(n, dtype=torch.bfloat16)) for n in (0, *[5] * 20)]
+    flat = build(params)
+    read(flat, params)
+    flat.begin_plain(Mixing())
+    flat.square_norm(1, RADII)
+    if bad is not None:
+        params[-1].grad[3] = bad  # behind the sums' back, as too large a d would be
+    with Reads() as reads:
+        assert flat.combine(flat.sums, True, 1e-3) == (bad is None)
+    assert reads.count == 1
 
 
 def test_several_dtypes_in_one_call():

@@ -169,6 +169,13 @@ inline unsigned atomicInc(unsigned* at, unsigned most) {
   return old;
 }
 inline void __stwb(uint4* at, uint4 value) { *at = value; }
+// Four of the eight bytes of y : x, each chosen by four bits of `which`.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned which) {
+  const uint64_t bytes = uint64_t(y) << 32 | x;
+  unsigned chosen = 0;
+  for (int i = 0; i < 4; ++i) chosen |= unsigned(bytes >> 8 * (which >> 4 * i & 7u) & 0xffu) << 8 * i;
+  return chosen;
+}
 inline double __ldcg(const double* at) { return *at; }
 
 // ---- the runtime
@@ -195,9 +202,7 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : "out of memory";
-}
+inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "out of memory"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 inline cudaError_t cudaDriverGetVersion(int* version) {
