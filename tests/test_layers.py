@@ -168,7 +168,7 @@ MAY_IMPORT = {
         "optim.sam",
         "schedules.radii",
     },
-    "graphs": {"buffers", "distributed", "optim.base", "optim.captured", "optim.sharpness"},
+    "graphs": {"buffers", "distributed", "ops.copies", "optim.base", "optim.captured", "optim.sharpness"},
     "sharpness.extras": set(),
     "sharpness.mean_loss": set(),
     "sharpness.neighbourhood": {"checks", "optim.sharpness", "sharpness.mean_loss"},
