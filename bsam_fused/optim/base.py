@@ -327,7 +327,7 @@ class SharpnessAware(ReadsGradients):
         self._clear_gradients()
         if not may_perturb:
             loss = _evaluate(closures[-1])
-            self._lacking = all(p.grad is None for p in self._parameters())
+            self._lacking = self._has_no_gradient()
             if loss is not None and self._lacking:
                 self._read_gradients()  # may say why
                 self._require_gradients("step")
@@ -366,18 +366,18 @@ class SharpnessAware(ReadsGradients):
                 self._refuse_scaler()
             rule = self._fused_rule()
             scalars = self._once(self._scalars, rule)
-            max_norm = clipping_norm(self.max_grad_norm)
+            max_norm, ranks = clipping_norm(self.max_grad_norm), self._group
             self._check_clipping(self._mixed, max_norm)
             self._read_gradients()
             self._have_history(self._mixed)
-            self._sum_last_gradients(max_norm if self._group is None else math.inf)
+            self._sum_last_gradients(max_norm if ranks is None else math.inf)
             self._flats.poison(self._rule.last_slot, loss)
             self._flats.note(self._rule.last_slot, scaled)
-            if self._group is None:
+            if ranks is None:
                 totals = self._flats.totals()
                 self._give(totals)
             else:
-                totals = self._flats.averaged(self._group, mixed=self._rule.mixes, give=self._give)
+                totals = self._flats.averaged(ranks, mixed=self._rule.mixes, give=self._give)
             self._require_gradients("step")
             if rule:
                 self._flats.update(rule, self.state, scalars, totals, self._from_saved, max_norm)
