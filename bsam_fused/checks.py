@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -113,8 +113,8 @@ def choice(name: str, value: Any, choices: Any, group: int | None = None) -> Any
     Raises:
         ValueError: it is none of them.
     """
-    if not (isinstance(value, str) and value in get_args(choices)):
-        *others, last = (f'"{one}"' for one in get_args(choices))
+    if not (isinstance(value, str) and value in choices.__args__):  # get_args is some calls, on the way of every phase
+        *others, last = (f'"{one}"' for one in choices.__args__)
         _refuse(name, value, f"{', '.join(others)} or {last}", group)
     return value
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bsam_fused import distributed
 from bsam_fused.buffers import Snapshot
+from bsam_fused.ops.copies import places
 from bsam_fused.optim.base import SharpnessAware
 from bsam_fused.optim.captured import Captured
 from bsam_fused.optim.sharpness import Sharpness
@@ -81,7 +82,7 @@ class GraphedStep:
         self._make(self._kind())
         self._fixed = self._structure()
         self._parameters = list(dict.fromkeys([*model.parameters(), *optimizer._parameters()]))
-        self._addresses = _addresses(self._parameters)
+        self._places = _places(self._parameters)
         self._alive = [*map(_storage, self._parameters)]  # replays use it, whoever else lets go of it
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -204,7 +205,7 @@ class GraphedStep:
             self._refuse("the model's buffers were exchanged or moved")
         if (
             not optimizer._flats.fit(optimizer.param_groups, optimizer._exempt())
-            or _addresses(self._parameters) != self._addresses
+            or _places(self._parameters) != self._places
         ):
             self._refuse("parameters were moved, thawed, or exchanged in param_groups")
         if not all(map(self._fits, self._captures.values())):
@@ -268,8 +269,9 @@ def _devices(inputs: Sequence[Tensor]) -> list[torch.device]:
     return [inputs[0].device]
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, map(distributed.local, tensors)))
+def _places(tensors: Sequence[Tensor]) -> object:
+    # A Parameter is no DTensor: of hundreds each question that Python asks takes longer than the replay's launch.
+    return places([t if type(t) is nn.Parameter else distributed.local(t) for t in tensors])
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:

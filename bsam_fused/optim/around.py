@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,6 +14,9 @@ from bsam_fused.ops.contract import Radius
 from bsam_fused.ops.identity import same_items
 from bsam_fused.optim import groups, names, scaling
 from bsam_fused.optim.flats import Flats
+from bsam_fused.optim.options_read import OptionsRead
+
+T = TypeVar("T")
 
 
 class Around(torch.optim.Optimizer):
@@ -24,6 +28,7 @@ class Around(torch.optim.Optimizer):
     _flats: Flats
     _known: list[dict[str, Any]]
     """The param groups that were checked, and have all options."""
+    _read: OptionsRead
 
     def _hear_of_unscaling(self) -> None:
         """Hear that a GradScaler's ``unscale_`` is about to look at the gradients there are."""
@@ -146,11 +151,18 @@ class Around(torch.optim.Optimizer):
     def _budget(self, group: dict[str, Any], index: int) -> float:
         return math.inf if group[self._key("loss_budget")] is None else self._non_negative(group, "loss_budget", index)
 
+    def _once(self, make: Callable[..., T], *how: Any) -> T:
+        """Return ``make(*how)``, anew only where an option of the param groups has changed."""
+        return self._read.once(self._groups, make, *how)
+
     # ---- radii
 
     def _radii(self, option: str, sign: float) -> list[Radius]:
         """Return a radius a group: ``option``, with ``sign`` the other way under maximize."""
         factor = checks.non_negative("radius_factor", self.radius_factor)
+        return self._once(self._read_radii, option, sign, factor)
+
+    def _read_radii(self, option: str, sign: float, factor: float) -> list[Radius]:
         radii = [factor * self._radius(group, option, i) for i, group in enumerate(self._groups)]
         largest, budget = max(radii), self._key("loss_budget")
         return [

@@ -22,6 +22,7 @@ from bsam_fused.optim import fused, groups, hooks, metrics, scaling, shown, trai
 from bsam_fused.optim.flats import Flats
 from bsam_fused.optim.gradients import NO_GRADIENT, ReadsGradients
 from bsam_fused.optim.options import clipping_norm
+from bsam_fused.optim.options_read import OptionsRead
 from bsam_fused.optim.phases import Phase
 from bsam_fused.optim.sharpness import Sharpness
 
@@ -68,7 +69,7 @@ class SharpnessAware(ReadsGradients):
             groups.check_model(self.model, self._parameters())
             distributed.refuse_fsdp1(self.model)
         ours = {self._key(option): value for option, value in options.items()}
-        self._known = []
+        self._known, self._read = [], OptionsRead()
         owned = base.param_groups, base.state
         try:
             super().__init__(base.param_groups, {**base.defaults, **ours, **groups.SAVED})
@@ -280,7 +281,7 @@ class SharpnessAware(ReadsGradients):
             return
         try:
             scaled = self._told()
-            scalars = [rule.scalars(group) for group in self._groups] if rule else []
+            scalars = self._once(self._scalars, rule)
             self._check_clipping(mixing, max_norm)
             self._read_gradients()
             self._have_history(shown)
@@ -326,7 +327,7 @@ class SharpnessAware(ReadsGradients):
         self._clear_gradients()
         if not may_perturb:
             loss = _evaluate(closures[-1])
-            self._lacking = all(p.grad is None for p in self._parameters())
+            self._lacking = self._has_no_gradient()
             if loss is not None and self._lacking:
                 self._read_gradients()  # may say why
                 self._require_gradients("step")
@@ -364,19 +365,19 @@ class SharpnessAware(ReadsGradients):
             if scaled.found_inf is not None:
                 self._refuse_scaler()
             rule = self._fused_rule()
-            scalars = [rule.scalars(group) for group in self._groups] if rule else []
-            max_norm = clipping_norm(self.max_grad_norm)
+            scalars = self._once(self._scalars, rule)
+            max_norm, ranks = clipping_norm(self.max_grad_norm), self._group
             self._check_clipping(self._mixed, max_norm)
             self._read_gradients()
             self._have_history(self._mixed)
-            self._sum_last_gradients(max_norm if self._group is None else math.inf)
+            self._sum_last_gradients(max_norm if ranks is None else math.inf)
             self._flats.poison(self._rule.last_slot, loss)
             self._flats.note(self._rule.last_slot, scaled)
-            if self._group is None:
+            if ranks is None:
                 totals = self._flats.totals()
                 self._give(totals)
             else:
-                totals = self._flats.averaged(self._group, mixed=self._rule.mixes, give=self._give)
+                totals = self._flats.averaged(ranks, mixed=self._rule.mixes, give=self._give)
             self._require_gradients("step")
             if rule:
                 self._flats.update(rule, self.state, scalars, totals, self._from_saved, max_norm)
@@ -389,6 +390,10 @@ class SharpnessAware(ReadsGradients):
         self._come_to_rest()
         self._unscaled_at = None
         self._flats.end_step(self._rule.slots, made)
+
+    def _scalars(self, rule: fused.FusedRule | None) -> list[Any]:
+        """Return what the rule reads of each param group."""
+        return [rule.scalars(group) for group in self._groups] if rule else []
 
     def _told(self) -> scaling.Scaled:
         """Return what a GradScaler says, if there is one that is of use here."""
@@ -436,7 +441,7 @@ class SharpnessAware(ReadsGradients):
         rule = fused.rule_for(self.base_optimizer, wanted="a captured step")
         assert rule  # a missing one raised
         radii = [*self._all_radii()[: len(self._calls) - 1], []][:2]
-        scalars = [rule.scalars(group) for group in self._groups]
+        scalars = self._once(self._scalars, rule)
         mixing = self._mixing()
         self._check_clipping(mixing, clipping_norm(self.max_grad_norm))
         self._flats.write_options([*radii, scalars, mixing.numbers])

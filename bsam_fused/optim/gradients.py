@@ -35,8 +35,14 @@ class ReadsGradients(Phased):
                 raise
             self._build()
             self._flats.read_gradients(first=True)
-        lacking = all(p.grad is None for p in self._parameters())  # nearly always the first one has one
-        self._lacking = lacking or (self._lacking and self.sync == "last" and not at_rest)
+        self._lacking = self._has_no_gradient() or (self._lacking and self.sync == "last" and not at_rest)
+
+    def _has_no_gradient(self) -> bool:
+        for group in self._groups:
+            for param in group["params"]:
+                if param.grad is not None:  # nearly always the first one's
+                    return False
+        return True
 
     def _require_gradients(self, call: str) -> None:
         """Raise where a pass had no gradient; after the ranks have told each other, so that all of them do.

@@ -32,6 +32,9 @@ class MixesGradients(SharpnessAware):
         return self._mixing_by(self._rule)
 
     def _mixing_by(self, rule: Rule) -> Mixing:
+        return self._once(self._read_mixing, rule)
+
+    def _read_mixing(self, rule: Rule) -> Mixing:
         numbers = self._numbers()
         largest = max(numbers)
         return Mixing(rule, [RuleNumber(number, largest) for number in numbers])

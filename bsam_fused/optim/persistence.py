@@ -11,6 +11,7 @@ from torch import Tensor
 from bsam_fused.ops.contract import MASTER_WEIGHT
 from bsam_fused.optim import others
 from bsam_fused.optim.around import Around
+from bsam_fused.optim.options_read import OptionsRead
 from bsam_fused.optim.state import with_steps_on_host, without_masters
 
 SWITCHES = ("active", "decide", "radius_factor")
@@ -106,7 +107,7 @@ class Persistent(Around):
             kind, base = state.pop("base")
             self.base_optimizer = kind.__new__(kind)
             self.base_optimizer.__setstate__(base)
-            self._known = list(self.base_optimizer.param_groups)
+            self._known, self._read = list(self.base_optimizer.param_groups), OptionsRead()
             super().__setstate__(state)
         else:
             if self._flats.masters:
