@@ -40,7 +40,7 @@ from bsam_fused.schedules import LatePhase
 BASE = Base(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4})
 RHO = 0.05
 BATCH = 256
-EPOCHS = 8
+EPOCHS = 6
 SHIFT = 4
 """Pixels by which a training image is moved at the most, in both directions; every other one is mirrored."""
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -176,7 +176,7 @@ class PythonFlatParams(FlatBuffers, ABC):
         if self.device.type == "cuda":
             here = torch.cuda.current_stream(self.device)
             for param in self.params:
-                if param.grad is not None:
+                if param.grad is not None and not param.grad._is_zerotensor():  # which has no memory
                     param.grad.record_stream(here)
 
     def _changed(self, i: int) -> bool:
