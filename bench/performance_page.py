@@ -18,8 +18,8 @@ HEAD = """# Performance
 Made from `bench/results/cpu.json` by `python -m bench.performance --page-only`; do not edit. `make performance`
 measures everything anew and writes both files.
 
-**Not measured: any GPU.** No figure on this page comes from one: `make gpu` (`bench/gpu/README.md`)
-measures them where one is. Nor were other CPUs, more threads, or other dtypes than float32."""
+**Not measured here: any GPU.** [An H200's figures](../bench/results/README.md) are on record; `make gpu`
+(`bench/gpu/README.md`) makes more. Nor were other CPUs, more threads, or other dtypes than float32."""
 
 METHOD = """## Method
 

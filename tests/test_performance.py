@@ -35,7 +35,7 @@ def test_the_page_is_that_of_the_committed_figures():
 
 def test_the_page_hides_nothing(figures):
     text = page(figures, None, None)
-    assert "Not measured: any GPU" in text
+    assert "Not measured here: any GPU" in text
     missed = [it for case in figures["steps"] for it in case["figures"] if it["target"].endswith("missed")]
     missed += [it for it in figures["scaling"]["figures"] if it["target"].endswith("missed")]
     said = text[text.index("## Bars") :].split("##")[1]
