@@ -64,7 +64,7 @@ def stages(record: Path, logs: Path) -> dict[str, Stage]:
         Stage(
             "operators-triton",
             ["sh", "-c", " && ".join(_triton(measure))],
-            60,
+            110,
             judge=as_far_as_it_came,
         ),
         _suite("tests", record, logs, 110),
