@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -301,7 +301,8 @@ def _capture(work: Callable[[], Any], device: torch.device) -> torch.cuda.CUDAGr
             return _captured(work, stream)
         except BaseException:
             # torch's generator is in a capture until one ends well: until then nobody could draw from it.
-            _captured(lambda: torch.zeros((), device=device), stream)
+            with suppress(Exception):  # where the device is beyond capturing, the first error is what says why
+                _captured(lambda: torch.zeros((), device=device), stream)
             raise
 
 

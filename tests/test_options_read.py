@@ -92,3 +92,30 @@ def test_between_phases():
         optimizer.descend()
         assert _distance(params, weights) == pytest.approx(rho_min, rel=1e-5)
         optimizer.restore()
+
+
+def test_a_group_that_is_put_back_is_noted_anew():
+    """What a step writes into a group is written again after a trial step: ρ_min falls from the largest lr on, 1.0."""
+    params = [torch.ones(3, requires_grad=True)]
+    optimizer = BSAM(params, lr=0.1, rho=0.5, rho_min=0.5, descent="extrapolate")
+    (group,) = optimizer.param_groups
+    group["lr"] = 1.0
+    before = dict(group)
+    for _ in range(2):
+        for call in optimizer._calls:
+            _at_w(params)
+            getattr(optimizer, call)()
+        assert group["largest_lr"] == 1.0
+        group.update(before)
+
+
+def test_what_is_kept_does_not_grow():
+    """With a factor of all radii that is another one in every step."""
+    params = [torch.ones(3, requires_grad=True)]
+    optimizer = SAM(params, lr=0.1)
+    kept = []
+    for i in range(1, 6):
+        optimizer.radius_factor = i / 10
+        _ascend(optimizer, params)
+        kept.append(len(optimizer._read._made))
+    assert kept[1:] == kept[:-1]

@@ -167,7 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, required=True, help="the JSON file to write, or to add to")
     parser.add_argument(
-        "--seconds", type=float, default=150, help="begin nothing that ends later; default: %(default)s"
+        "--seconds",
+        type=float,
+        default=150,
+        help="begin none that would end later, as the last one went; default: %(default)s",
     )
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="default: %(default)s")
     options = parser.parse_args(arguments)

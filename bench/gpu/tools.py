@@ -67,4 +67,6 @@ def judge_accuracy(status: int | None, output: str) -> Outcome:
     """Judge the trainings on CIFAR-10; that there is none is no failure."""
     if status == NOT_FOUND:
         return Outcome("left out", "CIFAR-10 was not carried along: make gpu-carry CIFAR10=...")
+    if status in {0, None} and ", seed 0: " not in output:
+        return Outcome("failed", "no training ended")
     return as_far_as_it_came(status, output)

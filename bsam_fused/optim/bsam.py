@@ -201,9 +201,6 @@ class BSAM(MixesGradients):
         self._note_rates()  # a late phase may come after the learning rate's peak
 
     def _note_rates(self) -> None:
-        self._once(self._note_new_rates)
-
-    def _note_new_rates(self) -> None:
         for group in self._groups:
             if group["rho_min_decay"] == "lr" and group.get("lr") is not None:
                 note_lr(group)

@@ -25,24 +25,25 @@ class OptionsRead:
         self._groups: list[Group] = []
         self._by_index: dict[int, Group] = {}
         self._seen: identity.Seen | None = None  # None: an option could change in place
-        self._made: dict[tuple[Any, ...], Any] = {}
+        self._made: dict[tuple[str, Any], tuple[tuple[Any, ...], Any]] = {}
 
     def once(self, groups: list[Group], make: Callable[..., T], *how: Any) -> T:
-        """Return ``make(*how)``, which reads options of ``groups`` and nothing else that changes.
+        """Return ``make(*how)``, which reads options of ``groups`` and nothing else that changes, and writes nothing.
 
         Args:
             groups: the param groups.
             make: a method; its name and ``how`` say what it makes, to which nobody may write.
-            *how: its arguments, which cannot change in place.
+            *how: its arguments, which cannot change in place; of each first one the last result is kept.
         """
         if not self._are_as_read(groups):
             self._begin(groups)
         if self._seen is None:
             return make(*how)
-        key = (make.__name__, *how)
-        if key not in self._made:
-            self._made[key] = make(*how)
-        return self._made[key]
+        kind = (make.__name__, how[0])
+        if kind not in self._made or self._made[kind][0] != how:
+            self._made[kind] = how, make(*how)
+        made: T = self._made[kind][1]
+        return made
 
     def _are_as_read(self, groups: list[Group]) -> bool:
         return self._seen is not None and identity.same_items(groups, self._groups) and self._seen.same(self._by_index)
@@ -56,7 +57,7 @@ class OptionsRead:
 
 def _is_fixed(group: Group) -> bool:
     """Return whether no option can change in place, as a tensor's or an array's value can."""
-    return all(_cannot_change(value) for option, value in group.items() if option not in _LISTS)
+    return type(group) is dict and all(_cannot_change(x) for option, x in group.items() if option not in _LISTS)
 
 
 def _cannot_change(value: Any) -> bool:
