@@ -150,7 +150,16 @@ def test_after_a_failing_smoke_no_figures_but_memcheck_at_once(tmp_path, right):
     assert names[names.index("smoke") + 1] == "memcheck-smoke"
     assert all(
         every[name].needs == "smoke"
-        for name in ("operators", "steps", "cases", "compiled", "kernels", "training-resnet18", "training-vit")
+        for name in (
+            "operators",
+            "steps",
+            "cases",
+            "compiled",
+            "kernels",
+            "training-resnet18",
+            "training-vit",
+            "accuracy",
+        )
     )
 
 
@@ -168,6 +177,22 @@ def test_after_a_failing_smoke_no_figures_but_memcheck_at_once(tmp_path, right):
 )
 def test_sanitizers_are_judged_by_what_they_find(status, output, how, said):
     outcome = tools.judge_sanitizer(status, output)
+    assert outcome.how == how
+    assert said in outcome.said
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "how", "said"),
+    [
+        (NOT_FOUND, "CIFAR-10 is not at build/carry/cifar10_jpeg.npz", "left out", "not carried along"),
+        (None, "", "failed", "no training ended"),
+        (0, "", "failed", "no training ended"),
+        (None, "SGD, seed 0: 90.00 %, 6 epochs of passes, 9.0 s", "ok", "as far as the time went"),
+        (1, "SGD, seed 0: 90.00 %, 6 epochs of passes, 9.0 s", "failed", "exit status 1"),
+    ],
+)
+def test_trainings_are_judged_by_whether_one_ended(status, output, how, said):
+    outcome = tools.judge_accuracy(status, output)
     assert outcome.how == how
     assert said in outcome.said
 
