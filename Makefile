@@ -61,9 +61,12 @@ INTERPRETED := $(addprefix tests/test_,against_reference.py directions.py histor
 test-triton: $(READY)
 	$(BIN)/python -m pytest -q -m interpreter $(INTERPRETED)
 
+# Signals go by the clock, and by themselves; the rest counts lines and calls.
+SIGNALS := tests/test_interrupts.py::test_real_signals
 interrupts: $(READY)
-	$(BIN)/python -m pytest -q -s -m interrupts
-	$(BIN)/python -m pytest -q --whole tests/test_interrupts.py::test_at_every_line
+	$(BIN)/python -m pytest -q -s -m interrupts $(SIGNALS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m interrupts --deselect $(SIGNALS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --whole tests/test_interrupts.py::test_at_every_line
 
 test-recipes: $(READY)
 	$(BIN)/python -m pytest -q -m recipe
