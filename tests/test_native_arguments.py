@@ -1,0 +1,17 @@
+"""Short sequences of the calls that `python -m tests.reliability.arguments` makes at length."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.reliability import arguments
+
+
+def test_any_calls(one_thread):
+    """None crashes or writes beside its parameters; every method that a CPU has did its work in some."""
+    returned = arguments.run(200)
+    methods = arguments.Object(torch.float32, None, False).methods()
+    assert {*methods} - {"write_options"} <= returned.keys()
