@@ -117,11 +117,7 @@ def backend(request, monkeypatch):
         yield "triton"
         return
     if request.param == "cuda-on-host":
-        monkeypatch.setitem(dispatch._FACTORIES, "cuda", host_cuda.flat_params)
-        unavailable = dispatch.unavailable
-        monkeypatch.setattr(
-            dispatch, "unavailable", lambda name, device: None if name == "cuda" else unavailable(name, device)
-        )
+        host_cuda.stand_in(monkeypatch)
         yield "cuda"
         return
     device = "cuda" if request.param in {"cuda", "triton"} else "cpu"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch.utils import cpp_extension
 
+from bsam_fused.ops import dispatch
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -30,3 +32,12 @@ def module():
 
 def flat_params(params, places, seed, exempt):
     return module().CudaFlatParams(list(params), list(places), seed, exempt)
+
+
+def stand_in(monkeypatch):
+    """Have it be the backend "cuda", on CPU tensors."""
+    unavailable = dispatch.unavailable
+    monkeypatch.setitem(dispatch._FACTORIES, "cuda", flat_params)
+    monkeypatch.setattr(
+        dispatch, "unavailable", lambda name, device: None if name == "cuda" else unavailable(name, device)
+    )
