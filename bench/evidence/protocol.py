@@ -52,14 +52,14 @@ class Plan:
 _IMAGES = (0.0064, 0.016, 0.04, 0.1, 0.25, 0.6, 1.5, 4.0)
 _DIGITS = (0.016, 0.04, 0.1, 0.25, 0.6, 1.5, 4.0, 10.0)
 PLANS = {
+    "digits": Plan(_DIGITS, 10, 3.2, tuple(METHODS)),
+    "digits, 20 % noise": Plan(_DIGITS, 10, 3.2, tuple(METHODS)),
     "digits, 40 % noise": Plan(_DIGITS, 10, 3.2, tuple(METHODS), tuple(METHODS)),
-    "CIFAR-10, 40 % noise": Plan(_IMAGES, 5, 30.0),
+    "digits, 60 % noise": Plan(_DIGITS, 10, 3.2, tuple(METHODS)),
     "CIFAR-10": Plan(_IMAGES, 5, 30.0),
+    "CIFAR-10, 40 % noise": Plan(_IMAGES, 5, 30.0),
     "transfer": Plan(_IMAGES, 5, 7.0),
     "characters": Plan(_IMAGES, 5, 15.0),
-    "digits": Plan(_DIGITS, 10, 3.2, tuple(METHODS)),
-    "digits, 60 % noise": Plan(_DIGITS, 10, 3.2, tuple(METHODS)),
-    "digits, 20 % noise": Plan(_DIGITS, 10, 3.2, tuple(METHODS)),
 }
 
 
