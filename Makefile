@@ -9,6 +9,7 @@
 # make compat   the core tests on the oldest, the pinned and the newest torch (11 GB, in .venv-compat); OLDEST_PYTHON=,
 #               NEWEST_PYTHON= where they are not called python3.10 and python3.13
 # make fuzz     random calls and faults beside an independent model, for FUZZ_SECONDS (an hour); prints how to repeat a failure
+# make kills    trainings killed at random moments, 1,200 times, on one rank and on two: all resume bit for bit
 # make evidence trains what docs/results.md is made of and bench/results/evidence/ lacks (hours; may be ended at any time)
 # make bench    optimizer time of a step, side by side with other implementations (about 15 minutes)
 # make bench-check   the smallest part of it, which fails where the fused step is slow
@@ -43,7 +44,7 @@ TRAINERS := torch==2.14.1 torchvision==0.29.1 timm==1.0.31 fastai==2.8.12
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py $(wildcard bsam_fused/extension/*.py)
 
-.PHONY: report picture test test-triton interrupts test-recipes test-trainers wheels compat fuzz evidence bench bench-check performance docs lint types api format cuda-build-check gpu gpu-carry gpu-rehearsal clean
+.PHONY: report picture test test-triton interrupts test-recipes test-trainers wheels compat fuzz kills evidence bench bench-check performance docs lint types api format cuda-build-check gpu gpu-carry gpu-rehearsal clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
@@ -83,6 +84,10 @@ compat: $(READY)
 FUZZ_SECONDS ?= 3600
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+# Each leaves a record in bench/results/reliability, and prints the seed by which it can be repeated.
+kills: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.kills
 
 evidence: $(VENV)/.evidence $(READY)
 	$(BIN)/python -m bench.evidence
