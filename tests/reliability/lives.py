@@ -40,10 +40,10 @@ class Life:
         with suppress(EOFError):
             return self._ear.recv()
 
-    def hear_until(self, word):
-        """Return what it says up to the message of this name, which comes last."""
+    def hear_until(self, word, patience=PATIENCE):
+        """Return what it says up to the message of this name, which comes last; or until it ends."""
         heard = []
-        for message in iter(self.hear, None):
+        while (message := self.hear(patience)) is not None:
             heard.append(message)
             if message[0] == word:
                 break
