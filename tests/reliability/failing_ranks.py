@@ -66,8 +66,7 @@ class Group:
                 (self.setup, rank, self.ranks, f"{folder}/store", self.timeout, fault) for rank in range(self.ranks)
             ]
             with started(train, rows) as lives:
-                patience = 2 * self.timeout + SLACK
-                return [life.hear_until("over", patience) for life in lives]
+                return [life.hear_until("over") for life in lives]
 
     def _states(self, said):
         """Return every rank's hashes, before the first step and after each."""

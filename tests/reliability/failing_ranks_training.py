@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -58,20 +59,27 @@ FAULTS = {
     "NaN": "",
     "other gradients": "the last pass's gradient",
     "a missing gradient": "which parameters have gradients",
+    "not reduced": "",
 }
 """Each with what those say who raise."""
-_OTHER = {"by hand": "part", "DDP": "part", "DDP, last": "raise", "DDP, last, BSAM": "stay together", "FSDP2": None}
-_MISSING = {"by hand": "part", "DDP": "part", "DDP, last": "raise", "DDP, last, BSAM": "raise", "FSDP2": "raise"}
 _ANYWHERE = {"killed": "raise", "slow": "go on", "too slow": "raise", "NaN": "skip"}
+_SOMEWHERE = {
+    "other gradients": {"by hand": "part", "DDP": "part", "DDP, last": "raise", "DDP, last, BSAM": "stay together"},
+    "a missing gradient": {
+        **{"by hand": "part", "DDP": "part"},
+        **{"DDP, last": "raise", "DDP, last, BSAM": "raise", "FSDP2": "raise"},
+    },
+    "not reduced": {"DDP, last": "raise", "FSDP2": "raise"},
+}
 
 
 def expected(fault, setup):
-    """Return how the other ranks take a fault; None where it is none, as each rank has gradients of its own.
+    """Return how the other ranks take a fault; None where it is none, or torch's alone.
 
     They "part" where the ranks tell each other gradients alone (docs/distributed.md): whoever changes these on one rank
     after they were averaged has two trainings, as with torch's own optimizers.
     """
-    return _ANYWHERE.get(fault) or {"other gradients": _OTHER, "a missing gradient": _MISSING}[fault][setup]
+    return _ANYWHERE.get(fault) or _SOMEWHERE[fault].get(setup)
 
 
 class Fault(NamedTuple):
@@ -89,7 +97,7 @@ class Fault(NamedTuple):
     def at_random(cls, name, setup, ranks, rng):
         passes = len(SETUPS[setup].kind._calls)
         # What one rank has in an earlier pass moves its own perturbation alone: the last one is averaged.
-        last = name == "other gradients" or expected(name, setup) == "part"
+        last = name in {"other gradients", "not reduced"} or expected(name, setup) == "part"
         at = passes - 1 if last else rng.randrange(passes)
         return cls(name, rng.randrange(ranks), rng.randrange(1, STEPS - 1), at, rng.choice(MOMENTS))
 
@@ -122,9 +130,10 @@ class Passes:
     def __call__(self):
         self._moment("before forward")
         x = self.x * math.nan if self.wrong == "NaN" else self.x
-        loss = nn.functional.mse_loss(self.model(x), self.y)
-        self._moment("before backward")
-        loss.backward()
+        with self._unreduced() if self.wrong == "not reduced" else nullcontext():
+            loss = nn.functional.mse_loss(self.model(x), self.y)
+            self._moment("before backward")
+            loss.backward()
         if self.setup.reduces:
             for p in self.params:
                 dist.all_reduce(p.grad)
@@ -133,6 +142,12 @@ class Passes:
         self._change_gradients()
         self.at += 1
         return loss
+
+    def _unreduced(self):
+        if isinstance(self.model, DDP):
+            return self.model.no_sync()
+        self.model.set_requires_gradient_sync(False)
+        return nullcontext()
 
     def _moment(self, now):
         if not self.wrong or self.fault.moment != now:

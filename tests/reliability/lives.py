@@ -40,10 +40,10 @@ class Life:
         with suppress(EOFError):
             return self._ear.recv()
 
-    def hear_until(self, word, patience=PATIENCE):
+    def hear_until(self, word):
         """Return what it says up to the message of this name, which comes last; or until it ends."""
         heard = []
-        while (message := self.hear(patience)) is not None:
+        for message in iter(self.hear, None):
             heard.append(message)
             if message[0] == word:
                 break
