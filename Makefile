@@ -10,6 +10,8 @@
 #               NEWEST_PYTHON= where they are not called python3.10 and python3.13
 # make fuzz     random calls and faults beside an independent model, for FUZZ_SECONDS (an hour); prints how to repeat a failure
 # make kills    trainings killed at random moments, 1,200 times, on one rank and on two: all resume bit for bit
+# make ranks    2 and 4 processes, one of them killed, slow, with NaN or other gradients: the others raise or go on right
+# make load     50,000 steps in flat memory, 1,000 optimizers, 10,000 tensors, 1 B weights, threads (8 GB)
 # make evidence trains what docs/results.md is made of and bench/results/evidence/ lacks (hours; may be ended at any time)
 # make bench    optimizer time of a step, side by side with other implementations (about 15 minutes)
 # make bench-check   the smallest part of it, which fails where the fused step is slow
@@ -44,7 +46,7 @@ TRAINERS := torch==2.14.1 torchvision==0.29.1 timm==1.0.31 fastai==2.8.12
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py $(wildcard bsam_fused/extension/*.py)
 
-.PHONY: report picture test test-triton interrupts test-recipes test-trainers wheels compat fuzz kills evidence bench bench-check performance docs lint types api format cuda-build-check gpu gpu-carry gpu-rehearsal clean
+.PHONY: report picture test test-triton interrupts test-recipes test-trainers wheels compat fuzz kills ranks load evidence bench bench-check performance docs lint types api format cuda-build-check gpu gpu-carry gpu-rehearsal clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
@@ -88,6 +90,12 @@ fuzz: $(READY)
 # Each leaves a record in bench/results/reliability, and prints the seed by which it can be repeated.
 kills: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.kills
+
+ranks: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.failing_ranks
+
+load: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.load
 
 evidence: $(VENV)/.evidence $(READY)
 	$(BIN)/python -m bench.evidence

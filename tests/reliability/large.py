@@ -1,0 +1,82 @@
+"""Many tensors, and large ones: the steps are right, and take the memory that docs/design.md says."""
+
+import time
+
+import torch
+from torch import nn
+
+from bsam_fused import SAM
+
+RHO, LR = 0.05, 0.1
+STATED = {"SGD": 2, "SAM": 3}
+"""Weights and gradients, and SAM's `saved`: "Extra memory: N for SAM" (docs/design.md), in N of the weights' dtype."""
+MARGIN = 0.02
+"""Of N: activations, and what the allocator holds. A matrix product may hold another layer's weights."""
+
+
+def many_tensors(count):
+    """SAM over so many tensors is the paper's, in float64: w - lr g(w + rho g / ‖g‖) for the loss Σ c w⁴ / 4."""
+    torch.manual_seed(1)
+    params = [nn.Parameter(torch.randn(1 + i % 7, dtype=torch.float64)) for i in range(count)]
+    curvatures = [torch.rand_like(p) for p in params]
+    expected = [p.detach().clone() for p in params]
+    optimizer = SAM(params, torch.optim.SGD, lr=LR, rho=RHO)
+    seconds = []
+
+    def closure():
+        for p, c in zip(params, curvatures):
+            p.grad = c * p.detach() ** 3
+        return torch.zeros(())
+
+    for _ in range(3):
+        begin = time.monotonic()
+        optimizer.step(closure)
+        seconds.append(time.monotonic() - begin)
+        g = [c * w**3 for w, c in zip(expected, curvatures)]
+        norm = torch.stack([x.square().sum() for x in g]).sum().sqrt()
+        w_max = [w + RHO * x / norm for w, x in zip(expected, g)]
+        expected = [w - LR * c * m**3 for w, m, c in zip(expected, w_max, curvatures)]
+    for p, w in zip(params, expected):
+        torch.testing.assert_close(p.detach(), w, rtol=1e-12, atol=1e-13)
+    return {"tensors": count, "seconds_a_step": round(min(seconds), 3)}
+
+
+def peak_resident():
+    """Return the most bytes of memory that this process has had in use so far."""
+    with open("/proc/self/status") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+
+
+def large_model(layers, method, width=4096, steps=2):
+    """Steps of a bfloat16 model: the most memory that it takes, over what the process had before, is as stated."""
+    before = peak_resident()
+    torch.manual_seed(1)
+    weights = [nn.Linear(width, width, bias=False, dtype=torch.bfloat16) for _ in range(layers)]
+    model, x = nn.Sequential(*weights), torch.randn(2, width, dtype=torch.bfloat16)
+    kinds = {"SGD": lambda params: torch.optim.SGD(params, lr=LR), "SAM": lambda params: SAM(params, lr=LR, rho=RHO)}
+    optimizer = kinds[method](model.parameters())
+    first, seconds = model[0].weight.detach()[:8, :8].clone(), []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).float().square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        begin = time.monotonic()
+        optimizer.step(closure)
+        seconds.append(time.monotonic() - begin)
+    parameters = layers * width**2
+    n = (peak_resident() - before) / (2 * parameters)
+    found = {
+        "parameters": parameters,
+        "weights_gbytes": round(2e-9 * parameters, 3),
+        "peak_gbytes": round(1e-9 * (peak_resident() - before), 3),
+        "peak_in_weights": round(n, 3),
+        "stated_in_weights": STATED[method],
+        "seconds_a_step": round(min(seconds), 2),
+    }
+    assert n <= STATED[method] + 1 / layers + MARGIN, f"more memory than is stated: {found}"
+    assert not torch.equal(first, model[0].weight.detach()[:8, :8]), f"the step moved nothing: {found}"
+    return found

@@ -1,0 +1,68 @@
+"""Leaks and load: memory that stays flat, many tensors and large ones, and what runs side by side: `make load`.
+
+Every part runs in a process of its own, which has no other part's memory.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from . import large, leaks, side_by_side
+from .lives import started
+from .records import FOLDER, recorded
+
+HOURS = 4 * 3600
+"""Seconds until a part counts as one that hangs."""
+
+
+def parts(steps, optimizers, tensors, layers, seed):
+    """Return every part by name: its function and arguments."""
+    names = leaks.OPTIMIZERS
+    return {
+        **{f"steps, {name}": (leaks.many_steps, steps, name) for name in names},
+        **{f"changing gradients, {name}": (leaks.changing_gradients, steps, name, seed) for name in names},
+        "optimizers that come and go": (leaks.come_and_go, optimizers),
+        "many tensors": (large.many_tensors, tensors),
+        "a large model, SGD": (large.large_model, layers, "SGD"),
+        "a large model, SAM": (large.large_model, layers, "SAM"),
+        "two optimizers": (side_by_side.two_optimizers, steps // 10),
+        "threads": (side_by_side.threads, 4, steps // 10),
+        "a checkpointing thread": (side_by_side.checkpointing_thread, steps // 10),
+    }
+
+
+def alone(function, *arguments):
+    """Call a function in a new process, and return what it does."""
+    with started(_call, [(function, arguments)]) as (life,):
+        word, found = life.hear(HOURS)
+        assert word == "found", found
+    return found
+
+
+def _call(say, function, arguments):
+    say(("found", function(*arguments)))
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tests.reliability.load", description=__doc__)
+    parser.add_argument("--steps", type=int, default=50_000, help="of a small model (default 50,000)")
+    parser.add_argument("--optimizers", type=int, default=1000, help="that come and go (default 1,000)")
+    parser.add_argument("--tensors", type=int, default=10_000, help="of one optimizer (default 10,000)")
+    parser.add_argument("--layers", type=int, default=60, help="of 16.8 M bfloat16 weights (default 60: 1.007 B)")
+    parser.add_argument("--seed", type=int, default=None, help="of which gradients there are (default: the time)")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="where the record goes")
+    arguments = parser.parse_args()
+    seed = int(time.time()) if arguments.seed is None else arguments.seed
+    print(f"--seed {seed}", flush=True)
+    sizes = arguments.steps, arguments.optimizers, arguments.tensors, arguments.layers
+    with recorded("load", arguments.out) as record:
+        record.figures["seed"] = seed
+        for name, (function, *rest) in parts(*sizes, seed).items():
+            record.figures[name] = alone(function, *rest)
+            print(f"{name}: {record.figures[name]}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
