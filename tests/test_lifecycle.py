@@ -66,14 +66,15 @@ def test_lazily_negated_and_zero_gradients(backend, kind):
     assert opt.norms[0] == 0
 
 
-def test_memory_that_was_freed(backend):
-    p = nn.Parameter(torch.ones(10))
+@pytest.mark.parametrize("strides", [(5, 1), (1, 4)])
+def test_memory_that_was_freed(backend, strides):
+    """Of a gradient that is read in place, and of one laid out otherwise, which is copied as it is read."""
+    p = nn.Parameter(torch.ones(4, 5))
     opt = bsam_fused.SAM([p], lr=0.1, backend=backend)
-    p.grad = torch.ones(10)
+    p.grad = torch.empty_strided((4, 5), strides).fill_(1.0)
     p.grad.untyped_storage().resize_(0)
-    if backend == "cpp":  # plain torch operations would read it
-        with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*was freed"):
-            opt.ascend()
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*was freed"):
+        opt.ascend()
 
 
 @every_kind

@@ -194,7 +194,8 @@ class PythonFlatParams(FlatBuffers, ABC):
 
     def _copied(self, i: int, grad: Tensor) -> Tensor:
         """Return a copy of a gradient whose memory is not its elements, or is somebody's that changes meanwhile."""
-        if kind_of(grad) != self._kinds[i]:
+        freed = grad.layout == torch.strided and not (grad.data_ptr() or grad._is_zerotensor())
+        if kind_of(grad) != self._kinds[i] or (freed and self._numels[i]):
             contract.reject(self, i)
         return self._empty(i).copy_(grad.detach())
 
