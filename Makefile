@@ -9,6 +9,7 @@
 # make compat   the core tests on the oldest, the pinned and the newest torch (11 GB, in .venv-compat); OLDEST_PYTHON=,
 #               NEWEST_PYTHON= where they are not called python3.10 and python3.13
 # make fuzz     random calls and faults beside an independent model, for FUZZ_SECONDS (an hour); prints how to repeat a failure
+# make fuzz-self-test   whether that finds bugs that are planted in copies of the package (an hour or so)
 # make kills    trainings killed at random moments, 1,200 times, on one rank and on two: all resume bit for bit
 # make ranks    2 and 4 processes, one of them killed, slow, with NaN or other gradients: the others raise or go on right
 # make load     50,000 steps in flat memory, 1,000 optimizers, 10,000 tensors, 1 B weights, threads (8 GB)
@@ -46,7 +47,7 @@ TRAINERS := torch==2.14.1 torchvision==0.29.1 timm==1.0.31 fastai==2.8.12
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py $(wildcard bsam_fused/extension/*.py)
 
-.PHONY: report picture test test-triton interrupts test-recipes test-trainers wheels compat fuzz kills ranks load evidence bench bench-check performance docs lint types api format cuda-build-check gpu gpu-carry gpu-rehearsal clean
+.PHONY: report picture test test-triton interrupts test-recipes test-trainers wheels compat fuzz fuzz-self-test kills ranks load evidence bench bench-check performance docs lint types api format cuda-build-check gpu gpu-carry gpu-rehearsal clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
@@ -86,6 +87,9 @@ compat: $(READY)
 FUZZ_SECONDS ?= 3600
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+fuzz-self-test: $(READY)
+	$(BIN)/python -m tests.fuzz.self_test
 
 # Each leaves a record in bench/results/reliability, and prints the seed by which it can be repeated.
 kills: $(READY)

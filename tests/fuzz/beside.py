@@ -16,9 +16,18 @@ import bsam_fused
 from . import gradients, setups
 from .model import CALLS, HISTORY, Model, tidy
 from .setups import BASES, OWN, TOLERANCE, completed, values
+from .tally import DRIVEN
 
 REFUSALS = (RuntimeError, ValueError, TypeError)
-OUR_WORDS = ("param", "group", "order", "step", "rho", "unperturbed")  # one is in every message that says what is wrong
+OUR_WORDS = (
+    "param",
+    "group",
+    "order",
+    "step",
+    "rho",
+    "passes",
+    "unperturbed",
+)  # one is in every message that says what is wrong
 INDICES, SEEDS = st.integers(0, 7), st.integers(0, 99)
 
 
@@ -35,6 +44,8 @@ class Beside(RuleBasedStateMachine):
         max_grad_norm=st.sampled_from([None, None, 0.5, 100.0]),
     )
     def begin(self, kind, base, backend, leaves, groups, update_from, max_grad_norm):
+        DRIVEN.sequences += 1
+        DRIVEN.kinds[kind] += 1
         self.kind, (self.base, options) = kind, BASES[base]
         self.fused = self.base.__name__ in {"SGD", "Adam", "AdamW"}
         if not self.fused:  # torch's own steps in 16 bits round too often to be judged
@@ -65,7 +76,12 @@ class Beside(RuleBasedStateMachine):
         self.gradients = gradients.Gradients()
         self.checkpoints = []
         self.tracked = 0  # batches in the running statistics
+        self.kept_options = {}  # of a param group, both sides
         self.disturbed = False  # the step under way may have become impossible: an error, or right
+
+    @invariant()
+    def one_step_more(self):
+        DRIVEN.steps += 1
 
     # ---- what must agree
 
@@ -75,6 +91,7 @@ class Beside(RuleBasedStateMachine):
             return
         difference = self.difference(self.model)
         assert not difference, difference
+        assert torch.is_grad_enabled(), "autograd does not record any more"
         self.gradients.assert_untouched()
         at_rest = self.model.at_rest
         assert not at_rest or self.net.num_batches_tracked == self.tracked, "running statistics moved, or did not"
@@ -223,7 +240,8 @@ class Beside(RuleBasedStateMachine):
 
     def read(self):
         """The gradients, without those that a base of its own ways takes for what they are not."""
-        params, plain = self.mine(), self.model.at_rest and self.model.plain
+        params, plain = self.mine(), self.model.at_rest and (self.model.plain or self.model.threshold is not None)
+        self.model.limit = min(torch.finfo(torch.promote_types(p.dtype, torch.float32)).max for p in params.values())
         for p in params.values() if not self.fused else ():
             if plain and p.grad is not None and not p.grad.isfinite().all():
                 p.grad = None  # it would step to NaN
@@ -251,7 +269,8 @@ def agree(a, b, tolerance=0):
     a, b = (torch.as_tensor(t).detach().double() for t in (a, b))
     if a.shape != b.shape:
         return False
-    return bool(((a - b).abs() <= tolerance * (1 + b.abs())).all()) if tolerance else torch.equal(a, b)
+    near = (a - b).abs() <= tolerance * (1 + b.abs())
+    return bool(((a == b) | near).all()) if tolerance else torch.equal(a, b)
 
 
 def show(t):

@@ -5,7 +5,6 @@ import pickle
 
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import rule
 from torch import nn
 
 from . import setups
@@ -13,6 +12,7 @@ from .beside import INDICES, SEEDS, Beside, agree
 from .edits import MOST
 from .model import tidy
 from .setups import completed, values
+from .tally import rule
 
 
 class Copies(Beside):
@@ -39,6 +39,15 @@ class Copies(Beside):
         """An own state dict, or one of the plain base optimizer."""
         if self.checkpoints:
             self._load(self.optimizer, which, plain)
+
+    @rule(which=INDICES)
+    def load_what_cannot_be(self, which):
+        """Nothing is loaded, of no group."""
+        if self.checkpoints and self.model.at_rest:
+            saved = copy.deepcopy(self.checkpoints[which % len(self.checkpoints)][0])
+            saved["param_groups"][0]["lr"] = 5.0
+            saved["param_groups"][-1]["rho"] = -1.0
+            self.expect(lambda: self.optimizer.load_state_dict(saved), refused=True)
 
     @rule(which=INDICES)
     def load_into_the_base(self, which):
@@ -71,6 +80,7 @@ class Copies(Beside):
         if copies:
             self.params, self.net, self.optimizer = copies
             self.gradients.forget()
+            self.model.decided = None  # of this optimizer, of gradients that it does not have
 
     @rule(seed=SEEDS, options=setups.group_options, wrong=st.sampled_from(["", "", "rho", "twice", "complex"]))
     def add_param_group(self, seed, options, wrong):

@@ -1,14 +1,16 @@
 """Rules: weights, options, param groups and state, changed from outside."""
 
+import operator
 from collections import defaultdict
+from functools import partial
 
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import rule
 
 from . import setups
 from .beside import INDICES, SEEDS, Beside
 from .setups import values
+from .tally import rule
 
 OPTIONS = [("lr", 0.05), ("lr", 0.0), ("rho", 0.3), ("weight_decay", 0.3), ("eta", 0.2)]
 MOST = 9  # parameters
@@ -30,11 +32,31 @@ class Edits(Beside):
     def set_active(self, active):
         self.optimizer.active = self.model.active = active
 
+    @rule(factor=st.sampled_from([0.5, 1.0, 2.0]))
+    def set_radius_factor(self, factor):
+        self.optimizer.radius_factor = self.model.radius_factor = factor
+
+    @rule(threshold=st.sampled_from([None, 5.0, 50.0]))
+    def set_decide(self, threshold):
+        """As AE-SAM has it: a step with a small gradient ends after its first pass."""
+        self.model.threshold = threshold
+        self.optimizer.decide = None if threshold is None else partial(operator.lt, threshold)
+
     @rule(k=INDICES, option=st.sampled_from(OPTIONS))
     def set_option(self, k, option):
         groups = self.optimizer.param_groups
         if option[0] in groups[k % len(groups)]:  # else loaded into the base, and not noticed yet
             self.both(lambda groups, _: groups[k % len(groups)].update([option]))
+
+    @rule(k=INDICES)
+    def rewind(self, k):
+        """The options of a param group are again what they were when this came last, the largest lr so far, too."""
+        if self.model.at_rest:
+            both = [groups[k % len(groups)] for groups in (self.optimizer.param_groups, self.model.base.param_groups)]
+            for group, kept in zip(both, self.kept_options.get(k, ({}, {}))):
+                group.update(kept)
+            names = both[0].keys() & both[1].keys() - {"params"}
+            self.kept_options[k] = [{name: group[name] for name in names} for group in both]
 
     @rule(i=INDICES, frozen=st.booleans())
     def freeze(self, i, frozen):

@@ -1,6 +1,7 @@
 """Gradients of every origin: autograd's own, other people's, odd ones, broken ones."""
 
 import math
+import weakref
 
 import torch
 from hypothesis import strategies as st
@@ -9,6 +10,8 @@ from .setups import values
 
 KINDS = (
     "held",
+    "storage",
+    "weak",
     "none",
     "nan",
     "inf",
@@ -24,7 +27,10 @@ KINDS = (
     "zeros",
 )
 
-faults = st.dictionaries(st.integers(0, 4), st.sampled_from(KINDS), max_size=2)
+TINY = dict.fromkeys(range(9), "tiny")  # so short, all of a pass, that what is divided by them is beyond float32
+faults = st.tuples(
+    st.dictionaries(st.integers(0, 4), st.sampled_from(KINDS), max_size=2), st.sampled_from([*9 * [False], True])
+).map(lambda drawn: TINY if drawn[1] else drawn[0])
 
 
 class Gradients:
@@ -35,11 +41,12 @@ class Gradients:
         self.forget()
 
     def forget(self):
-        self.held = []  # (tensor, what it must stay)
+        self.held = []  # (what looks at it, what it must stay), or None where it is gone
 
     def assert_untouched(self):
-        for tensor, kept in self.held:
-            assert torch.equal(tensor, kept), "a gradient that somebody else holds was written to"
+        for look, kept in self.held:
+            tensor = look()
+            assert tensor is None or torch.equal(tensor, kept), "a gradient that somebody else holds was written to"
 
     def give(self, params, optimizer, seed, kinds):
         """A gradient of its own for each of ``params``, {index: parameter}, but where ``kinds`` says otherwise."""
@@ -59,12 +66,25 @@ class Gradients:
     def _own(self, g, p, i, optimizer):
         return torch.empty_like(p, requires_grad=False).copy_(g)
 
-    def _hold(self, g):
-        self.held.append((g, g.clone()))
+    def _hold(self, g, look=None):
+        self.held.append((look or (lambda: g), g.clone()))
         return g
 
     def _held(self, g, p, i, optimizer):
         return self._hold(self._own(g, p, i, optimizer))
+
+    def _storage(self, g, p, i, optimizer):
+        """Its memory alone is held."""
+        g = self._own(g, p, i, optimizer)
+        storage, like = g.untyped_storage(), torch.empty_like(g)
+        return self._hold(g, lambda: like.new_empty(0).set_(storage, 0, like.shape, like.stride()))
+
+    def _weak(self, g, p, i, optimizer):
+        g = self._own(g, p, i, optimizer)
+        return self._hold(g, weakref.ref(g))
+
+    def _tiny(self, g, p, i, optimizer):
+        return self._own(1e-60 * g, p, i, optimizer)
 
     def _none(self, g, p, i, optimizer):
         return None
@@ -88,18 +108,18 @@ class Gradients:
         return self._hold(values((), p.dtype, i).expand(p.shape))
 
     def _numpy(self, g, p, i, optimizer):
-        return (
-            self._held(g, p, i, optimizer)
-            if p.dtype == torch.bfloat16
-            else self._hold(torch.from_numpy(g.numpy().copy()))
-        )
+        return self._held(g, p, i, optimizer) if p.dtype == torch.bfloat16 else self._array_of(g.numpy().copy())
 
     def _reused(self, g, p, i, optimizer):
         if p.dtype == torch.bfloat16:
             return self._held(g, p, i, optimizer)
         buffer = self.buffers.setdefault((i, p.dtype), g.numpy().copy())
         buffer[...] = g.numpy()
-        return self._hold(torch.from_numpy(buffer))
+        return self._array_of(buffer)
+
+    def _array_of(self, array):
+        """The memory is NumPy's, and no tensor says so."""
+        return self._hold(torch.from_numpy(array), lambda: torch.from_numpy(array))
 
     def _of_weight(self, g, p, i, optimizer):
         return p.detach()

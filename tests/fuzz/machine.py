@@ -2,9 +2,10 @@
 
 import copy
 
+import hypothesis
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import rule
+from hypothesis.stateful import run_state_machine_as_test
 
 from .beside import SEEDS
 from .copies import Copies
@@ -12,6 +13,7 @@ from .edits import Edits
 from .interrupts import interrupted
 from .setups import values
 from .steps import Steps
+from .tally import rule
 
 PROFILE = settings(
     deadline=None,
@@ -20,17 +22,22 @@ PROFILE = settings(
     suppress_health_check=list(HealthCheck),
 )
 """What all runs share."""
+LONG = settings(PROFILE, max_examples=200, stateful_step_count=30, print_blob=False)
 INTERRUPTED = st.sampled_from(["go_on", "closure", "restore", "look", "save", "load", "copy"])
 
 
 class Machine(Steps, Edits, Copies):
     """Every rule does a thing to the optimizer and tells the model."""
 
-    @rule(what=INTERRUPTED, seed=SEEDS, at=st.integers(1, 300))
-    def interrupt(self, what, seed, at):
-        """At some line of the package, and restore() once: w with the state of before, or the next w with its state."""
-        if self.disturbed:
-            return
+    @rule(what=INTERRUPTED, seed=SEEDS, lines=st.lists(st.integers(1, 300), min_size=1, max_size=4))
+    def interrupt(self, what, seed, lines):
+        """At some line of the package, then at another one, as restless users do."""
+        for at in lines if not self.disturbed else ():
+            self._interrupt_once(what, seed, at)
+            self.agrees()
+
+    def _interrupt_once(self, what, seed, at):
+        """And restore() once: w with the state of before, or the next w with its state."""
         before, after = copy.deepcopy(self.model), copy.deepcopy(self.model)
         call = getattr(self, f"_interruptible_{what}")(seed, after)
         with interrupted(at) as where:
@@ -52,6 +59,7 @@ class Machine(Steps, Edits, Copies):
             return self._interruptible_look(seed, after)
         self.backward(seed, {})
         grads = self.read()
+        after.decide(grads)
         name = "plain_step" if after.at_rest and after.plain else after.next
         getattr(after, name)(grads)
         return getattr(self.optimizer, name.removeprefix("plain_"))
@@ -59,10 +67,13 @@ class Machine(Steps, Edits, Copies):
     def _interruptible_closure(self, seed, after):
         if not after.at_rest or after.refused:
             return self._interruptible_restore(seed, after)
-        for n, name in enumerate(after.whole):
+        after.decided = None
+        for n in range(len(after.calls)):
             params = self.mine(trainable=True)
             grads = {i: values(p.shape, p.dtype, 100 * (seed + n) + i).double() for i, p in params.items()}
-            getattr(after, name)(grads)
+            after.decide(grads)
+            if not (n and after.at_rest):  # a step of one pass is over
+                getattr(after, after.whole[n])(grads)
         seeds = iter(range(seed, seed + 3))
         return lambda: self.optimizer.step(lambda: self.backward(next(seeds), {}))
 
@@ -90,3 +101,9 @@ class Machine(Steps, Edits, Copies):
 
     def _interruptible_copy(self, seed, after):
         return (lambda: copy.deepcopy(self.optimizer)) if after.at_rest else self._interruptible_look(seed, after)
+
+
+def batch(seed, how=LONG):
+    """200 sequences. The same seed makes the same ones."""
+    machine = hypothesis.seed(seed)(type("Machine", (Machine,), {}))
+    run_state_machine_as_test(machine, settings=how)

@@ -21,13 +21,17 @@ def norm(tensors):
     return math.sqrt(sum(t.square().sum().item() for t in tensors))
 
 
+def product(xs, ys):
+    return sum((x * ys[i]).sum().item() for i, x in xs.items() if i in ys)
+
+
 def finite(grads):
     return all(g.isfinite().all() for g in grads.values())
 
 
-def T(w, o):
-    """T_w: 1, or |w| + η where adaptive."""
-    return w.abs() + o["eta"] if o["adaptive"] else torch.ones_like(w)
+def T(w, g, o):
+    """T_w: 1, or |w| + η where adaptive, and 0 where nothing is to be moved, even if w is infinite."""
+    return torch.where(g == 0, 0.0, w.abs() + o["eta"]) if o["adaptive"] else torch.ones_like(w)
 
 
 def ratios(options, groups):
@@ -65,7 +69,10 @@ class Model:
         self.base = base(cut, **options)
         self.kind, self.calls, self.fused = kind, CALLS[kind], fused
         self.update_from, self.max_grad_norm = update_from, max_grad_norm
-        self.active, self.skipped = True, 0
+        self.active, self.skipped, self.radius_factor = True, 0, 1.0
+        self.threshold = None  # of ‖g‖²: a step goes on beyond its first pass above it alone; None: always
+        self.limit = math.inf  # of coefficients: what a dtype of the weights can be computed with
+        self.norms = []  # of the gradients of the last step: T g, g_max, g_min
         self.synced()
         self.forget()
 
@@ -75,6 +82,7 @@ class Model:
         self.saved = {}  # w, of what is perturbed
         self.failed = False  # something was not finite
         self.along = {}  # what the perturbation goes along
+        self.decided = None  # whether it goes on, once that was asked
 
     def synced(self):
         """From here on w and the state are taken as exact."""
@@ -99,8 +107,15 @@ class Model:
 
     @property
     def single(self):
-        """Whether the next step has one pass."""
-        return not self.active or self.between
+        """Whether the next step has one pass, as far as that is known."""
+        declined = self.threshold is not None and self.decided is False
+        return not self.active or self.between or declined
+
+    def decide(self, grads):
+        """Ask whether a step goes on; without any gradient nobody is asked."""
+        if self.threshold is None or not grads or not self.at_rest or self.single:
+            return
+        self.decided = norm(grads.values()) ** 2 > self.threshold
 
     @property
     def whole(self):
@@ -109,7 +124,11 @@ class Model:
 
     @property
     def plain(self):
-        return self.single or all(group["lr"] == 0 for group in self.base.param_groups)
+        return self.single or self.moves_nothing
+
+    @property
+    def moves_nothing(self):
+        return all(group["lr"] == 0 for group in self.base.param_groups)
 
     @property
     def refused(self):
@@ -144,7 +163,7 @@ class Model:
         m = self.history(perturbed)
         self.first = not norm(m.values())
         self.along = {i: g - SIGMA * m[i] for i, g in perturbed.items()} if self.kind == "FriendlySAM" else perturbed
-        self.n = norm([T(self.w[i].detach(), options[i]) * q for i, q in self.along.items()])
+        self.n = norm([T(self.w[i].detach(), q, options[i]) * q for i, q in self.along.items()])
         if self.kind == "extrapolated BSAM":
             self.ratios = ratios(options, self.base.param_groups)
         self._perturb({i: o["rho"] for i, o in options.items()})
@@ -172,9 +191,11 @@ class Model:
                 self.w[i].data = w.clone()
                 continue
             budget = math.inf if o["loss_budget"] is None else o["loss_budget"] / self.n
-            radius = radii[i] * (min(1.0, budget / o["rho"]) if o["rho"] else 1.0)
+            rho = self.radius_factor * o["rho"]
+            radius = self.radius_factor * radii[i] * (min(1.0, budget / rho) if rho else 1.0)
             sign = -1 if o["maximize"] else 1
-            self.w[i].data = w + sign * radius * T(w, o) ** 2 * g / (self.n + 1e-12)
+            t = T(w, g, o)
+            self.w[i].data = w + sign * radius * t * (t * g) / (self.n + 1e-12)
             self.moved.add(i)
 
     def step(self, grads, loss=0.0):
@@ -184,12 +205,14 @@ class Model:
             self._note_rates()
         if self.kind == "LookSAM":
             self._look()
-        if self.failed:
+        self.norms = [self.n, *(norm(grads.values()) for grads in self._after_the_first())]
+        if self.failed or abs(self._coefficient()) > self.limit:
             self.skipped += 1
             self.restore()
             return
         members = {i for grads in self.grads for i in grads} & self.options().keys()
-        directions = {i: self._direction(i) for i in members}
+        coefficient = self._coefficient()
+        directions = {i: self._direction(i, coefficient) for i in members}
         for i, w in self.saved.items():
             if self.update_from == "w" or i not in members:
                 self.w[i].data = w
@@ -214,8 +237,7 @@ class Model:
         """v = g_max − (⟨g, g_max⟩ / ‖g‖²) g; m = λ m + (1 − λ) g of q = g − σ m, q where m was 0."""
         if self.kind == "LookSAM":
             g, g_max = ({i: grads.get(i, torch.zeros_like(self.w[i].data)) for i in members} for grads in self.grads)
-            square = norm(g.values()) ** 2
-            along = sum((g[i] * g_max[i]).sum().item() for i in members) / square if square else 0.0
+            along = self._coefficient()
             return {i: g_max[i] - along * g[i] for i in members}
         if self.kind == "FriendlySAM":
             m = self.history(self.along.keys() & members)
@@ -233,24 +255,39 @@ class Model:
     def _reused(self, grads):
         """d = g + α (‖g‖ / ‖v‖) v"""
         v = self.history(grads)
-        length = norm(v.values())
-        return {i: g + (ALPHA * norm(grads.values()) / length * v[i] if length else 0.0) for i, g in grads.items()}
+        return {i: g + self._reuse(grads, v) * v[i] for i, g in grads.items()}
 
-    def _direction(self, i):
+    def _reuse(self, grads, v):
+        """α ‖g‖ / ‖v‖"""
+        length = norm(v.values())
+        return ALPHA * norm(grads.values()) / length if length else 0.0
+
+    def _after_the_first(self):
+        """The gradients of the later passes; of BSAM g_min, of two passes ĝ_min, too."""
+        return [*self.grads[1:], *([self._extrapolated()] if self.kind == "extrapolated BSAM" else [])]
+
+    def _coefficient(self):
+        """What may be of any size: BSAM's c = ‖g_max‖ / ‖g_min‖, GSAM's and LookSAM's ⟨g, g_max⟩ / ‖·‖²; else 0."""
+        g, *others = self.grads
+        norms = [norm(grads.values()) for grads in self._after_the_first()]
+        if "BSAM" in self.kind:
+            return norms[0] / norms[1] if norms[1] else 0.0
+        if self.kind in {"GSAM", "LookSAM"}:
+            length = norms[0] if self.kind == "GSAM" else norm(g.values())
+            return product(g, others[0]) / length**2 if length else 0.0
+        return 0.0
+
+    def _direction(self, i, coefficient):
         """Of the passes' gradients, zero for what is missing."""
         zero = torch.zeros_like(self.w[i].data)
         g, g_max, *_ = (grads.get(i, zero) for grads in self.grads)
-        norm_max = norm(self.grads[1].values())
         if self.kind == "GSAM":
-            along = sum((x * self.grads[1][k]).sum().item() for k, x in self.grads[0].items() if k in self.grads[1])
-            return g_max - ALPHA * (g - along / norm_max**2 * g_max) if norm_max else g_max
+            return g_max - ALPHA * (g - coefficient * g_max) if norm(self.grads[1].values()) else g_max
         if self.kind == "WSAM":
             return ((1 - 2 * GAMMA) * g + GAMMA * g_max) / (1 - GAMMA)
         if self.kind in {"SAM", "ASAM", "LookSAM", "FriendlySAM"}:
             return g_max
-        g_mins = self.grads[2] if self.kind == "BSAM" else self._extrapolated()
-        norm_min = norm(g_mins.values())
-        return g + g_max - (norm_max / norm_min if norm_min else 0.0) * g_mins.get(i, zero)
+        return g + g_max - coefficient * self._after_the_first()[1].get(i, zero)
 
     def _extrapolated(self):
         """ĝ_min = g − r (g_max − g), of what has both."""
@@ -261,8 +298,12 @@ class Model:
         """The base's own step, d = g; between LookSAM's k-th ones d is of v, too."""
         self._note_rates()
         failed, between = not (finite(grads) and math.isfinite(loss)), self.between
+        summed = self.fused or between or self.max_grad_norm is not None
+        summed |= self.moves_nothing and self.kind in HISTORY
+        self.norms, self.decided = [norm(grads.values())] if summed else [], None
         if between:
             self._look()
+            failed |= self._reuse(grads, self.history(grads)) > self.limit
         if (self.fused or between) and failed:
             self.skipped += 1
         else:

@@ -4,14 +4,14 @@ import math
 
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import rule
 
 from bsam_fused.optim.base import NO_GRADIENT
 
 from . import gradients
-from .beside import INDICES, SEEDS, Beside
+from .beside import INDICES, SEEDS, Beside, agree
 from .model import CALLS
 from .setups import Counting
+from .tally import rule
 
 FAULTS = st.sampled_from(["", "", "raise", "nan loss", "no loss"])
 ALIASES = ("first_step", "second_step", "third_step")
@@ -23,12 +23,31 @@ class Steps(Beside):
     @rule(seed=SEEDS, kinds=gradients.faults)
     def backward(self, seed, kinds):
         self.forward()
-        self.gradients.give(self.mine(trainable=True), self.optimizer, seed, kinds)
+        self.give(seed, kinds)
+
+    def give(self, seed, kinds):
+        """No tiny gradients beside frozen parameters, which may count in what is too small, or not."""
+        params = self.mine(trainable=True)
+        kinds = {} if kinds == gradients.TINY and len(params) < len(self.mine()) else kinds
+        self.gradients.give(params, self.optimizer, seed, kinds)
+
+    @rule()
+    def passes(self):
+        """How many the step has, as it is asked after its first backward."""
+        model, grads = self.model, self.read()
+        asked = model.at_rest and model.threshold is not None
+        if asked:
+            model.decided = None
+            model.decide(grads)
+        lacking = asked and not grads and not model.single
+        passes = self.expect(lambda: self.optimizer.passes, refused=lacking)
+        assert lacking or passes == (1 if model.at_rest and model.single else len(model.calls))
 
     @rule(seed=SEEDS, kinds=gradients.faults)
     def go_on(self, seed, kinds):
         """Backward, and the call that is next."""
         self.backward(seed, kinds)
+        self.passes()
         self.phase("step" if self.model.plain and self.model.at_rest else self.model.next)
 
     @rule(seed=SEEDS)
@@ -39,6 +58,17 @@ class Steps(Beside):
             self.agrees()
             seed += 1
             self.go_on(seed, {})
+        if self.model.at_rest and not self.model.refused:
+            self._assert_told()
+
+    def _assert_told(self):
+        """Metrics are of the latest step alone."""
+        told, right = self.optimizer.metrics(), self.model.norms
+        names = [name for name in ("norm_g", "norm_g_max", "norm_g_min") if name in told]
+        assert len(names) == len(right), f"norms {names}, and not {right}"
+        tolerance = max(map(self.tolerance, self.params))
+        for name, x in zip(names, right):
+            assert agree(told[name], x, tolerance) or not math.isfinite(x), f"{name}: {told[name]}, and not {x}"
 
     @rule(name=st.sampled_from(CALLS["BSAM"]), alias=st.booleans())
     def call(self, name, alias):
@@ -48,6 +78,8 @@ class Steps(Beside):
     def phase(self, name, alias=False):
         """One of ascend, descend, step, with the gradients that there are."""
         grads, model = self.read(), self.model
+        if name == "ascend" or (name == "step" and not model.moves_nothing):
+            model.decide(grads)
         if model.at_rest and name == "step" and model.plain:
             return self.expect(self.optimizer.step, lambda: model.plain_step(grads))
         begins = name == "ascend" and model.at_rest and (model.single or model.refused)
@@ -60,24 +92,32 @@ class Steps(Beside):
         """The fault, and the gradients of these kinds, in pass number ``at``."""
         model, at_rest, passes, ending, lacking = self.model, self.model.at_rest, 0, [], False
         refused = not at_rest or (model.active and model.refused)
-        names, single = model.whole, model.single
+        if model.refused and model.threshold is not None:
+            return  # it is, or not, by the gradients
+        if at_rest:
+            model.decided = None
 
         def closure():
             nonlocal passes, lacking
             if not model.failed:
                 self.agrees()
             self.forward()
-            here, name = passes == at, names[passes]
-            self.gradients.give(self.mine(trainable=True), self.optimizer, seed + passes, kinds if here else {})
+            here = passes == at
+            self.give(seed + passes, kinds if here else {})
             passes += 1
             if here and fault == "raise":
                 raise ZeroDivisionError
-            judged = self.mine(trainable=True) and (self.fused or model.active)  # else nobody looks at it
-            loss = math.nan if here and fault == "nan loss" and judged else 0.5
             grads = self.read()
-            lacking = self.lacks(grads) and (not single or fault != "no loss" or not here)
+            if not refused:
+                model.decide(grads)
+            name = model.whole[passes - 1]
+            judged = self.mine(trainable=True) and (
+                self.fused or not model.single or model.between
+            )  # else nobody looks
+            loss = math.nan if here and fault == "nan loss" and judged else 0.5
+            lacking = self.lacks(grads) and (not model.single or fault != "no loss" or not here)
             ending[:] = [lambda: None if lacking else getattr(model, name)(grads, loss)]
-            if passes < len(names) and not refused:  # now; the last one when the update was made
+            if passes < len(model.whole) and not refused:  # now; the last one when the update was made
                 ending.pop()()
             return None if here and fault == "no loss" else torch.tensor(loss)
 
@@ -103,6 +143,34 @@ class Steps(Beside):
     def zero_grad(self):
         self.optimizer.zero_grad()
 
+    @rule(mode=st.sampled_from(["train", "eval"]))
+    def go_to(self, mode):
+        """Of w, whatever the phase."""
+        if self.model.failed:
+            return  # perturbed or not
+        getattr(self.optimizer, mode)()
+        if self.base is Counting:
+            self.model.exchange()
+            for i in self.mine():
+                self.model.w[i].data.neg_()
+            self.model.exchange()
+
+    @rule(i=INDICES, seed=SEEDS, kind=st.sampled_from(["none", "zeros"]))
+    def infinite_weight(self, i, seed, kind):
+        """It stays where its gradient is 0, but for weight decay, of which torch makes NaN, too."""
+        at, i = i, self.pick(i)
+        decays = any(group["weight_decay"] for group in self.model.base.param_groups)
+        if decays or self.kind == "FriendlySAM" or not self.model.at_rest:  # which moves along what it remembers
+            return
+        self.params[i].data.fill_(math.inf)
+        self.model.w[i].data.fill_(math.inf)
+        self.go_on(seed, {i: kind})
+        while not self.model.at_rest:
+            self.agrees()
+            self.go_on(seed, {i: kind})
+        self.agrees()
+        self.write(at, seed)
+
     # ---- a look at w
 
     @rule(
@@ -113,6 +181,7 @@ class Steps(Beside):
         try:
             with self.optimizer.unperturbed():
                 self.model.exchange()
+                assert self.net.num_batches_tracked == self.tracked, "w is looked at with an extra pass's buffers"
                 try:
                     for what in inside:
                         getattr(self, f"_look_{what}")(i)
@@ -165,11 +234,16 @@ class Steps(Beside):
         finally:
             Counting.raising = False
 
-    @rule(i=INDICES)
-    def sparse_gradient(self, i):
+    @rule(i=INDICES, freed=st.booleans())
+    def no_memory_of_elements(self, i, freed):
+        """A sparse gradient, and one whose memory is gone."""
         p = self.params[self.pick(i)]
-        if self.fused and p.dim() and not (self.model.at_rest and self.model.plain):
-            p.grad = torch.zeros(p.shape, dtype=p.dtype).to_sparse()
+        if self.fused and p.dim() and p.numel() and not (self.model.at_rest and self.model.plain):
+            p.grad = torch.zeros(p.shape, dtype=p.dtype)
+            if freed:
+                p.grad.untyped_storage().resize_(0)
+            else:
+                p.grad = p.grad.to_sparse()
             self.expect(getattr(self.optimizer, self.model.next), refused=True)
             p.grad = None
 
@@ -179,5 +253,6 @@ class Steps(Beside):
             k %= len(self.optimizer.param_groups)
             group, before = self.optimizer.param_groups[k], self.model.base.param_groups[k]["rho"]
             group["rho"] = rho
+            self.model.decide(self.read())
             self.expect(self.optimizer.ascend, refused=True)
             group["rho"] = before
