@@ -113,9 +113,9 @@ class Model:
 
     def decide(self, grads):
         """Ask whether a step goes on; without any gradient nobody is asked."""
-        if self.threshold is None or not grads or not self.at_rest or self.single:
-            return
-        self.decided = norm(grads.values()) ** 2 > self.threshold
+        known = self.threshold is None or self.decided is not None or not self.active or self.between
+        if grads and self.at_rest and not known:
+            self.decided = norm(grads.values()) ** 2 > self.threshold
 
     @property
     def whole(self):

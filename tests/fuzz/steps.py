@@ -111,9 +111,8 @@ class Steps(Beside):
             if not refused:
                 model.decide(grads)
             name = model.whole[passes - 1]
-            judged = self.mine(trainable=True) and (
-                self.fused or not model.single or model.between
-            )  # else nobody looks
+            looked_at = self.fused or not model.single or model.between
+            judged = looked_at and bool(self.mine(trainable=True))
             loss = math.nan if here and fault == "nan loss" and judged else 0.5
             lacking = self.lacks(grads) and (not model.single or fault != "no loss" or not here)
             ending[:] = [lambda: None if lacking else getattr(model, name)(grads, loss)]
