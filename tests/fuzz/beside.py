@@ -83,6 +83,9 @@ class Beside(RuleBasedStateMachine):
     def one_step_more(self):
         DRIVEN.steps += 1
 
+    def teardown(self):
+        torch.set_grad_enabled(True)  # of the process, and so the next sequence's
+
     # ---- what must agree
 
     @invariant()
