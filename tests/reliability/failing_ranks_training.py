@@ -160,7 +160,7 @@ class Passes:
     def _change_gradients(self):
         if self.wrong == "other gradients":
             for p in self.params:
-                p.grad = 2 * p.grad
+                p.grad = p.grad + 1  # not only of another length, which BSAM does not go by
         elif self.wrong == "a missing gradient":
             self.params[0].grad = None
 
