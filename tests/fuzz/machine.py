@@ -5,6 +5,7 @@ import copy
 import hypothesis
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
 from hypothesis.stateful import run_state_machine_as_test
 
 from .beside import SEEDS
@@ -15,7 +16,17 @@ from .setups import values
 from .steps import Steps
 from .tally import rule
 
+
+class Fresh(HypothesisProvider):
+    """Draws as hypothesis does; but as it is another backend, no sequence is a variation of the one before.
+
+    Five in six would be, with parts repeated: they find less than new ones.
+    """
+
+
+AVAILABLE_PROVIDERS["fresh"] = f"{__name__}.{Fresh.__name__}"
 PROFILE = settings(
+    backend="fresh",
     deadline=None,
     database=None,
     phases=[Phase.generate, Phase.shrink],

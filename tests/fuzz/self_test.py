@@ -39,7 +39,7 @@ def hunted(patch, sequences, seconds):
             if -done.returncode in CRASHES:
                 return {"found": f"Python ended by {signal.Signals(-done.returncode).name}"}
             if done.returncode:
-                return {"broken": done.stderr.strip().splitlines()[-1]}
+                return {"broken": done.stderr.strip().rpartition("\n")[2] or f"it ended with {done.returncode}"}
             said = json.loads(done.stdout.splitlines()[-1])
             package = said.pop("package")
             return said if package.startswith(str(folder)) else {"broken": f"it was {package} that ran"}

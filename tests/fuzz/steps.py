@@ -50,7 +50,12 @@ class Steps(Beside):
         self.passes()
         self.phase("step" if self.model.plain and self.model.at_rest else self.model.next)
 
-    @rule(seed=SEEDS)
+    @rule(seed=SEEDS, n=st.integers(1, 3))
+    def whole_steps(self, seed, n):
+        for k in range(n):
+            self.whole_step(seed + 3 * k)
+            self.agrees()
+
     def whole_step(self, seed):
         """To the end of the step, or one from the beginning."""
         self.go_on(seed, {})
