@@ -66,13 +66,15 @@ def test_lazily_negated_and_zero_gradients(backend, kind):
     assert opt.norms[0] == 0
 
 
-@pytest.mark.parametrize("strides", [(5, 1), (1, 4)])
-def test_memory_that_was_freed(backend, strides):
-    """Of a gradient that is read in place, and of one laid out otherwise, which is copied as it is read."""
+@pytest.mark.parametrize(
+    ("strides", "offset", "left"), [((5, 1), 0, 0), ((1, 4), 0, 0), ((1, 4), 3, 0), ((1, 4), 0, 40)]
+)
+def test_memory_that_was_freed(backend, strides, offset, left):
+    """Of a gradient that is read in place, and of one laid out otherwise, which is copied; also part of it."""
     p = nn.Parameter(torch.ones(4, 5))
     opt = bsam_fused.SAM([p], lr=0.1, backend=backend)
-    p.grad = torch.empty_strided((4, 5), strides).fill_(1.0)
-    p.grad.untyped_storage().resize_(0)
+    p.grad = torch.ones(30).as_strided((4, 5), strides, offset)
+    p.grad.untyped_storage().resize_(left)
     with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*was freed"):
         opt.ascend()
 

@@ -30,7 +30,7 @@ from bsam_fused.ops.contract import (
 )
 from bsam_fused.ops.directions import Direction, Memory, Mix, Sums
 from bsam_fused.ops.flat_buffers import DIRECTION, FlatBuffers, kind_of
-from bsam_fused.ops.memory import can_be_written
+from bsam_fused.ops.memory import can_be_written, is_in_storage
 from bsam_fused.ops.one_go import in_one_go
 
 Call = Callable[[], object]
@@ -194,8 +194,7 @@ class PythonFlatParams(FlatBuffers, ABC):
 
     def _copied(self, i: int, grad: Tensor) -> Tensor:
         """Return a copy of a gradient whose memory is not its elements, or is somebody's that changes meanwhile."""
-        freed = grad.layout == torch.strided and not (grad.data_ptr() or grad._is_zerotensor())
-        if kind_of(grad) != self._kinds[i] or (freed and self._numels[i]):
+        if kind_of(grad) != self._kinds[i] or not (grad._is_zerotensor() or is_in_storage(grad)):
             contract.reject(self, i)
         return self._empty(i).copy_(grad.detach())
 

@@ -27,11 +27,17 @@ class Memory(NamedTuple):
         return list(map(gt, map(self.ends.__getitem__, before), addresses))
 
 
-def can_be_written(tensor: Tensor) -> bool:
-    """Return whether a tensor has memory of its own for every element: others may have freed or shrunk it."""
+def is_in_storage(tensor: Tensor) -> bool:
+    """Return whether a strided tensor has memory for every element: others may have freed or shrunk it."""
     if not tensor.numel():
         return True
-    pairs = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
-    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in pairs)
-    room = tensor.untyped_storage().nbytes() // tensor.element_size()
-    return last < room and all(stride for _, stride in pairs) and not tensor.is_neg()
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.storage_offset() + steps < tensor.untyped_storage().nbytes() // tensor.element_size()
+
+
+def can_be_written(tensor: Tensor) -> bool:
+    """Return whether a tensor has memory of its own for every element."""
+    if not tensor.numel():
+        return True
+    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    return is_in_storage(tensor) and all(strides) and not tensor.is_neg()
