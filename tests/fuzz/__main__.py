@@ -40,7 +40,7 @@ def main():
         return 0
     with recorded("fuzzer") as record:
         fuzz(seed, is_enough)
-        record.figures.update(DRIVEN.figures())
+        record.figures.update(seed=seed, **DRIVEN.figures())
     return 0
 
 

@@ -35,6 +35,7 @@ def hunted(patch, sequences, seconds):
                 env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
                 capture_output=True,
                 text=True,
+                timeout=2 * seconds + 60,  # it looks at the time between batches
             )
             if -done.returncode in CRASHES:
                 return {"found": f"Python ended by {signal.Signals(-done.returncode).name}"}
@@ -45,6 +46,8 @@ def hunted(patch, sequences, seconds):
             return said if package.startswith(str(folder)) else {"broken": f"it was {package} that ran"}
     except DoesNotApplyError as error:
         return {"broken": str(error)}
+    except subprocess.TimeoutExpired:
+        return {"found": "it hangs"}
 
 
 def line(name, said):

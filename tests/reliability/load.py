@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from . import large, leaks, side_by_side
-from .lives import started
+from .lives import PATIENCE, started
 from .records import FOLDER, recorded
 
 HOURS = 4 * 3600
@@ -32,10 +32,12 @@ def parts(steps, optimizers, tensors, layers, seed):
     }
 
 
-def alone(function, *arguments):
-    """Call a function in a new process, and return what it does."""
+def alone(function, *arguments, patience=PATIENCE):
+    """Call a function in a new process, and return what it does, within so many seconds."""
     with started(_call, [(function, arguments)]) as (life,):
-        word, found = life.hear(HOURS)
+        said = life.hear(patience)
+        assert said, f"{function.__name__} ended with status {life.end()}"
+        word, found = said
         assert word == "found", found
     return found
 
@@ -59,7 +61,7 @@ def main():
     with recorded("load", arguments.out) as record:
         record.figures["seed"] = seed
         for name, (function, *rest) in parts(*sizes, seed).items():
-            record.figures[name] = alone(function, *rest)
+            record.figures[name] = alone(function, *rest, patience=HOURS)
             print(f"{name}: {record.figures[name]}", flush=True)
     return 0
 

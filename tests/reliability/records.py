@@ -1,4 +1,4 @@
-"""The last full run of each check: a JSON file in bench/results/reliability/, of which docs/reliability.md is made."""
+"""The last full run of each check: a JSON file in bench/results/reliability/."""
 
 from __future__ import annotations
 
