@@ -100,7 +100,8 @@ class Group:
 
     def _raised(self, fault, said, others):
         """All others have, before the timeout was over, in the fault's step or the next, with whole weights."""
-        begin = next(message[1] for message in said[fault.rank] if message[0] == "fault")
+        begin = next((message[1] for message in said[fault.rank] if message[0] == "fault"), None)
+        assert begin is not None, f"rank {fault.rank} did not come to its fault: {said}"
         seconds = []
         for rank in others:
             assert any(message[0] == "error" for message in said[rank]), f"rank {rank} did not raise: {said[rank]}"

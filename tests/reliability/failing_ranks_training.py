@@ -22,6 +22,8 @@ from .kills_training import digest
 
 STEPS = 6
 BATCH = 16
+MEETING = datetime.timedelta(seconds=60)
+"""In which ranks find each other, whatever the group's timeout is then."""
 SGD = {"lr": 0.1, "momentum": 0.9}
 
 
@@ -171,8 +173,9 @@ def train(say, setup, rank, ranks, store, timeout, fault):
     Before it does what is wrong it says ("fault", when); and at last ("over", skipped steps). Then it waits to be
     killed, so that nobody hears that it has ended.
     """
-    seconds = datetime.timedelta(seconds=timeout)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=seconds)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=MEETING)
+    dist.barrier()
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout))
     how = SETUPS[setup]
     model = how.distribute(network())
     params = list(model.parameters())
