@@ -22,6 +22,7 @@ from bsam_fused import FriendlySAM, LookSAM
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.part(3)]
 
+ADAM = "step", "exp_avg", "exp_avg_sq"
 PLAIN = {
     "SGD": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5}),
     "Adam": (torch.optim.Adam, {}),
@@ -252,6 +253,19 @@ def test_a_first_momentum_is_taken_back_beside_a_history(backend):
     assert_alike(params, copies)
     key = "orthogonal_gradient"
     assert_alike([opts[0].state[p][key] for p in params], [opts[1].state[q][key] for q in copies])
+
+
+@every_historic
+def test_skipped_at_a_learning_rate_of_0_it_is_not_shown(backend, member):
+    """Beside nothing of Adam's own, which was taken back, torch's Adam could be neither copied nor pickled."""
+    p = nn.Parameter(torch.ones(3))
+    opt = member.build([p], torch.optim.Adam, lr=0.0, backend=backend)
+    for value in (torch.nan, 1.0):
+        p.grad = torch.full_like(p, value)
+        opt.step()
+        copied = copy.deepcopy(opt)
+        (entry,) = copied.state.values() or ({},)
+        assert entry.keys() == ({member.memory.key, *ADAM} if value == 1.0 else set())
 
 
 @every_historic

@@ -65,6 +65,8 @@ class Shown(NamedTuple):
     views: Views
     before: dict[str, Any]
     """What was in its entry."""
+    stays: bool = False
+    """Whether it stays, as zeros, as long as the base's stays beside which it was shown."""
 
 
 class StateViews:
@@ -129,16 +131,16 @@ class StateViews:
                 before = {key: entry[key] for key in keys if key in entry}
                 shown.append(Shown(i, {key: views[key][i] for key in keys}, before))
         self._unproven.append((flat, state, shown))
-        for i, entry, _ in shown:
+        for i, entry, *_ in shown:
             state.setdefault(flat.params[i], {}).update(entry)
         flat.begin_state(members)
         self._seen = identity.seen(state)
 
     def keep_history(self) -> None:
-        """Go on showing a history of zeros."""
+        """Go on showing a history of zeros, but of a skipped step: torch's optimizers take it for a state of theirs."""
         history = self._kept and self._kept.history
         self._unproven = [
-            (flat, state, [each for each in shown if history not in each.views])
+            (flat, state, [each._replace(stays=history in each.views) for each in shown])
             for flat, state, shown in self._unproven
         ]
 
@@ -153,10 +155,13 @@ class StateViews:
         noticed = self._seen is None or not self._seen.same(self._state)
         for flat, state, shown in self._unproven:
             steps = torch.stack(flat.state("step")).tolist()
-            for i, views, before in shown:
-                if steps[i] == 0 and not any(bool(view.any()) for view in views.values()):
+            gone: set[int] = set()
+            for i, views, before, stays in shown:
+                nothing = steps[i] == 0 and not any(bool(view.any()) for view in views.values())
+                if nothing and (i in gone or not stays):
                     _take_back(state, flat.params[i], views, before)
                     flat.clear_state(i)
+                    gone.add(i)
         self._seen = None if noticed else identity.seen(self._state)
         self._unproven = []
 
