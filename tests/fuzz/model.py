@@ -302,7 +302,8 @@ class Model:
         summed |= self.moves_nothing and self.kind in HISTORY
         self.norms, self.decided = [norm(grads.values())] if summed else [], None
         if between:
-            self._look()
+            if grads and not self.moves_nothing:  # else it is no step of its own
+                self._look()
             failed |= self._reuse(grads, self.history(grads)) > self.limit
         if (self.fused or between) and failed:
             self.skipped += 1
