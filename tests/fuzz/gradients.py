@@ -27,9 +27,11 @@ KINDS = (
     "zeros",
 )
 
+NO_GRADIENTS = dict.fromkeys(range(9), "none")
 TINY = dict.fromkeys(range(9), "tiny")  # so short, all of a pass, that what is divided by them is beyond float32
 faults = st.tuples(
-    st.dictionaries(st.integers(0, 4), st.sampled_from(KINDS), max_size=2), st.sampled_from([*9 * [False], True])
+    st.dictionaries(st.integers(0, 4), st.sampled_from([*KINDS, "nan", "nan"]), max_size=4),
+    st.sampled_from([*9 * [False], True]),
 ).map(lambda drawn: TINY if drawn[1] else drawn[0])
 
 
@@ -41,16 +43,15 @@ class Gradients:
         self.forget()
 
     def forget(self):
-        self.held = []  # (what looks at it, what it must stay), or None where it is gone
+        self.held = {}  # by whose it is: what looks at it, None where it is gone, and what it must stay
 
     def assert_untouched(self):
-        for look, kept in self.held:
+        for look, kept in self.held.values():
             tensor = look()
             assert tensor is None or torch.equal(tensor, kept), "a gradient that somebody else holds was written to"
 
     def give(self, params, optimizer, seed, kinds):
         """A gradient of its own for each of ``params``, {index: parameter}, but where ``kinds`` says otherwise."""
-        self.forget()
         taken = None
         for i, p in params.items():
             g = values(p.shape, p.dtype, 100 * seed + i)
@@ -66,8 +67,8 @@ class Gradients:
     def _own(self, g, p, i, optimizer):
         return torch.empty_like(p, requires_grad=False).copy_(g)
 
-    def _hold(self, g, look=None):
-        self.held.append((look or (lambda: g), g.clone()))
+    def _hold(self, g, look=None, owner=None):
+        self.held[object() if owner is None else owner] = look or (lambda: g), g.clone()
         return g
 
     def _held(self, g, p, i, optimizer):
@@ -113,13 +114,14 @@ class Gradients:
     def _reused(self, g, p, i, optimizer):
         if p.dtype == torch.bfloat16:
             return self._held(g, p, i, optimizer)
-        buffer = self.buffers.setdefault((i, p.dtype), g.numpy().copy())
+        owner = i, p.dtype
+        buffer = self.buffers.setdefault(owner, g.numpy().copy())
         buffer[...] = g.numpy()
-        return self._array_of(buffer)
+        return self._array_of(buffer, owner)
 
-    def _array_of(self, array):
+    def _array_of(self, array, owner=None):
         """The memory is NumPy's, and no tensor says so."""
-        return self._hold(torch.from_numpy(array), lambda: torch.from_numpy(array))
+        return self._hold(torch.from_numpy(array), lambda: torch.from_numpy(array), owner)
 
     def _of_weight(self, g, p, i, optimizer):
         return p.detach()

@@ -13,7 +13,7 @@ from .model import CALLS
 from .setups import Counting
 from .tally import rule
 
-FAULTS = st.sampled_from(["", "", "raise", "nan loss", "no loss"])
+FAULTS = st.sampled_from(["", "", "raise", "nan loss", "no loss", "nothing"])
 ALIASES = ("first_step", "second_step", "third_step")
 
 
@@ -27,6 +27,8 @@ class Steps(Beside):
 
     def give(self, seed, kinds):
         """No tiny gradients beside frozen parameters, which may count in what is too small, or not."""
+        if self.model.at_rest:
+            self.gradients.forget()  # those of a step are held until it ends
         params = self.mine(trainable=True)
         kinds = {} if kinds == gradients.TINY and len(params) < len(self.mine()) else kinds
         self.gradients.give(params, self.optimizer, seed, kinds)
@@ -50,21 +52,22 @@ class Steps(Beside):
         self.passes()
         self.phase("step" if self.model.plain and self.model.at_rest else self.model.next)
 
-    @rule(seed=SEEDS, n=st.integers(1, 3))
-    def whole_steps(self, seed, n):
+    @rule(seed=SEEDS, n=st.integers(1, 3), kinds=gradients.faults, at=st.integers(0, 8))
+    def whole_steps(self, seed, n, kinds, at):
+        """To the end of the step and further ones; the gradients of these kinds in pass number ``at``."""
+        odd = iter([*at * [{}], kinds])
         for k in range(n):
-            self.whole_step(seed + 3 * k)
+            self.whole_step(seed + 3 * k, odd)
+            if self.model.at_rest and not self.model.refused and not kinds:
+                self._assert_told()
             self.agrees()
 
-    def whole_step(self, seed):
-        """To the end of the step, or one from the beginning."""
-        self.go_on(seed, {})
+    def whole_step(self, seed, odd):
+        self.go_on(seed, next(odd, {}))
         while not self.model.at_rest and not self.disturbed:
             self.agrees()
             seed += 1
-            self.go_on(seed, {})
-        if self.model.at_rest and not self.model.refused:
-            self._assert_told()
+            self.go_on(seed, next(odd, {}))
 
     def _assert_told(self):
         """Metrics are of the latest step alone."""
@@ -108,7 +111,9 @@ class Steps(Beside):
                 self.agrees()
             self.forward()
             here = passes == at
-            self.give(seed + passes, kinds if here else {})
+            silent = here and fault in {"no loss", "nothing"}
+            odd = gradients.NO_GRADIENTS if fault == "nothing" else kinds
+            self.give(seed + passes, odd if here else {})
             passes += 1
             if here and fault == "raise":
                 raise ZeroDivisionError
@@ -119,23 +124,26 @@ class Steps(Beside):
             looked_at = self.fused or not model.single or model.between
             judged = looked_at and bool(self.mine(trainable=True))
             loss = math.nan if here and fault == "nan loss" and judged else 0.5
-            lacking = self.lacks(grads) and (not model.single or fault != "no loss" or not here)
+            lacking = self.lacks(grads) and not (model.single and silent)
             ending[:] = [lambda: None if lacking else getattr(model, name)(grads, loss)]
             if passes < len(model.whole) and not refused:  # now; the last one when the update was made
                 ending.pop()()
-            return None if here and fault == "no loss" else torch.tensor(loss)
+            return None if silent else torch.tensor(loss)
+
+        def given_up():
+            """A closure that does nothing, and says so."""
+            return (passes, at) == (1, 0) and fault in {"no loss", "nothing"}
 
         try:
             self.expect(lambda: self.optimizer.step(closure), lambda: [end() for end in ending], refused)
         except ZeroDivisionError:
             model.restore()
         except RuntimeError as error:
-            if not (lacking and NO_GRADIENT in str(error)):
+            if given_up() or not (lacking and NO_GRADIENT in str(error)):
                 raise
             model.restore()
         else:
-            given_up = (passes, at, fault) == (1, 0, "no loss")
-            assert not lacking or given_up
+            assert not lacking or given_up()
         assert at_rest or not passes
 
     @rule()
