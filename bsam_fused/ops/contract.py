@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from bsam_fused import distributed
-from bsam_fused.ops.memory import is_in_storage
 
 ASCENT, MAX, MIN, SCALE, SQUARE, PRODUCT, GIVEN_KEPT, GIVEN_LAST = range(8)
 """Slots of the sums: of T g at w, of g_max, of g_min; the loss's scale; of x, and of x with y; a and b, if given."""
@@ -407,7 +406,7 @@ def reject(flat: FlatParams, i: int) -> NoReturn:
         )
     if grad is not None and grad.shape != param.shape:
         raise RuntimeError(f"{name} has a gradient of shape {tuple(grad.shape)}: assign one of its own shape")
-    freed = grad is not None and not (grad._is_zerotensor() or is_in_storage(grad))
+    freed = grad is not None and not grad._is_zerotensor() and grad.data_ptr() == 0
     if param.numel() and (param.data_ptr() == 0 or freed):
         raise RuntimeError(f"{name}: its memory, or its gradient's, was freed: fill both before the phase")
     raise LayoutChangedError(

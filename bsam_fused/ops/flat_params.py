@@ -194,8 +194,10 @@ class PythonFlatParams(FlatBuffers, ABC):
 
     def _copied(self, i: int, grad: Tensor) -> Tensor:
         """Return a copy of a gradient whose memory is not its elements, or is somebody's that changes meanwhile."""
-        if kind_of(grad) != self._kinds[i] or not (grad._is_zerotensor() or is_in_storage(grad)):
+        if kind_of(grad) != self._kinds[i]:
             contract.reject(self, i)
+        if not (grad._is_zerotensor() or is_in_storage(grad)):
+            contract.reject_memory(self, i)
         return self._empty(i).copy_(grad.detach())
 
     def begin_plain(self, mixing: Mixing) -> None:
