@@ -39,6 +39,11 @@ def _begin():
     """A group of its own, an end with pytest's, and Ctrl-C as in a terminal: a shell's background jobs ignore it."""
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_parent()
+
+
+def end_with_parent():
+    """Have this process killed as soon as the one that started it has ended, where the system can."""
     if sys.platform == "linux":
         _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

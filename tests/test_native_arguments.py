@@ -1,11 +1,6 @@
 """Short sequences of the calls that `python -m tests.reliability.arguments` makes at length."""
 
-import sys
-from pathlib import Path
-
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.reliability import arguments
 

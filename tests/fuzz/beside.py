@@ -19,15 +19,8 @@ from .setups import BASES, OWN, TOLERANCE, completed, values
 from .tally import DRIVEN
 
 REFUSALS = (RuntimeError, ValueError, TypeError)
-OUR_WORDS = (
-    "param",
-    "group",
-    "order",
-    "step",
-    "rho",
-    "passes",
-    "unperturbed",
-)  # one is in every message that says what is wrong
+OUR_WORDS = "param", "group", "order", "step", "rho", "passes", "unperturbed"
+"""One is in every message that says what is wrong."""
 INDICES, SEEDS = st.integers(0, 7), st.integers(0, 99)
 
 

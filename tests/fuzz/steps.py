@@ -1,6 +1,7 @@
 """Rules: passes, phases, closures, restore and unperturbed, in any order and with what may go wrong in a pass."""
 
 import math
+from itertools import repeat
 
 import torch
 from hypothesis import strategies as st
@@ -176,10 +177,7 @@ class Steps(Beside):
             return
         self.params[i].data.fill_(math.inf)
         self.model.w[i].data.fill_(math.inf)
-        self.go_on(seed, {i: kind})
-        while not self.model.at_rest:
-            self.agrees()
-            self.go_on(seed, {i: kind})
+        self.whole_step(seed, repeat({i: kind}))
         self.agrees()
         self.write(at, seed)
 

@@ -7,15 +7,13 @@ state are those of a training without the fault, bit for bit; where they raise, 
 import argparse
 import random
 import sys
-import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .failing_ranks_training import FAULTS, SETUPS, STEPS, Fault, expected, train
 from .lives import started
-from .records import FOLDER, recorded
+from .records import run
 
 RANKS = 2, 4
 SLACK = 5
@@ -140,19 +138,17 @@ def _check_one(group, fault, figures):
     print(f"{where}: {outcome}, {seconds:.2f} s", flush=True)
 
 
+def find(options):
+    """Return the figures of every fault."""
+    figures = check_all(options.rounds, options.timeout, random.Random(options.seed))
+    return {"timeout_seconds": options.timeout, **figures.by_name()}
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.reliability.failing_ranks", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="of every fault in every setup (default 5)")
     parser.add_argument("--timeout", type=float, default=5, help="of the process groups, in seconds (default 5)")
-    parser.add_argument("--seed", type=int, default=None, help="of ranks, steps and moments (default: the time)")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where the record goes")
-    arguments = parser.parse_args()
-    seed = int(time.time()) if arguments.seed is None else arguments.seed
-    print(f"--seed {seed}", flush=True)
-    with recorded("ranks", arguments.out) as record:
-        figures = check_all(arguments.rounds, arguments.timeout, random.Random(seed))
-        record.figures = {"seed": seed, "timeout_seconds": arguments.timeout, **figures.by_name()}
-    return 0
+    return run("ranks", parser, find)
 
 
 if __name__ == "__main__":

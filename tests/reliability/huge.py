@@ -44,35 +44,42 @@ def fill(t, seed):
     return t
 
 
-def give(params, seed):
-    """Gradients of this seed."""
-    for p in params:
-        p.grad = fill(torch.empty_like(p, requires_grad=False), seed)
+def seed_of(what, i):
+    """Of the i-th parameter's weights (0), or of its gradient in the first or second pass: no other one's."""
+    return what + 3 * i
+
+
+def give(params, what):
+    """Every parameter its gradient."""
+    for i, p in enumerate(params):
+        p.grad = fill(torch.empty_like(p, requires_grad=False), seed_of(what, i))
 
 
 def assert_are(params, right):
-    """Every weight is right(begin, end), to bfloat16's (stochastic) rounding."""
-    for p in params:
+    """Every weight is right(its w, g, g_max), to bfloat16's (stochastic) rounding."""
+    for i, p in enumerate(params):
         for begin, end in chunks(p.numel()):
-            torch.testing.assert_close(p.detach()[begin:end].double(), right(begin, end), rtol=2**-7, atol=2**-9)
+            expected = right(*(pattern(begin, end, seed_of(what, i)).double() for what in range(3)))
+            torch.testing.assert_close(p.detach()[begin:end].double(), expected, rtol=2**-7, atol=2**-9)
 
 
-def norm(numels, seed):
+def norm(numels):
     """‖g‖, in float64."""
-    return sum(pattern(*chunk, seed).double().square().sum() for n in numels for chunk in chunks(n)).sqrt()
+    patterns = (pattern(*chunk, seed_of(1, i)) for i, n in enumerate(numels) for chunk in chunks(n))
+    return sum(g.double().square().sum() for g in patterns).sqrt()
 
 
 def a_step(backend, numels=NUMEL):
-    """Ascend along gradients of seed 1, from weights of seed 0; update by those of seed 2."""
-    params = [nn.Parameter(fill(torch.empty(n, dtype=torch.bfloat16), 0)) for n in numels]
+    """w + ρ g / ‖g‖, then w − lr g_max."""
+    params = [nn.Parameter(fill(torch.empty(n, dtype=torch.bfloat16), seed_of(0, i))) for i, n in enumerate(numels)]
     optimizer = SAM(params, torch.optim.SGD, lr=LR, rho=RHO, backend=backend)
     give(params, 1)
     optimizer.ascend()
-    scale = RHO / norm(numels, 1)
-    assert_are(params, lambda *at: pattern(*at, 0).double() + scale * pattern(*at, 1).double())
+    scale = RHO / norm(numels)
+    assert_are(params, lambda w, g, g_max: w + scale * g)
     give(params, 2)
     optimizer.step()
-    assert_are(params, lambda *at: pattern(*at, 0).double() - LR * pattern(*at, 2).double())
+    assert_are(params, lambda w, g, g_max: w - LR * g_max)
 
 
 def main():

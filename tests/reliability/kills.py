@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 from .kills_training import CASES, CHECKPOINT, HALF, train
 from .lives import INTERRUPTED, RAISED, seconds_until_all_end, started
-from .records import FOLDER, recorded
+from .records import run
 
 SIGNALS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 RANKS = 1, 2
@@ -181,19 +181,16 @@ def kill_all(kills, steps, rng, cases=tuple(CASES)):
     return figures
 
 
+def find(options):
+    """Return the figures of so many kills."""
+    return kill_all(options.kills, options.steps, random.Random(options.seed)).by_name()
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.reliability.kills", description=__doc__)
     parser.add_argument("--kills", type=int, default=200, help="by each signal, on each number of ranks (default 200)")
     parser.add_argument("--steps", type=int, default=40, help="of a training (default 40)")
-    parser.add_argument("--seed", type=int, default=None, help="of moments and ranks (default: the time)")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where the record goes")
-    arguments = parser.parse_args()
-    seed = int(time.time()) if arguments.seed is None else arguments.seed
-    print(f"--seed {seed}", flush=True)
-    with recorded("kills", arguments.out) as record:
-        figures = kill_all(arguments.kills, arguments.steps, random.Random(seed))
-        record.figures = {"seed": seed, **figures.by_name()}
-    return 0
+    return run("kills", parser, find)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 Each says what it has to say to the one that started it, and none outlives that one.
 """
 
-import ctypes
 import multiprocessing
 import os
 import select
@@ -12,13 +11,14 @@ import time
 import traceback
 from contextlib import contextmanager, suppress
 
+from tests.processes import end_with_parent
+
 PRELOADED = ["torch", "torch.distributed.fsdp", "torch._dynamo", "bsam_fused.schedules"]
 """What takes seconds to import; every torch optimizer imports the third when it is made."""
 INTERRUPTED, RAISED = 130, 1
 """What a process ends with after a KeyboardInterrupt, as shells have it, and after an error."""
 PATIENCE = 120
 """Seconds until a process counts as one that hangs, on a busy machine."""
-PR_SET_PDEATHSIG = 1
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(PRELOADED)
@@ -99,7 +99,7 @@ def seconds_until_all_end(lives, patience=PATIENCE):
 def _live(mouth, function, arguments):
     import torch
 
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)

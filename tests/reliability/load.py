@@ -5,12 +5,10 @@ Every part runs in a process of its own, which has no other part's memory.
 
 import argparse
 import sys
-import time
-from pathlib import Path
 
 from . import large, leaks, side_by_side
 from .lives import PATIENCE, started
-from .records import FOLDER, recorded
+from .records import run
 
 HOURS = 4 * 3600
 """Seconds until a part counts as one that hangs."""
@@ -46,24 +44,23 @@ def _call(say, function, arguments):
     say(("found", function(*arguments)))
 
 
+def find(options):
+    """Return every part's figures."""
+    figures = {}
+    every = parts(options.steps, options.optimizers, options.tensors, options.layers, options.seed)
+    for name, (function, *arguments) in every.items():
+        figures[name] = alone(function, *arguments, patience=HOURS)
+        print(f"{name}: {figures[name]}", flush=True)
+    return figures
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.reliability.load", description=__doc__)
     parser.add_argument("--steps", type=int, default=50_000, help="of a small model (default 50,000)")
     parser.add_argument("--optimizers", type=int, default=1000, help="that come and go (default 1,000)")
     parser.add_argument("--tensors", type=int, default=10_000, help="of one optimizer (default 10,000)")
     parser.add_argument("--layers", type=int, default=60, help="of 16.8 M bfloat16 weights (default 60: 1.007 B)")
-    parser.add_argument("--seed", type=int, default=None, help="of which gradients there are (default: the time)")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where the record goes")
-    arguments = parser.parse_args()
-    seed = int(time.time()) if arguments.seed is None else arguments.seed
-    print(f"--seed {seed}", flush=True)
-    sizes = arguments.steps, arguments.optimizers, arguments.tensors, arguments.layers
-    with recorded("load", arguments.out) as record:
-        record.figures["seed"] = seed
-        for name, (function, *rest) in parts(*sizes, seed).items():
-            record.figures[name] = alone(function, *rest, patience=HOURS)
-            print(f"{name}: {record.figures[name]}", flush=True)
-    return 0
+    return run("load", parser, find)
 
 
 if __name__ == "__main__":

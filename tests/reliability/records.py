@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -49,7 +50,18 @@ def recorded(check: str, folder: Path = FOLDER) -> Iterator[Record]:
     (folder / f"{check}.json").write_text(json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
 
 
-def read(folder: Path = FOLDER) -> dict[str, Record]:
-    """Return all records, by check."""
-    found = (Record(**json.loads(path.read_text())) for path in sorted(folder.glob("*.json")))
-    return {record.check: record for record in found}
+def run(check: str, parser: argparse.ArgumentParser, find: Callable[[argparse.Namespace], dict[str, Any]]) -> int:
+    """Run a check whose moments or places are drawn as its command says, and record what it finds; returns 0.
+
+    Args:
+        check: its name.
+        parser: of its other options; it gets `--seed` and `--out`.
+        find: the check itself, of all options; what it returns are the figures.
+    """
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="of what is drawn (default: the time)")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="where the record goes")
+    options = parser.parse_args()
+    print(f"--seed {options.seed}", flush=True)
+    with recorded(check, options.out) as record:
+        record.figures = {"seed": options.seed, **find(options)}
+    return 0
