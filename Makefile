@@ -9,10 +9,10 @@
 # make compat   the core tests on the oldest, the pinned and the newest torch (11 GB, in .venv-compat); OLDEST_PYTHON=,
 #               NEWEST_PYTHON= where they are not called python3.10 and python3.13
 # make fuzz     random calls and faults beside an independent model, for FUZZ_SECONDS (an hour); prints how to repeat a failure
-# make fuzz-self-test   whether that finds bugs that are planted in copies of the package (an hour or so)
+# make fuzz-self-test   whether that finds bugs that are planted in copies of the package
 # make kills    trainings killed at random moments, 1,200 times, on one rank and on two: all resume bit for bit
 # make ranks    2 and 4 processes, one of them killed, slow, with NaN or other gradients: the others raise or go on right
-# make load     50,000 steps in flat memory, 1,000 optimizers, 10,000 tensors, 1 B weights, threads (8 GB)
+# make load     50,000 steps in flat memory, 1,000 optimizers, 10,000 tensors, 1 B weights, threads (6 GB and more)
 # make evidence trains what docs/results.md is made of and bench/results/evidence/ lacks (hours; may be ended at any time)
 # make bench    optimizer time of a step, side by side with other implementations (about 15 minutes)
 # make bench-check   the smallest part of it, which fails where the fused step is slow
