@@ -13,7 +13,7 @@ namespace bsam {
 
 namespace {
 
-constexpr size_t kSmallBytes = size_t(1) << 20;  // from there on torch's own copy takes several threads
+constexpr size_t kOneThreadBytes = size_t(1) << 20;  // from there on torch's own copy takes several threads
 
 const at::Tensor& tensor_of(PyObject* item) {
   if (!THPVariable_Check(item)) throw pybind11::type_error("every item of the list must be a torch.Tensor");
@@ -22,7 +22,7 @@ const at::Tensor& tensor_of(PyObject* item) {
 
 bool is_bytes(const at::Tensor& t) {
   return t.is_cpu() && t.layout() == at::kStrided && t.is_non_overlapping_and_dense() && !t.is_conj() && !t.is_neg() &&
-         t.nbytes() <= kSmallBytes;
+         t.nbytes() <= kOneThreadBytes;
 }
 
 bool alike(const at::Tensor& a, const at::Tensor& b) {
@@ -37,7 +37,7 @@ pybind11::bytes places(const pybind11::list& tensors) {
   std::string bytes;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
     const at::Tensor& t = tensor_of(PyList_GET_ITEM(tensors.ptr(), i));
-    const char* memory = memory_of(storage_of(t));
+    const auto memory = reinterpret_cast<uintptr_t>(memory_of(storage_of(t)));
     const int64_t numbers[] = {int64_t(t.scalar_type()), t.dim(), t.storage_offset(), int64_t(storage_of(t)->nbytes())};
     append(bytes, &memory, sizeof memory);
     append(bytes, numbers, sizeof numbers);

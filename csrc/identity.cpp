@@ -12,7 +12,7 @@ namespace {
 constexpr Py_ssize_t kNoDict = -1;
 
 // A tensor, not of a subclass; null for other objects.
-const c10::TensorImpl* tensor_of(PyObject* value) {
+const c10::TensorImpl* impl_of(PyObject* value) {
   const PyTypeObject* type = Py_TYPE(value);
   if (type != reinterpret_cast<PyTypeObject*>(THPVariableClass) &&
       type != reinterpret_cast<PyTypeObject*>(ParameterClass))
@@ -47,7 +47,7 @@ void Seen::add(PyObject* dict, bool outer) {
   PyObject *key, *value;
   for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
     const bool entry = outer && PyDict_Check(value);
-    const c10::TensorImpl* tensor = tensor_of(value);
+    const c10::TensorImpl* tensor = impl_of(value);
     items_.push_back({py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value), tensor,
                       address_of(tensor), entry ? PyDict_Size(value) : kNoDict});
     if (entry) add(value, false);

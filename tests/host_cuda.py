@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch.utils import cpp_extension
 
+from bsam_fused.extension import compiling
 from bsam_fused.ops import dispatch
 
 ROOT = Path(__file__).parents[1]
@@ -18,9 +19,10 @@ def module():
     build = ROOT / "build" / "host_cuda"
     build.mkdir(parents=True, exist_ok=True)
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja's
+    sources = [path for path in compiling.units(build, with_cuda=True) if path.suffix == ".cpp"]
     return cpp_extension.load(
         "bsam_fused_host_cuda",
-        [*sorted(map(str, (ROOT / "csrc").glob("*.cpp"))), str(ROOT / "tests" / "shim" / "cuda.cpp")],
+        [*map(str, sources), str(ROOT / "tests" / "shim" / "cuda.cpp")],
         extra_include_paths=[str(ROOT / "tests" / "shim")],
         extra_cflags=[
             *("-O2", "-ffp-contract=off", "-fvisibility=hidden", "-fopenmp", "-Wno-unknown-pragmas"),

@@ -272,6 +272,20 @@ def test_each_kind_of_build_has_its_sources():
     assert cuda - cpu == {"cuda.cu", "cuda_flat_params.cpp"}
 
 
+@pytest.mark.parametrize("with_cuda", [False, True])
+def test_what_reads_torchs_headers_is_compiled_as_one(tmp_path, with_cuda):
+    """And every source is compiled once; the file stays while its text is right, as ninja looks at its time."""
+    together, *others = compiling.units(tmp_path, with_cuda)
+    included = re.findall(r'#include "(.+)"', together.read_text())
+    assert sorted([*included, *map(str, others)]) == sorted(map(str, compiling.sources(with_cuda)))
+    assert {Path(path).name for path in included} >= {"bindings.cpp", "flat_params.cpp", "identity.cpp"}
+    assert "cpu_avx2.cpp" in {path.name for path in others}
+    as_written = together.stat()
+    assert compiling.units(tmp_path, with_cuda)[0].stat().st_ino == as_written.st_ino
+    together.write_text(together.read_text()[:20])
+    assert compiling.units(tmp_path, with_cuda)[0].read_text().count("#include") == len(included)
+
+
 @pytest.mark.parametrize(
     ("known", "wanted"),
     [
