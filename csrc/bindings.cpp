@@ -95,6 +95,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("torch_version") = TORCH_VERSION;
   m.def("instruction_set", bsam::instruction_set);
 
+  // NOLINTNEXTLINE(performance-unnecessary-value-param): pybind11's type
   py::register_local_exception_translator([](std::exception_ptr thrown) {
     try {
       if (thrown) std::rethrow_exception(thrown);

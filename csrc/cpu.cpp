@@ -27,13 +27,13 @@ struct InstructionSet {
 
 // Torch's own variable that holds its kernels to an instruction set (default, avx2, avx512) holds ours too.
 bool allowed(const char* capability) {
-  const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
+  const char* limit = std::getenv("ATEN_CPU_CAPABILITY");  // NOLINT(concurrency-mt-unsafe): while it is loaded
   if (limit == nullptr) return true;
   return std::strcmp(limit, "default") != 0 &&
          (std::strcmp(limit, "avx2") != 0 || std::strcmp(capability, "avx2") == 0);
 }
 
-InstructionSet best() {
+InstructionSet best() noexcept {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -39,7 +39,7 @@ BSAM_INLINE T fmadd(T a, T b, T c) {
 // Whether x is a number: inf − inf and NaN − NaN are not 0.
 template <class T>
 BSAM_INLINE bool is_finite(T x) {
-  return x - x == 0;
+  return x - x == 0;  // NOLINT(misc-redundant-expression)
 }
 
 // ---- scalars of a step: in double, once a group or a step, never once an element
