@@ -291,6 +291,20 @@ def test_a_rise_in_nats_is_no_share():
     assert half.radius("nats", 0.16) == pytest.approx(0.4)
 
 
+def test_what_is_suggested_stands_beside_what_was_tuned(found):
+    """Rises of ρ² reach 4 % of a loss of 1 at 0.2, and of 4 at 0.4: √0.08 in the geometric mean; 0.6 was tuned."""
+    quadratic = tuple(rho**2 for rho in criterion.LADDER)
+    rises = [
+        *(
+            Rises(TASK, seed, "at the beginning", loss, criterion.LADDER, quadratic, *HERE)
+            for seed, loss in enumerate((1.0, 4.0))
+        ),
+        Rises(TASK, 0, "at the end", 100.0, criterion.LADDER, quadratic, *HERE),
+    ]
+    assert f"| {TASK} | 0.28 | 0.6 | 0.47 |" in page._suggested([found], rises)
+    assert TASK not in page._suggested([found], rises[2:])
+
+
 def test_only_tasks_with_a_gain_beyond_twice_its_error_tell(rows, found):
     rises = [Rises(TASK, 100, "at the end", 1.0, criterion.LADDER, tuple(rho**2 for rho in criterion.LADDER), *HERE)]
     (told,) = criterion.cases([found], rises, "at the end")
@@ -337,7 +351,7 @@ def test_rows_are_of_commits_and_made_once():
 
 def test_a_page_shows_divergence_and_what_is_not_finished(rows, found, tmp_path):
     diverged = [replace(it, training_loss=2.3) if (it.optimizer, it.seed) == ("GSAM", 3) else it for it in rows]
-    text = page.page([results.found(TASK, diverged)], {"digits": 7}, [])
+    text = page.page([results.found(TASK, diverged)], {"digits": 7}, [], [])
     assert "digits (7 rows)" in text
     (gsam,) = (line for line in text.splitlines() if line.startswith("| GSAM | 0.016* |"))
     assert gsam.endswith("| 2 of 20 |")

@@ -147,7 +147,7 @@ def test_between_radii_it_is_exact_for_powers():
     ],
 )
 def test_ends_of_the_ladder_and_rises_that_do_not_rise(rises, rho, end):
-    found = sharpness.radius_at((0.1, 0.3, 1.0), rises, loss=1.0)
+    found = sharpness.radius_at((0.1, 0.3, 1.0), rises, loss=1.0, share=0.1)
     assert found == (pytest.approx(rho, rel=1e-12), end, (0.1, 0.3, 1.0), tuple(rises), 1.0, 0.1)
 
 
@@ -231,7 +231,7 @@ def test_wrong_input(call, message):
 
 
 def test_the_picture_marks_the_criterion_and_the_radius():
-    found = sharpness.radius_at((0.1, 0.3, 1.0), (0.05, 0.2, 0.4), loss=1.0)
+    found = sharpness.radius_at((0.1, 0.3, 1.0), (0.05, 0.2, 0.4), loss=1.0, share=0.1)
     axes = sharpness.plot_rises(found)
     criterion, radius, rises = axes.lines
     assert set(criterion.get_ydata()) == {0.1}

@@ -104,8 +104,8 @@ def test_the_suggestion_and_its_picture(tmp_path, capsys):
     assert len(rows) == 13
     first, last = ([cell.strip() for cell in rows[i]] for i in (0, -1))
     assert (first, last) == (["0.005", "0.015", "0.75 %"], ["5", "15", "750 %"])
-    assert "Suggested: ρ = 0.067: there the loss rises by 10 % of itself (0.2).\n" in printed
-    assert "For BSAM half of it: ρ = 0.033.\n" in printed
+    assert "Suggested: ρ = 0.027: there the loss rises by 4 % of itself (0.08).\n" in printed
+    assert "For BSAM half of it: ρ = 0.013.\n" in printed
     assert "random" not in printed
     assert printed.endswith(f"Written: {picture}\n")
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -114,8 +114,8 @@ def test_the_suggestion_and_its_picture(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        (steep, "ρ = 0.005: the smallest that was tried, and it raises the loss by more than 10 % of itself"),
-        (flat, "ρ = 5: the largest that was tried, and it raises the loss by less than 10 % of itself"),
+        (steep, "ρ = 0.005: the smallest that was tried, and it raises the loss by more than 4 % of itself"),
+        (flat, "ρ = 5: the largest that was tried, and it raises the loss by less than 4 % of itself"),
     ],
 )
 def test_a_radius_beyond_the_ladder_is_told(tmp_path, capsys, function, said):
@@ -128,7 +128,7 @@ def test_random_numbers_are_told_and_the_picture_has_a_place(tmp_path, monkeypat
     rho("--model", "tiny500", "--batch-size", "2")
     printed = capsys.readouterr().out
     assert "inputs (2, 64)" in printed
-    assert "The batch is random numbers and the network is untrained" in printed
+    assert "The batch is random numbers: this says nothing" in printed
     assert [path.name for path in tmp_path.glob("*/*")] == ["rho.png"]
 
 

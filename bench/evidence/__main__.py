@@ -97,8 +97,8 @@ def lacking(task: str) -> str:
 
 def written_page() -> tuple[list[Found], str]:
     """Return the tasks whose rows are all there, and the page of all rows."""
-    found, unfinished = all_found()
-    return found, page.page(found, unfinished, criterion.judge(found, criterion.written()))
+    (found, unfinished), rises = all_found(), criterion.written()
+    return found, page.page(found, unfinished, criterion.judge(found, rises), rises)
 
 
 def write_page() -> None:

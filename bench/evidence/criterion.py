@@ -74,6 +74,18 @@ def written() -> list[Rises]:
     return [Rises(**json.loads(line)) for line in lines]
 
 
+def untrained(rises: Iterable[Rises], task: str) -> list[Rises]:
+    """Return those of a task's networks before any training."""
+    return [it for it in rises if it.task == task and it.when == "at the beginning"]
+
+
+def radius(rises: Iterable[Rises], kind: Literal["share of the loss", "nats"], value: float) -> float:
+    """Return the radius with that rise, the geometric mean over seeds."""
+    sought = [(it, it.loss if kind == "share of the loss" else 1.0) for it in rises]
+    found = [radius_at(it.radii, it.rises, loss, value).rho for it, loss in sought]
+    return math.exp(fmean(map(math.log, found)))
+
+
 # ---- judged
 
 
@@ -88,12 +100,8 @@ class Case:
     tuned: float
 
     def radius(self, kind: Kind, value: float) -> float:
-        """Return ρ of a criterion, the geometric mean over seeds."""
-        if kind == "one ρ for all":
-            return value
-        losses = [it.loss if kind == "share of the loss" else 1.0 for it in self.rises]
-        found = [radius_at(it.radii, it.rises, loss, value).rho for it, loss in zip(self.rises, losses, strict=True)]
-        return math.exp(fmean(map(math.log, found)))
+        """Return ρ of a criterion."""
+        return value if kind == "one ρ for all" else radius(self.rises, kind, value)
 
     def reached(self, kind: Kind, value: float) -> float:
         """Return the share of the tuned gain that is had at the radius next to the criterion's, of those tested.

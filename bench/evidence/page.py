@@ -10,8 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from bench.evidence import protocol, questions
-from bench.evidence.criterion import Judged
+from bench.evidence import criterion, protocol, questions
+from bench.evidence.criterion import Judged, Rises
 from bench.evidence.protocol import PLANS
 from bench.evidence.questions import Comparison, Order
 from bench.evidence.results import CONFIDENCE, Found, Gain, accuracy, mean
@@ -20,15 +20,19 @@ from bsam_fused.report.training import after
 from bsam_fused.report.training.methods import BASE
 from bsam_fused.report.training.runs import NEAR_CHANCE, Row
 from bsam_fused.report.training.tasks import TASKS
+from bsam_fused.sharpness.radius import SHARE
 
 
-def page(found: Sequence[Found], unfinished: Mapping[str, int], judged: Sequence[Judged]) -> str:
+def page(
+    found: Sequence[Found], unfinished: Mapping[str, int], judged: Sequence[Judged], rises: Sequence[Rises]
+) -> str:
     """Return the whole page.
 
     Args:
         found: tasks whose rows are all there.
         unfinished: other tasks -> how many of their rows there are.
         judged: of radii that are read off the loss's rise.
+        rises: these.
     """
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
@@ -39,6 +43,8 @@ def page(found: Sequence[Found], unfinished: Mapping[str, int], judged: Sequence
         prices=[(it.task, _prices(it)) for it in found if len(PLANS[it.task].longer) > len(protocol.EVERYWHERE)],
         orders=table(["", "methods", *questions.SHARPNESS], map(_orders, found)),
         judged=_judged(judged) if judged else "",
+        share=f"{100 * SHARE:g} %",
+        suggested=_suggested(found, rises),
         tasks=[_task(it) for it in found],
         made=_made(found) if found else "",
         tuning_seeds=" and ".join(map(str, protocol.TUNING_SEEDS)),
@@ -90,6 +96,17 @@ def _judged(judged: Sequence[Judged]) -> str:
         for it in judged
     ]
     return table(["criterion", "read off a network of the base's", "fitted to all", *tasks, "holds"], rows)
+
+
+def _suggested(found: Sequence[Found], rises: Sequence[Rises]) -> str:
+    rows = []
+    for each in found:
+        tuned, measured = each.tuned["SAM"], criterion.untrained(rises, each.task)
+        assert tuned is not None
+        if measured:
+            suggested = criterion.radius(measured, "share of the loss", SHARE)
+            rows.append([each.task, f"{suggested:.2g}", f"{tuned:g}", f"{suggested / tuned:.2g}"])
+    return table(["", "ρ suggested", "ρ tuned for SAM", "suggested over tuned"], rows)
 
 
 def _yes(holds: bool) -> str:

@@ -19,9 +19,10 @@ from bsam_fused.sharpness import Suggestion, loss_rises, plot_rises, radius_at
 from bsam_fused.sharpness.radius import LADDER
 
 RANDOM = (
-    "The batch is random numbers and the network is untrained: this says nothing of real training. Name a network and "
-    "data of yours: --model mymodule:build."
+    "The batch is random numbers: this says nothing of real training. Name a network and data of yours: --model "
+    "mymodule:build."
 )
+BEGIN = "It is where to begin a search, no more, and for a network that is not trained yet: docs/which.md."
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def in_words(suggestion: Suggestion) -> list[str]:
         "smallest": f"the smallest that was tried, and it raises the loss by more than {percent} of itself",
         "largest": f"the largest that was tried, and it raises the loss by less than {percent} of itself",
     }[suggestion.end]
-    return [f"Suggested: ρ = {rho:.2g}: {why}.", bsam(rho), "It is where to begin a search, no more."]
+    return [f"Suggested: ρ = {rho:.2g}: {why}.", bsam(rho), BEGIN]
 
 
 def bsam(rho: float) -> str:
