@@ -133,7 +133,7 @@ bool FlatParams::unmoved(size_t i) const {
   if (p.scalar_type() != dtype_ || p.device() != device_ || p.dim() != e.dim) return false;
   const int64_t* recorded = shapes_.data() + e.shape;
   return std::equal(recorded, recorded + e.dim, p.sizes().begin()) &&
-         std::equal(recorded + e.dim, recorded + 2 * e.dim, p.strides().begin());
+         std::equal(recorded + e.dim, recorded + e.dim + e.dim, p.strides().begin());
 }
 
 // Whether saved can be put back, by torch where the parameter is not as recorded.

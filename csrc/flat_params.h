@@ -42,8 +42,11 @@ inline bool is_history(const std::string& key) { return key == kAverage || key =
 namespace py = pybind11;
 
 // Thrown where a parameter or its gradient cannot be worked with; a function of contract.py finds the words.
-struct BadParameter {
-  enum Why { kRejected, kMemory, kShape } why;
+struct BadParameter : std::exception {
+  enum Why { kRejected, kMemory, kShape };
+  BadParameter(Why reason, size_t i) : why(reason), index(i) {}
+
+  Why why;
   size_t index;
 };
 

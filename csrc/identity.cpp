@@ -2,7 +2,7 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <cstring>
+#include <algorithm>
 #include <stdexcept>
 
 namespace bsam {
@@ -33,9 +33,8 @@ const void* address_of(const c10::TensorImpl* tensor) {
 bool same_items(const py::list& a, const py::list& b) {
   const Py_ssize_t size = PyList_GET_SIZE(a.ptr());
   if (size != PyList_GET_SIZE(b.ptr())) return false;
-  return size == 0 ||
-         std::memcmp(reinterpret_cast<PyListObject*>(a.ptr())->ob_item,
-                     reinterpret_cast<PyListObject*>(b.ptr())->ob_item, size_t(size) * sizeof(PyObject*)) == 0;
+  PyObject** items = reinterpret_cast<PyListObject*>(a.ptr())->ob_item;
+  return std::equal(items, items + size, reinterpret_cast<PyListObject*>(b.ptr())->ob_item);
 }
 
 Seen::Seen(const py::dict& state) : size_(PyDict_Size(state.ptr())) {
