@@ -19,3 +19,12 @@ def test_killed_and_resumed(ranks):
     assert figures.kills == dict.fromkeys(names, 1)
     assert figures.resumes >= len(figures.kills)
     assert figures.trainings >= 1
+
+
+def test_every_case_gets_every_signal(monkeypatch):
+    sent = {}
+    monkeypatch.setattr(kills, "kill", lambda case, ranks, signals, *_: sent.update({(case, ranks): signals}))
+    kills.kill_all(200, 40, random.Random(0))
+    assert len(sent) == len(kills.CASES) * len(kills.RANKS)
+    assert all({*signals} == {*kills.SIGNALS} for signals in sent.values())
+    assert sum(map(len, sent.values())) == 1200

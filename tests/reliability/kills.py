@@ -174,7 +174,7 @@ def kill_all(kills, steps, rng, cases=tuple(CASES)):
     """So many times by each signal, on one rank and again on two, shared by the cases."""
     figures = Figures()
     for ranks in RANKS:
-        signals = [number for _ in range(kills) for number in SIGNALS]
+        signals = [number for number in SIGNALS for _ in range(kills)]  # so that every case gets all
         for i, case in enumerate(cases):
             kill(case, ranks, signals[i :: len(cases)], steps, rng, figures)
             print(f"{case}, {ranks} rank(s): {figures.by_name()}", flush=True)

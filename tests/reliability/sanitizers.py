@@ -19,10 +19,26 @@ from .records import recorded
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "sanitizers"
-OPERATORS = (
-    "against_reference buffers cuda_history cuda_pieces cuda_rules directions golden history layouts master_weights "
-    "native native_arguments no_gradient numbers remembered rounding skips state_from_outside"
-).split()
+OPERATORS = [
+    "against_reference",
+    "buffers",
+    "cuda_history",
+    "cuda_pieces",
+    "cuda_rules",
+    "directions",
+    "golden",
+    "history",
+    "layouts",
+    "master_weights",
+    "native",
+    "native_arguments",
+    "no_gradient",
+    "numbers",
+    "remembered",
+    "rounding",
+    "skips",
+    "state_from_outside",
+]
 """The tests that run native kernels with all that comes with a call."""
 
 
