@@ -124,7 +124,8 @@ class SharpnessAware(ReadsGradients):
 
         Returns:
             ``norm_g``, ‖T g‖, ``norm_g_max`` and BSAM's ``norm_g_min`` of the step's passes, as `norms` has them
-            (of a plain step ‖g‖ alone, where the base is fused); ``rho``, and BSAM's ``rho_min`` as it is in effect;
+            (of a plain step ‖g‖ alone, where the base is fused; of a skipped one those of passes after an inf or NaN
+            may be NaN, too); ``rho``, and BSAM's ``rho_min`` as it is in effect;
             ``lr``; of several param groups ``rho/0``, ``rho/1``, and so on; ``skipped_steps``; and after a step with a
             closure ``loss``, ``loss_max``, ``max_sharpness`` and what else `Sharpness` has.
         """
