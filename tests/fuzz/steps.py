@@ -176,7 +176,9 @@ class Steps(Beside):
         """It stays where its gradient is 0, but for weight decay, of which torch makes NaN, too."""
         at, i = i, self.pick(i)
         decays = any(group["weight_decay"] for group in self.model.base.param_groups)
-        if decays or self.kind == "FriendlySAM" or not self.model.at_rest:  # which moves along what it remembers
+        remembers = self.kind == "FriendlySAM"  # and moves along that
+        lacking = kind == "none" and list(self.mine(trainable=True)) == [i]  # no pass would come to an end
+        if decays or remembers or lacking or not self.model.at_rest:
             return
         self.params[i].data.fill_(math.inf)
         self.model.w[i].data.fill_(math.inf)
