@@ -178,6 +178,23 @@ def test_an_owner_of_the_gradients_storage_has_it_to_himself(backend):
         assert p[0].item() == pytest.approx(-1.0)
 
 
+def test_a_radius_that_is_set_right_after_a_refusal_stays(backend):
+    """A param group that was loaded into the base is completed, and refused; then another is loaded in its place."""
+    p = nn.Parameter(torch.ones(3))
+    opt = SAM([p], torch.optim.SGD, lr=0.1, rho=0.05, backend=backend)
+    saved = torch.optim.SGD([p], lr=0.1).state_dict()
+    opt.base_optimizer.load_state_dict(saved)
+    opt.param_groups[0]["rho"] = -1.0
+    p.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="rho"):
+        opt.ascend()
+    opt.param_groups[0]["rho"] = 0.3
+    opt.base_optimizer.load_state_dict(saved)
+    opt.ascend()
+    torch.testing.assert_close(p.detach(), torch.full((3,), 1 + 0.3 / 3**0.5))
+    assert opt.param_groups[0]["rho"] == 0.3
+
+
 def test_masters_that_torch_has_cast_are_refused(backend):
     opt = SAM(
         [parameter().bfloat16().detach().requires_grad_()], lr=0.1, momentum=0.9, master_weights=True, backend=backend

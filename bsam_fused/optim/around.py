@@ -28,6 +28,8 @@ class Around(torch.optim.Optimizer):
     _flats: Flats
     _known: list[dict[str, Any]]
     """The param groups that were checked, and have all options."""
+    _completed: list[dict[str, Any]]
+    """Those that have all options, checked or not: what is loaded in their place keeps of them what it lacks."""
     _read: OptionsRead
 
     def _hear_of_unscaling(self) -> None:
@@ -110,11 +112,13 @@ class Around(torch.optim.Optimizer):
         if same_items(self._groups, self._known):
             return
         for i, group in enumerate(self._groups):
-            before = self._known[i] if i < len(self._known) else {}
+            before = self._completed[i] if i < len(self._completed) else {}
             self._rename(group)
             kept = {**self.defaults, **{option: before[option] for option in self._kept_options & before.keys()}}
             for option, value in kept.items():
                 group.setdefault(option, value)
+        self._completed = list(self._groups)
+        for i, group in enumerate(self._groups):
             self._check_options(group, i)
         count = self._groups[0]["rounded_steps"]
         if count is not None:  # a state dict of ours

@@ -69,7 +69,7 @@ class SharpnessAware(ReadsGradients):
             groups.check_model(self.model, self._parameters())
             distributed.refuse_fsdp1(self.model)
         ours = {self._key(option): value for option, value in options.items()}
-        self._known, self._read = [], OptionsRead()
+        self._known, self._completed, self._read = [], [], OptionsRead()
         owned = base.param_groups, base.state
         try:
             super().__init__(base.param_groups, {**base.defaults, **ours, **groups.SAVED})

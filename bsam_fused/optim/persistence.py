@@ -107,7 +107,8 @@ class Persistent(Around):
             kind, base = state.pop("base")
             self.base_optimizer = kind.__new__(kind)
             self.base_optimizer.__setstate__(base)
-            self._known, self._read = list(self.base_optimizer.param_groups), OptionsRead()
+            self._known = self._completed = list(self.base_optimizer.param_groups)
+            self._read = OptionsRead()
             super().__setstate__(state)
         else:
             if self._flats.masters:
