@@ -19,7 +19,7 @@ def module():
     build = ROOT / "build" / "host_cuda"
     build.mkdir(parents=True, exist_ok=True)
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja's
-    sources = [path for path in compiling.units(build, with_cuda=True) if path.suffix == ".cpp"]
+    sources = [path for path in compiling.sources(with_cuda=True) if path.suffix == ".cpp"]
     return cpp_extension.load(
         "bsam_fused_host_cuda",
         [*map(str, sources), str(ROOT / "tests" / "shim" / "cuda.cpp")],

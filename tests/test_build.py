@@ -266,24 +266,23 @@ def test_the_usual_places_are_tried(tmp_path, monkeypatch):
     assert found.index(conda) < found.index(pip)
 
 
+def reads_torch(path):
+    """Whether a file includes one of torch's headers, or one of ours that does."""
+    included = re.findall(r'^#include [<"](.+)[>"]', path.read_text(), re.MULTILINE)
+    ours = [path.parent / name for name in included if (path.parent / name).exists()]
+    return any(re.match("(ATen|c10|torch|pybind11)/", name) for name in included) or any(map(reads_torch, ours))
+
+
 def test_each_kind_of_build_has_its_sources():
+    """Every file is compiled, by itself or as a part of the only one that reads torch's headers."""
     cpu, cuda = ({path.name for path in compiling.sources(with_cuda)} for with_cuda in (False, True))
-    assert cuda == {path.name for path in (ROOT / "csrc").iterdir() if path.suffix in {".cpp", ".cu"}}
-    assert cuda - cpu == {"cuda.cu", "cuda_flat_params.cpp"}
-
-
-@pytest.mark.parametrize("with_cuda", [False, True])
-def test_what_reads_torchs_headers_is_compiled_as_one(tmp_path, with_cuda):
-    """And every source is compiled once; the file stays while its text is right, as ninja looks at its time."""
-    together, *others = compiling.units(tmp_path, with_cuda)
-    included = re.findall(r'#include "(.+)"', together.read_text())
-    assert sorted([*included, *map(str, others)]) == sorted(map(str, compiling.sources(with_cuda)))
-    assert {Path(path).name for path in included} >= {"bindings.cpp", "flat_params.cpp", "identity.cpp"}
-    assert "cpu_avx2.cpp" in {path.name for path in others}
-    as_written = together.stat()
-    assert compiling.units(tmp_path, with_cuda)[0].stat().st_ino == as_written.st_ino
-    together.write_text(together.read_text()[:20])
-    assert compiling.units(tmp_path, with_cuda)[0].read_text().count("#include") == len(included)
+    assert cuda - cpu == {"cuda.cu"}
+    files = [path for path in (ROOT / "csrc").iterdir() if path.suffix in {".cpp", ".cu"}]
+    of_cpu, of_cuda = (ROOT / "csrc" / "with_torch.cpp").read_text().split("#ifdef BSAM_FUSED_CUDA")
+    parts, more = (re.findall(r'#include "(.+)"', text) for text in (of_cpu, of_cuda))
+    assert more == ["cuda_flat_params.cpp"]
+    assert sorted([*parts, *more, *cuda]) == sorted(path.name for path in files)
+    assert sorted(path.name for path in files if reads_torch(path)) == sorted([*parts, *more, "with_torch.cpp"])
 
 
 @pytest.mark.parametrize(

@@ -87,11 +87,11 @@ def loaded_from():
 # ---- built, and found
 
 
-def test_what_is_built_is_found(compiler, cache, capsys, tmp_path):
+def test_what_is_built_is_found(compiler, cache, capsys):
     assert "is not built; run: bsam-fused build" in reason()
     assert build("--cpu") == 0
     out = capsys.readouterr().out
-    files = len(compiling.units(tmp_path, with_cuda=False))
+    files = len(compiling.sources(with_cuda=False))
     assert [f"{n}/{files}" for n in range(1, files + 1)] == [line.split()[0] for line in out.splitlines()[1:-1]]
     assert out.splitlines()[-1].endswith(f"s: {cache / places.file_name(torch.__version__)}")
     assert loaded_from() == cache

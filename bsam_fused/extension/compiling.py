@@ -19,7 +19,8 @@ from bsam_fused.extension.obstacles import ask_nvcc, compiler, compiler_itself, 
 
 GIB_A_JOB = 2.0
 """What compiling one file against torch's headers takes at the most; cuda.cu takes less."""
-TORCHS_HEADERS = re.compile(r"^#include <(ATen|c10|torch|pybind11)/", re.MULTILINE)
+WITH_TORCH = "with_torch.cpp"
+"""The one file that reads torch's headers, which takes longer than to compile what comes after them."""
 ARCHITECTURES_VARIABLE = "TORCH_CUDA_ARCH_LIST"
 
 
@@ -40,28 +41,11 @@ class Cuda:
 
 
 def sources(with_cuda: bool) -> list[Path]:
-    """Return the files to compile: those named cuda* only with CUDA, whose headers they include."""
-    files = [path for path in places.sources_folder().iterdir() if path.suffix in {".cpp", ".cu"}]
+    """Return the files to compile: those named cuda* only with CUDA, and none that is a part of `WITH_TORCH`."""
+    folder = places.sources_folder()
+    parts = re.findall(r'^#include "(.+\.cpp)"', (folder / WITH_TORCH).read_text(encoding="utf-8"), re.MULTILINE)
+    files = [path for path in folder.iterdir() if path.suffix in {".cpp", ".cu"} and path.name not in parts]
     return sorted(path for path in files if with_cuda or not path.name.startswith("cuda"))
-
-
-def units(folder: Path, with_cuda: bool) -> list[Path]:
-    """Return what is compiled by itself: the sources, but those that include torch's headers as one file.
-
-    To read these headers takes 15 seconds, several times as long as to compile what follows them.
-
-    Args:
-        folder: where that file is written, whole, unless it is there.
-        with_cuda: as `sources` has it.
-    """
-    each = sources(with_cuda)
-    torchs = [path for path in each if TORCHS_HEADERS.search(path.read_text(encoding="utf-8"))]
-    together, text = folder / "with_torch.cpp", "".join(f'#include "{path}"\n' for path in torchs)
-    if not together.exists() or together.read_text(encoding="utf-8") != text:
-        draft = folder / f"with_torch.{os.getpid()}"
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(together)
-    return [together, *(path for path in each if path not in torchs)]
 
 
 def architectures(toolkit: Path) -> list[str]:
@@ -215,8 +199,8 @@ def build(library: Path, objects: Path, cuda: Cuda | None, tell: Callable[[str],
 
 
 def _commands(objects: Path, cuda: Cuda | None) -> dict[Path, list[str]]:
-    """Return the command of each file, those that take longest first."""
-    longest_first = sorted(units(objects, cuda is not None), key=lambda path: path.suffix != ".cu")
+    """Return the command of each source, those that take longest first."""
+    longest_first = sorted(sources(cuda is not None), key=lambda path: (path.suffix != ".cu", path.name != WITH_TORCH))
     return {
         source: nvcc_command(source, _compiled(objects, source), cuda)
         if cuda and source.suffix == ".cu"
