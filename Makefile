@@ -95,7 +95,7 @@ fuzz: $(READY)
 fuzz-self-test: $(READY)
 	$(BIN)/python -m tests.fuzz.self_test
 
-# Each leaves a record in bench/results/reliability, and prints the seed by which it can be repeated.
+# Each leaves a record in bench/results/reliability; those that draw print the seed by which they can be repeated.
 kills: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.kills
 

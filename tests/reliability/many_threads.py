@@ -4,7 +4,8 @@ python -m tests.reliability.many_threads
 """
 
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,11 +41,8 @@ def main():
     torch.set_num_threads(THREADS)
     for member in MEMBERS:
         for base in BASES:
-            models = [threading.Thread(target=train, args=(member, base, d)) for d in (torch.float32, torch.bfloat16)]
-            for thread in models:
-                thread.start()
-            for thread in models:
-                thread.join()
+            with ThreadPoolExecutor(2) as pool:
+                [*pool.map(partial(train, member, base), (torch.float32, torch.bfloat16))]
             print(member, base, flush=True)
     return 0
 

@@ -40,10 +40,9 @@ def last(record):
     machine, hours = record["machine"], record["seconds"] / 3600
     took = f"{hours:.1f} hours" if hours >= 1 else f"{record['seconds'] / 60:.0f} minutes"
     where = f"{machine['cpu']}, Python {machine['python']}, torch {machine['torch']}"
-    commit = machine["git_commit"]
-    return (
-        f"`{record['command']}`, {record['date'][:10]}, commit {commit[:8] if commit else 'unknown'}, {took} ({where})"
-    )
+    commit, _, changed = (machine["git_commit"] or "unknown").partition("-")
+    source = f"commit {commit[:8]}{' and changes' if changed else ''}"
+    return f"`{record['command']}`, {record['date'][:10]}, {source}, {took} ({where})"
 
 
 def counts(name, numbers):

@@ -40,8 +40,9 @@ def recorded(check: str, folder: Path = FOLDER) -> Iterator[Record]:
         check: its name, and its file's: `CHECK.json`.
         folder: where to.
     """
-    module = sys.modules["__main__"].__spec__.name.removesuffix(".__main__")
-    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
+    spec = sys.modules["__main__"].__spec__
+    program = ["-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
+    command = shlex.join(["python", *program, *sys.argv[1:]])
     date, begin = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.monotonic()
     record = Record(check, command, date, asdict(this_machine()))
     yield record

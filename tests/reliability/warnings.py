@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bsam_fused.extension import compiling
+from bsam_fused.extension import compiling, places
 
 from .records import recorded
 
@@ -24,13 +24,17 @@ def warned(source, folder):
     compiled = folder / "compiled.o"
     command = compiling.cxx_command(source, compiled, None)
     # Without OpenMP, whose headers are gcc's own.
-    flags = [word for word in command[1:-4] if word != "-fopenmp" and not word.startswith("-ffile-prefix-map")]
+    flags = [
+        word
+        for word in command[len(compiling.compiler()) : -4]
+        if word != "-fopenmp" and not word.startswith("-ffile-prefix-map")
+    ]
     tidy = [TIDY, "--quiet", f"--config-file={ROOT / '.clang-tidy'}", str(source), "--", *flags, *SHIM]
     said = [
         subprocess.run(each, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for each in ([*command, *SHIM, *WARNINGS], tidy)
     ]
-    return "".join(it.stdout for it in said if it.returncode)
+    return "".join(f"{it.stdout}{it.args[0]} ended with {it.returncode}" for it in said if it.returncode)
 
 
 def version(command):
@@ -41,12 +45,11 @@ def version(command):
 def find():
     """Return what looked at how many files; ends where there is a warning."""
     with TemporaryDirectory() as name:
-        units = [path for path in compiling.units(Path(name), with_cuda=True) if path.suffix == ".cpp"]
-        for unit in units:
-            if words := warned(unit, Path(name)):
+        for source in (path for path in compiling.sources(with_cuda=True) if path.suffix == ".cpp"):
+            if words := warned(source, Path(name)):
                 raise SystemExit(words)
-            print(f"{unit.name}: no warning", flush=True)
-    files = sum(path.suffix == ".cpp" for path in compiling.sources(with_cuda=True))
+            print(f"{source.name}: no warning", flush=True)
+    files = len([*places.sources_folder().glob("*.cpp")])
     tidy = next(line.strip() for line in version([TIDY]) if "version" in line)
     return {"files": files, "compiler": version(compiling.compiler())[0], "tidy": f"clang-tidy, {tidy}"}
 
