@@ -22,7 +22,7 @@ RANDOM = (
     "The batch is random numbers: this says nothing of real training. Name a network and data of yours: --model "
     "mymodule:build."
 )
-BEGIN = "It is where to begin a search, no more, and for a network that is not trained yet: docs/which.md."
+BEGIN = "It is where to begin a search, no more, and for a network that is not trained yet."
 
 
 @dataclass(frozen=True)

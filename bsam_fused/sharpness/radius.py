@@ -123,7 +123,7 @@ def suggest_radius(
     was, bit for bit.
 
     Args:
-        model: as `loss_rises` has it, before it is trained: ``share`` was judged there, and holds for no trained one.
+        model: as `loss_rises` has it, before it is trained: ``share`` was fitted there, and holds for no trained one.
         loss_fn: as `loss_rises` has it.
         loader: as `loss_rises` has it, its batches as large as in training: a smaller one's loss rises faster.
         radii: as `loss_rises` has it.
