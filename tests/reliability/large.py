@@ -1,6 +1,7 @@
 """Many tensors, whose steps are right, and large ones, whose steps take the memory that docs/design.md says."""
 
 import time
+from functools import partial
 
 import torch
 from torch import nn
@@ -51,14 +52,17 @@ def train_layers(layers, method, width, steps):
     """Train a bfloat16 model; return the seconds that each step took."""
     torch.manual_seed(1)
     weights = [nn.Linear(width, width, bias=False, dtype=torch.bfloat16) for _ in range(layers)]
+    with torch.no_grad():
+        for layer in weights:
+            layer.weight.mul_(3**0.5)  # what goes through keeps its length, and gradients do, however many layers
     model, x = nn.Sequential(*weights), torch.randn(2, width, dtype=torch.bfloat16)
-    kinds = {"SGD": lambda params: torch.optim.SGD(params, lr=LR), "SAM": lambda params: SAM(params, lr=LR, rho=RHO)}
-    optimizer = kinds[method](model.parameters())
+    kinds = {"SGD": torch.optim.SGD, "SAM": partial(SAM, rho=RHO)}
+    optimizer = kinds[method](model.parameters(), lr=1e-3)
     first, seconds = model[0].weight.detach()[:8, :8].clone(), []
 
     def closure():
         optimizer.zero_grad()
-        loss = model(x).float().square().mean()
+        loss = model(x).float().square().sum()
         loss.backward()
         return loss
 
