@@ -127,7 +127,8 @@ class Gradients:
         return p.detach()
 
     def _of_state(self, g, p, i, optimizer):
-        entry = optimizer.state.get(p, {})
+        """Not in Adam's count of steps, which torch's own Adam counts up before it reads gradients."""
+        entry = {key: value for key, value in optimizer.state.get(p, {}).items() if key != "step"}
         return next((v for v in entry.values() if torch.is_tensor(v) and _fits(v, p)), self._own(g, p, i, optimizer))
 
     def _bucket(self, g, p, i, optimizer):
