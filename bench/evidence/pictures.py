@@ -34,7 +34,7 @@ def write(found: Sequence[Found], page: str, folder: Path) -> None:
     if not found:
         return
     pictures: list[tuple[str, Callable[[Axes], None], tuple[float, float]]] = [
-        ("results_gains.png", lambda axes: _gains(axes, found), (8, 1.2 + 0.8 * len(found))),
+        ("results_gains.png", lambda axes: _gains(axes, found), (8, 1.2 + 0.55 * len(found))),
         *[("results_prices.png", lambda axes: _prices(axes, wide[0]), (8, 5)) for _ in wide[:1]],
     ]
     for name, draw, size in pictures:
