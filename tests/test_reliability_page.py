@@ -24,6 +24,7 @@ FIGURES = {
         ],
     },
     "load": {
+        "seed": 1,
         "steps, SAM": {
             **{"steps": 50000, "bytes_a_step": 0.25, "bound_bytes_a_step": 16, "tensors_more": 0, "objects_more": 0},
         },

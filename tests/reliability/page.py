@@ -87,7 +87,7 @@ def ranks(rows):
 
 def load(figures, *wanted):
     """Return a table of parts of a run under load: those that have these figures."""
-    parts = {name: it for name, it in figures.items() if set(wanted) <= set(it)}
+    parts = {name: it for name, it in figures.items() if isinstance(it, dict) and set(wanted) <= set(it)}
     rows = [[name, *(f"{it[key]:,}" for key in wanted)] for name, it in parts.items()]
     return table(["", *(key.replace("_", " ") for key in wanted)], rows)
 
