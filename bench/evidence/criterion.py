@@ -74,9 +74,9 @@ def written() -> list[Rises]:
     return [Rises(**json.loads(line)) for line in lines]
 
 
-def untrained(rises: Iterable[Rises], task: str) -> list[Rises]:
-    """Return those of a task's networks before any training."""
-    return [it for it in rises if it.task == task and it.when == "at the beginning"]
+def of(task: str, when: When, rises: Iterable[Rises]) -> list[Rises]:
+    """Return those of a task's networks at a time of training, one a seed."""
+    return [it for it in rises if (it.task, it.when) == (task, when)]
 
 
 def radius(rises: Iterable[Rises], kind: Literal["share of the loss", "nats"], value: float) -> float:
@@ -130,12 +130,11 @@ class Judged:
         return sum(share < 0.5 for share in self.reached.values()) <= 1
 
 
-def cases(found: Sequence[Found], rises: Iterable[Rises], when: When) -> list[Case]:
+def cases(found: Sequence[Found], rises: Sequence[Rises], when: When) -> list[Case]:
     """Return the tasks on which SAM's gain, at the radius that was tuned, exceeds twice its standard error."""
-    there = [it for it in rises if it.when == when]
     result = []
     for each in found:
-        of_task = [it for it in there if it.task == each.task]
+        of_task = of(each.task, when, rises)
         gain = each.gain("SAM", BASE)
         if of_task and gain.value > 2 * gain.error:
             base = each.mean(BASE).value

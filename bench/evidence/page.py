@@ -101,7 +101,7 @@ def _judged(judged: Sequence[Judged]) -> str:
 def _suggested(found: Sequence[Found], rises: Sequence[Rises]) -> str:
     rows = []
     for each in found:
-        tuned, measured = each.tuned["SAM"], criterion.untrained(rises, each.task)
+        tuned, measured = each.tuned["SAM"], criterion.of(each.task, "at the beginning", rises)
         assert tuned is not None
         if measured:
             suggested = criterion.radius(measured, "share of the loss", SHARE)
