@@ -195,6 +195,20 @@ def test_a_radius_that_is_set_right_after_a_refusal_stays(backend):
     assert opt.param_groups[0]["rho"] == 0.3
 
 
+def test_options_of_what_was_loaded_into_the_base_are_there_for_who_asks_first(backend):
+    """Read and set between two such loads, with no step in between: of the second, too, the group keeps its radius."""
+    p = nn.Parameter(torch.ones(3))
+    opt = SAM([p], torch.optim.SGD, lr=0.1, rho=0.05, backend=backend)
+    saved = torch.optim.SGD([p], lr=0.1).state_dict()
+    opt.base_optimizer.load_state_dict(saved)
+    assert opt.param_groups[0]["rho"] == 0.05
+    opt.param_groups[0]["rho"] = 0.3
+    opt.base_optimizer.load_state_dict(saved)
+    p.grad = torch.ones(3)
+    opt.ascend()
+    torch.testing.assert_close(p.detach(), torch.full((3,), 1 + 0.3 / 3**0.5))
+
+
 def test_masters_that_torch_has_cast_are_refused(backend):
     opt = SAM(
         [parameter().bfloat16().detach().requires_grad_()], lr=0.1, momentum=0.9, master_weights=True, backend=backend

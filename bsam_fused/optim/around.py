@@ -61,6 +61,7 @@ class Around(torch.optim.Optimizer):
         """The base optimizer's own param groups, with the sharpness-aware options in them."""
         if scaling.is_unscaling(sys._getframe(1)):
             self._hear_of_unscaling()
+        self._complete()
         return self._groups
 
     @param_groups.setter
@@ -103,13 +104,9 @@ class Around(torch.optim.Optimizer):
             self._groups.pop()
             raise
 
-    def _notice(self) -> None:
-        """Give param groups that others added or loaded into the base optimizer the options that they lack.
-
-        Raises:
-            ValueError: an option that cannot be used.
-        """
-        if same_items(self._groups, self._known):
+    def _complete(self) -> None:
+        """Give param groups that others added or loaded into the base optimizer the options that they lack."""
+        if same_items(self._groups, self._completed):
             return
         for i, group in enumerate(self._groups):
             before = self._completed[i] if i < len(self._completed) else {}
@@ -118,6 +115,16 @@ class Around(torch.optim.Optimizer):
             for option, value in kept.items():
                 group.setdefault(option, value)
         self._completed = list(self._groups)
+
+    def _notice(self) -> None:
+        """Complete and check param groups that others added or loaded into the base optimizer.
+
+        Raises:
+            ValueError: an option that cannot be used.
+        """
+        if same_items(self._groups, self._known):
+            return
+        self._complete()
         for i, group in enumerate(self._groups):
             self._check_options(group, i)
         count = self._groups[0]["rounded_steps"]
