@@ -233,6 +233,23 @@ def test_untouched_while_inactive(backend, member, base, options):
     assert_alike(remembered(member, opt, params), member.memory.remembered(passes, options_of(opt, params), history))
 
 
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@FUSED_OR_NOT
+def test_an_edit_before_an_inactive_step_counts_after_it(backend, base, options, max_grad_norm):
+    """v that a user deletes is gone: that step, which has no use for it, does not bring it back."""
+    p = nn.Parameter(torch.tensor([0.5, -1.0, 2.0]))
+    opt = LookSAM([p], base, k=4, alpha=0.6, max_grad_norm=max_grad_norm, backend=backend, **options)
+    walk(opt, [p], [torch.tensor([1.0, 2.0, 3.0])], [torch.tensor([-4.0, 2.0, 1.0])])
+    del opt.state[p]["orthogonal_gradient"]
+    opt.active = False
+    walk(opt, [p], [torch.tensor([1.0, 1.0, 1.0])])
+    plain = copy.deepcopy(opt)
+    opt.active = True
+    for optimizer in (opt, plain):  # the one's v is zeros now
+        walk(optimizer, optimizer.param_groups[0]["params"], [torch.tensor([3.0, -2.0, 1.0])])
+    assert torch.equal(p, plain.param_groups[0]["params"][0])
+
+
 def test_alpha_that_differs_cannot_be_clipped(backend):
     """‖d‖ of the steps between is of one α; nothing is written, and without the limit the step is made."""
     params = parameters()

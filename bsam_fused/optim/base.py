@@ -298,7 +298,7 @@ class SharpnessAware(ReadsGradients):
             if rule:
                 self._flats.update(rule, self.state, scalars, totals, True, max_norm)
             else:
-                made = self._flats.general_update(totals, True, max_norm, self.base_optimizer.step)
+                made = self._flats.general_update(self.state, totals, True, max_norm, self.base_optimizer.step)
             if self._moves_nothing():  # so does torch.distributed.checkpoint, whenever it finds no state
                 self._flats.draw_again()
                 self._flats.keep_history()
@@ -415,7 +415,8 @@ class SharpnessAware(ReadsGradients):
 
     def _general_update(self, totals: Sequence[Tensor], max_norm: float) -> bool:
         try:
-            return self._flats.general_update(totals, self._from_saved, max_norm, self.base_optimizer.step)
+            base_step = self.base_optimizer.step
+            return self._flats.general_update(self.state, totals, self._from_saved, max_norm, base_step)
         except BaseException:
             self.restore()
             raise

@@ -419,8 +419,13 @@ class Flats:
         for _, update in self._updates:
             update()
 
-    def general_update(self, totals: Sequence[Tensor], from_saved: bool, max_norm: float, base_step: Any) -> bool:
+    def general_update(
+        self, state: State, totals: Sequence[Tensor], from_saved: bool, max_norm: float, base_step: Any
+    ) -> bool:
         """Leave the update to the base optimizer: d in .grad, the weights at w, then its own step, then the history.
+
+        The history stays in the flat buffers where ``state`` shows it: what the base changes is no edit, but what others
+        have changed before is one, which a step without a history has not looked at.
 
         Returns:
             Whether it was made, or else skipped.
@@ -432,7 +437,7 @@ class Flats:
                 for count in (flat.skipped, flat.step_count):
                     count.add_(1)
             return False
-        if self._history is None or self._state.kept is None:
+        if self._history is None or not self._state.shows(state):
             self.hand_over()
         calls: list[Callable[[], Any]] = [call for flat in self for call in flat.remembering()]
         calls += [partial(flat.step_count.add_, 1) for flat in self]
