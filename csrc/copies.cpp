@@ -54,10 +54,10 @@ void copy_all(const pybind11::list& to, const pybind11::list& from) {
     const at::Tensor &a = tensor_of(PyList_GET_ITEM(to.ptr(), i)), &b = tensor_of(PyList_GET_ITEM(from.ptr(), i));
     if (!in_storage(a, false) || !in_storage(b, false))
       throw std::runtime_error("copy_all: a tensor's memory was freed or shrunk");
-    if (alike(a, b) && is_bytes(a) && is_bytes(b))
-      std::memcpy(a.mutable_data_ptr(), b.const_data_ptr(), a.nbytes());
-    else
+    if (!(alike(a, b) && is_bytes(a) && is_bytes(b)))
       a.copy_(b);
+    else if (const size_t bytes = a.nbytes())  // memcpy takes no null pointers, not even of nothing
+      std::memcpy(a.mutable_data_ptr(), b.const_data_ptr(), bytes);
   }
 }
 
