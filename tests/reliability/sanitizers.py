@@ -48,6 +48,7 @@ class Sanitizer(NamedTuple):
     runtime: str
     """The library that a Python without it has to load first."""
     options: dict[str, str]
+    """Its environment; {tree} is the copy, where `found` looks for reports: tests go elsewhere."""
     commands: list[list[str]]
 
 
@@ -56,7 +57,10 @@ SANITIZERS = {
         "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1",
         "libasan.so",
         # Python and torch let go of nothing as they end; what grows is load.py's to find.
-        {"ASAN_OPTIONS": "detect_leaks=0:log_path=report", "UBSAN_OPTIONS": "print_stacktrace=1:log_path=report"},
+        {
+            "ASAN_OPTIONS": "detect_leaks=0:log_path={tree}/report",
+            "UBSAN_OPTIONS": "print_stacktrace=1:log_path={tree}/report",
+        },
         [
             [
                 *("pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.reliability.native_only"),
@@ -111,10 +115,12 @@ def compiler(tree, flags):
 def run(name):
     """Build and run under a sanitizer; return how many tests passed. Anything that is found ends it."""
     sanitizer, tree = SANITIZERS[name], copied(name)
-    preloaded = [library(sanitizer.runtime), *([fork_join(tree)] if name == "thread" else [])]
+    # Beside the sanitizer's own what throws in C++: it is to find that when it begins.
+    preloaded = [library(sanitizer.runtime), library("libstdc++.so.6")]
+    preloaded += [fork_join(tree)] if name == "thread" else []
     environment = {
         **os.environ,
-        **sanitizer.options,
+        **{option: value.format(tree=tree) for option, value in sanitizer.options.items()},
         "CXX": compiler(tree, sanitizer.flags),
         "BSAM_FUSED_BUILD": "cpu",
         "TORCH_DONT_CHECK_COMPILER_ABI": "1",
