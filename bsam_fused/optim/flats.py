@@ -424,8 +424,8 @@ class Flats:
     ) -> bool:
         """Leave the update to the base optimizer: d in .grad, the weights at w, then its own step, then the history.
 
-        The history stays in the flat buffers where ``state`` shows it: what the base changes is no edit, but what others
-        have changed before is one, which a step without a history has not looked at.
+        The history stays in the flat buffers where ``state`` shows it: what the base changes is no edit, but what
+        others have changed before is one, which a step without a history has not looked at.
 
         Returns:
             Whether it was made, or else skipped.
