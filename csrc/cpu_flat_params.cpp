@@ -186,7 +186,7 @@ std::vector<std::array<Mix, 2>> CpuFlatParams::group_mixes(const std::vector<Gro
   const Direction by = direction(max_norm);
   const double factor = by.factor(sums);
   std::vector<std::array<Mix, 2>> result;
-  for (size_t i : c10::irange(groups.size())) {
+  for (size_t i : c10::irange(size_t(groups_))) {  // of more there need be no number
     const double number = numbers_.empty() ? 0 : RuleGroup::from(numbers_[i].data()).number;
     const double signed_factor = groups[i].maximize ? -factor : factor;
     result.push_back({signed_factor * by.of(sums, number, false), signed_factor * by.of(sums, number, true)});

@@ -180,6 +180,7 @@ class FlatParams : public Built {
   int64_t itemsize_;
   FlatIndex index_;
   std::vector<Entry> entries_;
+  int64_t groups_ = 0;          // that options are needed of: one more than the last that a parameter is in
   std::vector<uint32_t> keys_;  // tensor_key of each parameter; none without stochastic rounding
   at::Tensor sums_, steps_, skipped_, step_count_;
   // How this step's direction is mixed, and whether its sums are there.
@@ -263,7 +264,6 @@ class FlatParams : public Built {
   std::map<std::string, at::Tensor> buffers_;  // "saved", "direction", and the base optimizer's state
   std::vector<const c10::StorageImpl*> ours_;  // sorted, while gradients are read: storages that a phase may write
   c10::DeleterFnPtr deleter_;                  // of memory that torch allocated
-  int64_t groups_ = 0;
   Phase phase_ = Phase::kRest;
   bool read_ = false;     // gradients were, since the last phase
   bool updated_ = false;  // the gradients read last are in the weights, or were given up

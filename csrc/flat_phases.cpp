@@ -103,7 +103,7 @@ void FlatParams::check_mixing(const Mixing& mixing) const {
   const auto& [rule, numbers] = mixing;
   if (rule < 0 || rule > int64_t(Rule::friendly))
     throw std::invalid_argument("FlatParams: no such rule of a direction");
-  if (Rule(rule) != Rule::last_alone) check_groups(numbers.size());
+  if (Rule(rule) != Rule::last_alone || !numbers.empty()) check_groups(numbers.size());
 }
 
 // ---- phases
