@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from hostile import (
+    ALONE,
     CASES,
     FRIENDLY,
     KEPT,
@@ -59,11 +60,11 @@ def mixing(wrong):
     Step("read").flat.ascend(torch.zeros(8, dtype=torch.float64), RADII, 1e-12, wrong)
 
 
-@case
-def mixing_for_too_few_groups():
+@cases("mixing for too few groups", gsam=GSAM, of_no_use=(ALONE[0], GSAM[1]))
+def mixing_for_too_few_groups(wrong):
     flat = MODULE.CpuFlatParams([torch.zeros(3), torch.zeros(3)], [(0, 0), (1, 0)], None, False)
     flat.read_gradients()
-    flat.ascend(flat.sums, RADII * 2, 1e-12, GSAM)
+    flat.ascend(flat.sums, RADII * 2, 1e-12, wrong)
 
 
 @cases("a descent after the ascent of", gsam=GSAM, extrapolated_bsam=EXTRAPOLATED)
