@@ -6,9 +6,11 @@ import sys
 import time
 from itertools import count
 
+import torch
 from hypothesis import Phase, Verbosity, settings
 
 import bsam_fused
+from bsam_fused.ops.dispatch import choose
 
 from .machine import LONG, batch
 from .tally import DRIVEN
@@ -35,6 +37,7 @@ def main():
     parser.add_argument("--sequences", type=int, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     arguments = parser.parse_args()
+    choose("cpp", torch.device("cpu"))  # raises now where it is missing: that is no finding
     begin, said = time.monotonic(), None
     for seed in count(1):
         said = failure(seed)
