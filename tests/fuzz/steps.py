@@ -64,6 +64,15 @@ class Steps(Beside):
                 self._assert_told(self.model.skipped > before)
             self.agrees()
 
+    @rule(seed=SEEDS)
+    def step_while_inactive(self, seed):
+        """One in between, as a late phase and a schedule of every k-th step make many."""
+        if self.model.at_rest:
+            active = self.model.active
+            self.set_active(False)
+            self.whole_step(seed, repeat({}))
+            self.set_active(active)
+
     def whole_step(self, seed, odd):
         self.go_on(seed, next(odd, {}))
         while not self.model.at_rest and not self.disturbed:
@@ -267,6 +276,6 @@ class Steps(Beside):
             k %= len(self.optimizer.param_groups)
             group, before = self.optimizer.param_groups[k], self.model.base.param_groups[k]["rho"]
             group["rho"] = rho
-            self.model.decide(self.read())
             self.expect(self.optimizer.ascend, refused=True)
             group["rho"] = before
+            self.passes()  # decided or not before it was refused: anew
