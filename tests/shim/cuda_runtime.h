@@ -9,6 +9,9 @@
 
 #include <setjmp.h>
 #include <ucontext.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -56,6 +59,7 @@ struct Thread {
   double given = 0, got = 0;  // by a shuffle
   unsigned offset = 0;
   bool started = false;
+  void* fake = nullptr;  // AddressSanitizer's own part of the stack, while others run
   ucontext_t context;
   jmp_buf at;
   std::unique_ptr<char[]> stack{new char[kStack]};
@@ -101,16 +105,32 @@ class Block {
  private:
   static void enter() {
     Block& block = current();
+    block.arrive(nullptr, &block.bottom_, &block.size_);
     (*block.body_)();
     block.running_->waits = Waits::done;
+    block.depart(nullptr, block.bottom_, block.size_);
     _longjmp(block.scheduler_, 1);
+  }
+
+  // AddressSanitizer is told of every change of stacks: it would take frames of the one for holes in the other.
+  static void depart([[maybe_unused]] void** fake, [[maybe_unused]] const void* to, [[maybe_unused]] size_t size) {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(fake, to, size);
+#endif
+  }
+  static void arrive([[maybe_unused]] void* fake, [[maybe_unused]] const void** from = nullptr,
+                     [[maybe_unused]] size_t* size = nullptr) {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(fake, from, size);
+#endif
   }
 
   // The first entry goes through the context, the others by jumps, which ask nothing of the kernel.
   void resume(Thread& thread) {
     running_ = &thread;
     threadIdx = thread.index;
-    if (_setjmp(scheduler_)) return;
+    depart(&fake_, thread.stack.get(), kStack);
+    if (_setjmp(scheduler_)) return arrive(fake_);
     if (thread.started) _longjmp(thread.at, 1);
     thread.started = true;
     getcontext(&thread.context);
@@ -122,7 +142,9 @@ class Block {
   }
 
   void leave() {
+    depart(&running_->fake, bottom_, size_);
     if (!_setjmp(running_->at)) _longjmp(scheduler_, 1);
+    arrive(running_->fake, &bottom_, &size_);
   }
 
   // Lets those go on whose wait is over. False once all are done.
@@ -152,6 +174,9 @@ class Block {
   const std::function<void()>* body_ = nullptr;
   Thread* running_ = nullptr;
   jmp_buf scheduler_;
+  const void* bottom_ = nullptr;  // of the scheduler's stack, and its size: where AddressSanitizer asks
+  size_t size_ = 0;
+  void* fake_ = nullptr;
   std::minstd_rand random_{1};
 };
 
