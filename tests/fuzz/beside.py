@@ -101,13 +101,15 @@ class Beside(RuleBasedStateMachine):
         return next(filter(None, (way(model) for way in ways)), None)
 
     def _different_groups(self, model):
-        """Options that a group lacks were not noticed yet."""
+        """Every option is there for who asks, but for BSAM's notes of lr, until the first call."""
         indices = {id(p): i for i, p in enumerate(self.params)}
         for k, (group, right) in enumerate(zip_longest(self.optimizer.param_groups, model.base.param_groups)):
             if not (group and right):
                 return "there is a param group more, or less"
             if [indices[id(p)] for p in group["params"]] != [model.index(p) for p in right["params"]]:
                 return f"group {k} has other parameters"
+            if lacking := right.keys() - group.keys() - {"given_lr", "largest_lr"}:
+                return f"group {k} lacks {lacking}"
             for name in group.keys() & right.keys() - {"params"}:
                 if name == "looks" and not self.mine(trainable=True):
                     right[name] = group[name]  # whether steps of nothing count is nobody's concern
