@@ -105,9 +105,9 @@ def fork_join(tree):
 
 
 def compiler(tree, flags):
-    """Make a compiler with these flags; return it. Torch's own builder takes CXX for one word."""
+    """Make a compiler with these flags, not slowed by a sanitizer itself; torch's own builder takes CXX for one word."""
     script = tree / "c++"
-    script.write_text(f'#!/bin/sh\nexec c++ {flags} "$@"\n')
+    script.write_text(f'#!/bin/sh\nunset LD_PRELOAD\nexec c++ {flags} "$@"\n')
     script.chmod(0o755)
     return str(script)
 
