@@ -105,7 +105,7 @@ def fork_join(tree):
 
 
 def compiler(tree, flags):
-    """Make a compiler with these flags, not slowed by a sanitizer itself; torch's own builder takes CXX for one word."""
+    """Make a compiler with these flags, not slowed by a sanitizer itself; torch takes CXX for one word."""
     script = tree / "c++"
     script.write_text(f'#!/bin/sh\nunset LD_PRELOAD\nexec c++ {flags} "$@"\n')
     script.chmod(0o755)
