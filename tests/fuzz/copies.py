@@ -71,7 +71,7 @@ class Copies(Beside):
         self.expect(lambda: optimizer.load_state_dict(saved), lambda: self.model.load(right), refused, lenient=not ours)
 
     def fits(self, saved):
-        groups = saved["param_groups"], self.optimizer.param_groups
+        groups = saved["param_groups"], self.optimizer.base_optimizer.param_groups
         return len({tuple(len(group["params"]) for group in side) for side in groups}) == 1
 
     @rule(pickled=st.booleans())

@@ -50,7 +50,7 @@ class Edits(Beside):
     def rewind(self, k):
         """The options of a param group are again what they were when this came last, the largest lr so far, too."""
         if self.model.at_rest:
-            both = [groups[k % len(groups)] for groups in (self.optimizer.param_groups, self.model.base.param_groups)]
+            both = [groups[k % len(groups)] for groups in (self.groups(), self.model.base.param_groups)]
             for group, kept in zip(both, self.kept_options.get(k, ({}, {}))):
                 group.update(kept)
             names = both[0].keys() & both[1].keys() - {"params"}
@@ -80,7 +80,7 @@ class Edits(Beside):
 
     def both(self, edit):
         """Edit param groups alike: of parameters on one side, of the model's on the other."""
-        edit(self.optimizer.param_groups, self.params)
+        edit(self.groups(), self.params)
         edit(self.model.base.param_groups, self.model.w)
 
     def place(self, i):

@@ -58,7 +58,7 @@ class Machine(Steps, Edits, Copies):
             before.restore()
         possible = [after] if not where else [before, after] if after.at_rest else [before]
         for model in possible if where else ():
-            for group, right in zip(self.optimizer.param_groups, model.base.param_groups):
+            for group, right in zip(self.optimizer.base_optimizer.param_groups, model.base.param_groups):
                 right.update({key: group[key] for key in group.keys() & {"largest_lr"}})  # may be noted or not
         differences = [self.difference(model) for model in possible]
         assert None in differences, f"interrupted at {' '.join(where)}: {', and '.join(differences)}"

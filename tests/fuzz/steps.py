@@ -275,8 +275,9 @@ class Steps(Beside):
     @rule(k=INDICES, rho=st.sampled_from([-1.0, math.nan, "wide"]))
     def wrong_rho(self, k, rho):
         if self.model.at_rest and self.model.active:
-            k %= len(self.optimizer.param_groups)
-            group, before = self.optimizer.param_groups[k], self.model.base.param_groups[k]["rho"]
+            groups = self.groups()
+            k %= len(groups)
+            group, before = groups[k], self.model.base.param_groups[k]["rho"]
             group["rho"] = rho
             self.expect(self.optimizer.ascend, refused=True)
             group["rho"] = before
