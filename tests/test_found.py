@@ -209,6 +209,30 @@ def test_options_of_what_was_loaded_into_the_base_are_there_for_who_asks_first(b
     torch.testing.assert_close(p.detach(), torch.full((3,), 1 + 0.3 / 3**0.5))
 
 
+def test_a_group_that_is_exchanged_keeps_the_options_of_the_one_before():
+    """Taken out and put in by two reads, in between which there is no group, or one less; and rho_min is no None."""
+    p, q = parameter(), parameter()
+    opt = BSAM([{"params": [p]}, {"params": [q]}], torch.optim.SGD, lr=0.1, rho=0.05)
+    for group in opt.param_groups:
+        group["rho"] = 0.3
+    plain = [dict(group) for group in torch.optim.SGD([{"params": [p]}, {"params": [q]}], lr=0.1).param_groups]
+    opt.param_groups.pop()
+    opt.param_groups.append(plain[1])
+    assert [group["rho"] for group in opt.param_groups] == [0.3, 0.3]
+    opt.param_groups.clear()
+    opt.param_groups.append(plain[0])
+    assert opt.param_groups[0]["rho"] == 0.3
+    opt.base_optimizer.add_param_group({"params": [parameter()], "rho": 0.7})
+    assert opt.param_groups[1]["rho_min"] == 0.7
+
+
+def test_a_group_that_is_none_can_be_taken_back():
+    opt = SAM([parameter()], lr=0.1)
+    opt.param_groups.append([parameter()])
+    assert isinstance(opt.param_groups.pop(), list)
+    assert len(opt.param_groups) == 1
+
+
 def test_masters_that_torch_has_cast_are_refused(backend):
     opt = SAM(
         [parameter().bfloat16().detach().requires_grad_()], lr=0.1, momentum=0.9, master_weights=True, backend=backend

@@ -29,7 +29,7 @@ class Around(torch.optim.Optimizer):
     _known: list[dict[str, Any]]
     """The param groups that were checked, and have all options."""
     _completed: list[dict[str, Any]]
-    """Those that have all options, checked or not: what is loaded in their place keeps of them what it lacks."""
+    """Those that have all options, checked or not: what comes in their place keeps of them what it lacks."""
     _read: OptionsRead
 
     def _hear_of_unscaling(self) -> None:
@@ -59,9 +59,9 @@ class Around(torch.optim.Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The base optimizer's own param groups, with the sharpness-aware options in them."""
+        self._complete()
         if scaling.is_unscaling(sys._getframe(1)):
             self._hear_of_unscaling()
-        self._complete()
         return self._groups
 
     @param_groups.setter
@@ -106,15 +106,20 @@ class Around(torch.optim.Optimizer):
 
     def _complete(self) -> None:
         """Give param groups that others added or loaded into the base optimizer the options that they lack."""
-        if same_items(self._groups, self._completed):
-            return
+        completed = {id(group) for group in self._completed}
+        new = [group for group in self._groups if id(group) not in completed]
+        if not new or not all(isinstance(group, dict) for group in new):
+            return  # a slip of the user's is still his to take back
         for i, group in enumerate(self._groups):
             before = self._completed[i] if i < len(self._completed) else {}
             self._rename(group)
-            kept = {**self.defaults, **{option: before[option] for option in self._kept_options & before.keys()}}
-            for option, value in kept.items():
-                group.setdefault(option, value)
+            self._fill(group, {**self.defaults, **{key: before[key] for key in self._kept_options & before.keys()}})
         self._completed = list(self._groups)
+
+    def _fill(self, group: dict[str, Any], options: dict[str, Any]) -> None:
+        """Give a group the options that it lacks."""
+        for option, value in options.items():
+            group.setdefault(option, value)
 
     def _notice(self) -> None:
         """Complete and check param groups that others added or loaded into the base optimizer.
@@ -134,7 +139,7 @@ class Around(torch.optim.Optimizer):
             self._flats = self._flats.anew(count)
             for group in self._groups:
                 group["rounded_steps"] = None
-        self._known = list(self._groups)
+        self._known = self._completed = list(self._groups)
 
     def _rename(self, group: dict[str, Any]) -> None:
         """Give what an older version saved in a group its name of today."""

@@ -226,8 +226,7 @@ class BSAM(MixesGradients):
 
     def _check_options(self, group: dict[str, Any], index: int) -> None:
         super()._check_options(group, index)
-        if group["rho_min"] is None:
-            group["rho_min"] = group[self._key("rho")]
+        self._give_rho_min(group)
         for option in ("rho_min", "rho_min_end", "rho_min_lr_end"):
             self._non_negative(group, option, index)
         self._decay(group, index)
@@ -235,6 +234,14 @@ class BSAM(MixesGradients):
             group.setdefault(GIVEN_LR, float(group["lr"]))
             group.setdefault(LARGEST_LR, 0.0)
         self._number(group, index)
+
+    def _fill(self, group: dict[str, Any], options: dict[str, Any]) -> None:
+        super()._fill(group, options)
+        self._give_rho_min(group)
+
+    def _give_rho_min(self, group: dict[str, Any]) -> None:
+        if group["rho_min"] is None:
+            group["rho_min"] = group[self._key("rho")]
 
     def _rename(self, group: dict[str, Any]) -> None:
         of_0_1 = "rho_min_decay" in group and "bsam_fused_format" not in group
