@@ -245,7 +245,7 @@ def test_an_edit_before_an_inactive_step_counts_after_it(backend, base, options,
     walk(opt, [p], [torch.tensor([1.0, 1.0, 1.0])])
     plain = copy.deepcopy(opt)
     opt.active = True
-    for optimizer in (opt, plain):  # the one's v is zeros now
+    for optimizer in (opt, plain):  # a copy has only what the state shows
         walk(optimizer, optimizer.param_groups[0]["params"], [torch.tensor([3.0, -2.0, 1.0])])
     assert torch.equal(p, plain.param_groups[0]["params"][0])
 

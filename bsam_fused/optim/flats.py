@@ -424,8 +424,8 @@ class Flats:
     ) -> bool:
         """Leave the update to the base optimizer: d in .grad, the weights at w, then its own step, then the history.
 
-        The history stays in the flat buffers where ``state`` shows it: what the base changes is no edit, but what
-        others have changed before is one, which a step without a history has not looked at.
+        The history, and nothing else, stays in the flat buffers, and only where ``state`` shows it: what the base
+        changes is no edit, but what others have changed before is one, which a step without a history has not seen.
 
         Returns:
             Whether it was made, or else skipped.
@@ -437,7 +437,8 @@ class Flats:
                 for count in (flat.skipped, flat.step_count):
                     count.add_(1)
             return False
-        if self._history is None or not self._state.shows(state):
+        kept = self._state.kept
+        if (kept and kept.rule) or not self._state.shows(state):
             self.hand_over()
         calls: list[Callable[[], Any]] = [call for flat in self for call in flat.remembering()]
         calls += [partial(flat.step_count.add_, 1) for flat in self]
