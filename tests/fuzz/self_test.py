@@ -68,7 +68,7 @@ def wrong(once_real, others, control):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.self_test", description=__doc__)
-    parser.add_argument("--sequences", type=int, default=20_000, help="to look for each bug in (default 20000, a full run)")
+    parser.add_argument("--sequences", type=int, default=20_000, help="in which to look for each bug (default 20000)")
     parser.add_argument("--seconds", type=float, default=3600, help="begin no more batches of 200 after (default 3600)")
     parser.add_argument("--only", default=None, metavar="NAME", help="those whose names begin so; nothing is recorded")
     arguments = parser.parse_args()
