@@ -250,6 +250,20 @@ def test_an_edit_before_an_inactive_step_counts_after_it(backend, base, options,
     assert torch.equal(p, plain.param_groups[0]["params"][0])
 
 
+def test_state_that_begins_in_an_inactive_step_of_a_base_that_is_hooked_goes_on(backend):
+    """That step is the base's own, and so is its momentum: the fused ones that follow take it up."""
+    p, q = nn.Parameter(torch.tensor([0.5, -1.0, 2.0])), nn.Parameter(torch.tensor([1.0, 2.0]))
+    opt = LookSAM([p, q], torch.optim.SGD, lr=0.1, momentum=0.9, k=4, max_grad_norm=50.0, backend=backend)
+    walk(opt, [p], [torch.tensor([1.0, 2.0, 3.0])], [torch.tensor([-4.0, 2.0, 1.0])])
+    hook = opt.base_optimizer.register_step_post_hook(lambda *_: None)
+    opt.active = False
+    walk(opt, [p, q], [torch.ones(3), torch.tensor([3.0, 4.0])])
+    hook.remove()
+    walk(opt, [p, q], [torch.ones(3), torch.ones(2)])
+    torch.testing.assert_close(opt.state[q]["momentum_buffer"], torch.tensor([0.9 * 3 + 1, 0.9 * 4 + 1]))
+    torch.testing.assert_close(q.detach(), torch.tensor([1 - 0.1 * (3 + 3.7), 2 - 0.1 * (4 + 4.6)]))
+
+
 def test_alpha_that_differs_cannot_be_clipped(backend):
     """‖d‖ of the steps between is of one α; nothing is written, and without the limit the step is made."""
     params = parameters()
