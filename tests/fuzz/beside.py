@@ -69,7 +69,10 @@ class Beside(RuleBasedStateMachine):
         self.gradients = gradients.Gradients()
         self.checkpoints = []
         self.tracked = 0  # batches in the running statistics
-        self.kept_options = {}  # of a param group, both sides
+        both = zip(self.groups(), self.model.base.param_groups)
+        self.first_options = [
+            {name: right[name] for name in group.keys() & right.keys() - {"params"}} for group, right in both
+        ]
         self.disturbed = False  # the step under way may have become impossible: an error, or right
 
     @invariant()

@@ -3,17 +3,19 @@
 import operator
 from collections import defaultdict
 from functools import partial
+from itertools import repeat
 
 import torch
 from hypothesis import strategies as st
 
-from . import setups
+from . import gradients, setups
 from .beside import INDICES, SEEDS, Beside
 from .setups import values
 from .tally import rule
 
 OPTIONS = [("lr", 0.05), ("lr", 0.0), ("rho", 0.3), ("weight_decay", 0.3), ("eta", 0.2)]
 MOST = 9  # parameters
+STATE_EDITS = st.sampled_from(["none", "entry", "key", "replace", "data", "zero", "halve", "all", "new", "note"])
 
 
 class Edits(Beside):
@@ -48,13 +50,9 @@ class Edits(Beside):
 
     @rule(k=INDICES)
     def rewind(self, k):
-        """The options of a param group are again what they were when this came last, the largest lr so far, too."""
+        """The options of a param group are again what they were at first, the largest lr so far, too."""
         if self.model.at_rest:
-            both = [groups[k % len(groups)] for groups in (self.groups(), self.model.base.param_groups)]
-            for group, kept in zip(both, self.kept_options.get(k, ({}, {}))):
-                group.update(kept)
-            names = both[0].keys() & both[1].keys() - {"params"}
-            self.kept_options[k] = [{name: group[name] for name in names} for group in both]
+            self.both(lambda groups, _: groups[k % len(groups)].update(self.first_options[k % len(self.first_options)]))
 
     @rule(i=INDICES, frozen=st.booleans())
     def freeze(self, i, frozen):
@@ -138,12 +136,19 @@ class Edits(Beside):
 
     # ---- state
 
-    @rule(
-        i=INDICES,
-        n=INDICES,
-        seed=SEEDS,
-        how=st.sampled_from(["entry", "key", "replace", "data", "zero", "halve", "all", "new", "note"]),
-    )
+    @rule(i=INDICES, n=INDICES, seed=SEEDS, how=STATE_EDITS, active=st.booleans(), kinds=gradients.faults)
+    def edit_between_steps(self, i, n, seed, how, active, kinds):
+        """It counts in the step after it, be that inactive, as many of a late phase are, or skipped."""
+        if self.model.at_rest:
+            before = self.model.active
+            self.whole_step(seed, repeat({}))
+            self.agrees()
+            self.edit_state(i, n, seed, how)
+            self.set_active(active)
+            self.whole_step(seed + 3, iter([kinds]))
+            self.set_active(before)
+
+    @rule(i=INDICES, n=INDICES, seed=SEEDS, how=STATE_EDITS)
     def edit_state(self, i, n, seed, how):
         i = self.pick(i)
         value = values(self.params[i].shape, self.params[i].dtype, seed).abs()

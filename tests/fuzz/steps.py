@@ -64,16 +64,6 @@ class Steps(Beside):
                 self._assert_told(self.model.skipped > before)
             self.agrees()
 
-    @rule(seed=SEEDS, i=INDICES, edit=st.sampled_from(["", "", "entry", "all"]))
-    def step_while_inactive(self, seed, i, edit):
-        """One in between, as a late phase and a schedule of every k-th step make many; after an edit it counts, too."""
-        if self.model.at_rest:
-            self.edit_state(i, 0, seed, edit)
-            active = self.model.active
-            self.set_active(False)
-            self.whole_step(seed, repeat({}))
-            self.set_active(active)
-
     def whole_step(self, seed, odd):
         self.go_on(seed, next(odd, {}))
         while not self.model.at_rest and not self.disturbed:
