@@ -9,7 +9,8 @@ import torch
 from hypothesis import strategies as st
 
 from . import gradients, setups
-from .beside import INDICES, SEEDS, Beside
+from .beside import INDICES, SEEDS, Beside, without_history
+from .model import is_whole
 from .setups import values
 from .tally import rule
 
@@ -147,6 +148,29 @@ class Edits(Beside):
             self.set_active(active)
             self.whole_step(seed + 3, iter([kinds]))
             self.set_active(before)
+
+    @rule(seed=SEEDS, active=st.booleans())
+    def step_of_a_hooked_base(self, seed, active):
+        """Whoever listens to the base's steps has it make them itself."""
+        if not (self.model.at_rest and self.fused and self.suits_torch()):
+            return
+        before = self.model.active
+        hook = self.optimizer.base_optimizer.register_step_post_hook(lambda *_: None)
+        self.fused = self.model.fused = False
+        self.set_active(active)
+        self.whole_step(seed, repeat({}))
+        self.set_active(before)
+        self.fused = self.model.fused = True
+        hook.remove()
+
+    def suits_torch(self):
+        """Whether torch's own step finds all state, of its parameter's dtype, and does not round to 16 bits."""
+        entries = {p: without_history({0: entry}).get(0) for p, entry in self.optimizer.state.items()}
+        whole = all(is_whole(entry) for entry in entries.values() if entry)
+        state = [(p, t) for p, entry in entries.items() for key, t in (entry or {}).items() if key != "step"]
+        return (
+            whole and all(t.dtype == p.dtype for p, t in state) and torch.bfloat16 not in {p.dtype for p in self.params}
+        )
 
     @rule(i=INDICES, n=INDICES, seed=SEEDS, how=STATE_EDITS)
     def edit_state(self, i, n, seed, how):

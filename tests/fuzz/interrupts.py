@@ -1,5 +1,6 @@
 """KeyboardInterrupt at a line of the package."""
 
+import gc
 import sys
 from contextlib import contextmanager
 
@@ -10,7 +11,10 @@ ROOT = bsam_fused.__path__[0]
 
 @contextmanager
 def interrupted(at):
-    """Raise KeyboardInterrupt as the ``at``-th line of the package begins, and swallow it; yields where it was."""
+    """Raise KeyboardInterrupt as the ``at``-th line of the package begins, and swallow it; yields where it was.
+
+    No lines of other optimizers' finalizers are among them, which the garbage collector calls whenever it likes.
+    """
     seen, where = 0, []
 
     def trace(frame, event, _):
@@ -25,6 +29,7 @@ def interrupted(at):
         return trace
 
     before = sys.gettrace()
+    gc.disable()
     sys.settrace(trace)
     try:
         yield where
@@ -32,3 +37,4 @@ def interrupted(at):
         pass
     finally:
         sys.settrace(before)
+        gc.enable()

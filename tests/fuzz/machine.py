@@ -86,11 +86,12 @@ class Machine(Steps, Edits, Copies):
             return self._interruptible_restore(seed, after)
         after.decided = None
         for n in range(len(after.calls)):
+            if n and after.at_rest:
+                break  # a step of one pass is over
             params = self.mine(trainable=True)
             grads = {i: values(p.shape, p.dtype, 100 * (seed + n) + i).double() for i, p in params.items()}
             after.decide(grads)
-            if not (n and after.at_rest):  # a step of one pass is over
-                getattr(after, after.whole[n])(grads)
+            getattr(after, after.whole[n])(grads)
         seeds = iter(range(seed, seed + 3))
         return lambda: self.optimizer.step(lambda: self.backward(next(seeds), {}))
 

@@ -319,9 +319,7 @@ class Model:
         histories = {w: entry.pop(key) for w, entry in self._entries() if key in entry}  # none of the base's
         for i in directions:  # state that lacks something begins anew
             entry = self.base.state.get(self.w[i], {})
-            if self.fused and not (
-                {"momentum_buffer"} <= entry.keys() or {"step", "exp_avg", "exp_avg_sq"} <= entry.keys()
-            ):
+            if self.fused and not is_whole(entry):
                 entry.clear()
         for w in histories:
             if not self.base.state[w]:  # which torch begins where there is no entry
@@ -369,6 +367,11 @@ class Model:
         kept = [{k: v for k, v in group.items() if k != "params"} for group in self.base.param_groups]
         groups = [{**options, **group} for options, group in zip(kept, saved["param_groups"])]
         self.base.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+def is_whole(entry):
+    """Whether an entry has all state of SGD, or of Adam."""
+    return {"momentum_buffer"} <= entry.keys() or {"step", "exp_avg", "exp_avg_sq"} <= entry.keys()
 
 
 def tidy(entries):

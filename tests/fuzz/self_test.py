@@ -54,7 +54,9 @@ def line(name, said):
     if "broken" in said:
         return f"{name}: BROKEN, {said['broken']}"
     spent = ", ".join(f"{said[unit]} {unit}" for unit in ("sequences", "seconds") if unit in said)
-    return f"{name}: NOT FOUND in {spent}" if said["found"] is None else f"{name}: {spent}: {said['found'][:150]}"
+    if said["found"] is None:
+        return f"{name}: NOT FOUND in {spent}"
+    return ": ".join(filter(None, (name, spent, said["found"][:150])))
 
 
 def wrong(once_real, others, control):
