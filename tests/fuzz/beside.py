@@ -69,10 +69,7 @@ class Beside(RuleBasedStateMachine):
         self.gradients = gradients.Gradients()
         self.checkpoints = []
         self.tracked = 0  # batches in the running statistics
-        both = zip(self.groups(), self.model.base.param_groups)
-        self.first_options = [
-            {name: right[name] for name in group.keys() & right.keys() - {"params"}} for group, right in both
-        ]
+        self.first_options = [{k: v for k, v in g.items() if k != "params"} for g in self.model.base.param_groups]
         self.disturbed = False  # the step under way may have become impossible: an error, or right
 
     @invariant()

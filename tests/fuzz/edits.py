@@ -9,14 +9,13 @@ import torch
 from hypothesis import strategies as st
 
 from . import gradients, setups
-from .beside import INDICES, SEEDS, Beside, without_history
-from .model import is_whole
+from .beside import INDICES, SEEDS, Beside
 from .setups import values
 from .tally import rule
 
 OPTIONS = [("lr", 0.05), ("lr", 0.0), ("rho", 0.3), ("weight_decay", 0.3), ("eta", 0.2)]
 MOST = 9  # parameters
-STATE_EDITS = st.sampled_from(["none", "entry", "key", "replace", "data", "zero", "halve", "all", "new", "note"])
+STATE_EDITS = st.sampled_from(["entry", "key", "replace", "data", "zero", "halve", "all", "new", "note"])
 
 
 class Edits(Beside):
@@ -52,8 +51,9 @@ class Edits(Beside):
     @rule(k=INDICES)
     def rewind(self, k):
         """The options of a param group are again what they were at first, the largest lr so far, too."""
+        k %= len(self.first_options)
         if self.model.at_rest:
-            self.both(lambda groups, _: groups[k % len(groups)].update(self.first_options[k % len(self.first_options)]))
+            self.both(lambda groups, _: groups[k].update(self.first_options[k]))
 
     @rule(i=INDICES, frozen=st.booleans())
     def freeze(self, i, frozen):
@@ -137,40 +137,24 @@ class Edits(Beside):
 
     # ---- state
 
-    @rule(i=INDICES, n=INDICES, seed=SEEDS, how=STATE_EDITS, active=st.booleans(), kinds=gradients.faults)
-    def edit_between_steps(self, i, n, seed, how, active, kinds):
+    @rule(
+        begun=st.booleans(),
+        i=INDICES,
+        n=INDICES,
+        seed=SEEDS,
+        how=st.one_of(st.just("none"), STATE_EDITS),
+        active=st.booleans(),
+        kinds=gradients.faults,
+    )
+    def edit_between_steps(self, begun, i, n, seed, how, active, kinds):
         """It counts in the step after it, be that inactive, as many of a late phase are, or skipped."""
-        if self.model.at_rest:
-            before = self.model.active
+        if not self.model.at_rest:
+            return
+        if begun:
             self.whole_step(seed, repeat({}))
             self.agrees()
-            self.edit_state(i, n, seed, how)
-            self.set_active(active)
-            self.whole_step(seed + 3, iter([kinds]))
-            self.set_active(before)
-
-    @rule(seed=SEEDS, active=st.booleans())
-    def step_of_a_hooked_base(self, seed, active):
-        """Whoever listens to the base's steps has it make them itself."""
-        if not (self.model.at_rest and self.fused and self.suits_torch()):
-            return
-        before = self.model.active
-        hook = self.optimizer.base_optimizer.register_step_post_hook(lambda *_: None)
-        self.fused = self.model.fused = False
-        self.set_active(active)
-        self.whole_step(seed, repeat({}))
-        self.set_active(before)
-        self.fused = self.model.fused = True
-        hook.remove()
-
-    def suits_torch(self):
-        """Whether torch's own step finds all state, of its parameter's dtype, and does not round to 16 bits."""
-        entries = {p: without_history({0: entry}).get(0) for p, entry in self.optimizer.state.items()}
-        whole = all(is_whole(entry) for entry in entries.values() if entry)
-        state = [(p, t) for p, entry in entries.items() for key, t in (entry or {}).items() if key != "step"]
-        return (
-            whole and all(t.dtype == p.dtype for p, t in state) and torch.bfloat16 not in {p.dtype for p in self.params}
-        )
+        self.edit_state(i, n, seed, how)
+        self.step_while(active, seed + 3, kinds)
 
     @rule(i=INDICES, n=INDICES, seed=SEEDS, how=STATE_EDITS)
     def edit_state(self, i, n, seed, how):

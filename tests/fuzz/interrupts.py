@@ -34,7 +34,8 @@ def interrupted(at):
     try:
         yield where
     except KeyboardInterrupt:
-        pass
+        if not where:  # it is the user's
+            raise
     finally:
         sys.settrace(before)
         gc.enable()

@@ -35,25 +35,33 @@ PROFILE = settings(
 )
 """What all runs share."""
 LONG = settings(PROFILE, max_examples=200, stateful_step_count=30, print_blob=False)
-INTERRUPTED = st.sampled_from(["closure", "closure", "go_on", "restore", "look", "save", "load", "copy"])
+INTERRUPTED = st.sampled_from(["go_on", "closure", "closure", "restore", "look", "save", "load", "copy"])
+"""A closure has most of the lines."""
+LINES = st.sampled_from([60, 300, 1000]).flatmap(lambda last: st.integers(1, last))
+"""Of a call: some have 60, others 1,000."""
 
 
 class Machine(Steps, Edits, Copies):
     """Every rule does a thing to the optimizer and tells the model."""
 
-    @rule(what=INTERRUPTED, seed=SEEDS, first=st.integers(1, 60), further=st.integers(20, 60))
-    def interrupt(self, what, seed, first, further):
-        """At a line of the package, then at a later one, and so on until the call comes to its end.
+    @rule(what=INTERRUPTED, seed=SEEDS, at=LINES)
+    def interrupt(self, what, seed, at):
+        """At a line of the package."""
+        self._interrupt_once(what, seed, at)
 
-        So its last lines are as likely as its first ones, however many there are.
-        """
-        lines = count(first, further)
-        while not self.disturbed and self._interrupt_once(what, seed, next(lines)):
+    @rule(what=INTERRUPTED, seed=SEEDS, further=st.integers(20, 60))
+    def interrupt_again_and_again(self, what, seed, further):
+        """A little later each time, until the call comes to its end: its last lines are as likely as its first ones."""
+        lines = count(1 + seed % further, further)
+        while self._interrupt_once(what, seed, next(lines)):
             self.agrees()
 
     def _interrupt_once(self, what, seed, at):
         """And restore() once: w with the state of before, or the next w with its state. Returns where, if at all."""
-        before, after = copy.deepcopy(self.model), copy.deepcopy(self.model)
+        if self.disturbed:
+            return []
+        self.read()  # and with it how far the dtypes of today reach
+        before, after, tracked = self.model, copy.deepcopy(self.model), self.tracked
         call = getattr(self, f"_interruptible_{what}")(seed, after)
         with interrupted(at) as where:
             call()
@@ -65,10 +73,12 @@ class Machine(Steps, Edits, Copies):
             for group, right in zip(self.optimizer.base_optimizer.param_groups, model.base.param_groups):
                 right.update({key: group[key] for key in group.keys() & {"largest_lr"}})  # may be noted or not
         differences = [self.difference(model) for model in possible]
-        assert None in differences, f"interrupted at {' '.join(where)}: {', and '.join(differences)}"
+        when = f"interrupted at {' '.join(where)}" if where else f"{what}, not interrupted"
+        assert None in differences, f"{when}: {', and '.join(differences)}"
         self.model = possible[differences.index(None)]
-        if self.model.at_rest:  # a pass was counted, or was not
+        if self.model.at_rest:
             self.tracked = int(self.net.num_batches_tracked)
+            assert self.tracked - tracked in {0, 1}, f"{when}: running statistics of {self.tracked - tracked} batches"
         return where
 
     def _interruptible_go_on(self, seed, after):

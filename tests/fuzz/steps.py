@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from bsam_fused.optim.base import NO_GRADIENT
 
 from . import gradients
-from .beside import INDICES, SEEDS, Beside, agree
-from .model import CALLS
+from .beside import INDICES, SEEDS, Beside, agree, without_history
+from .model import CALLS, is_whole
 from .setups import Counting
 from .tally import rule
 
@@ -63,6 +63,30 @@ class Steps(Beside):
             if self.model.at_rest and not self.model.refused and not kinds:
                 self._assert_told(self.model.skipped > before)
             self.agrees()
+
+    @rule(active=st.booleans(), seed=SEEDS, kinds=gradients.faults)
+    def step_of_a_hooked_base(self, active, seed, kinds):
+        """Whoever listens to the base's steps has it make them itself."""
+        if self.model.at_rest and self.fused and self.suits_torch():
+            hook = self.optimizer.base_optimizer.register_step_post_hook(lambda *_: None)
+            self.fused = self.model.fused = False
+            self.step_while(active, seed, kinds)
+            self.fused = self.model.fused = True
+            hook.remove()
+
+    def suits_torch(self):
+        """Whether torch's own step finds all state, of its parameter's dtype, and does not round to 16 bits."""
+        state = [(self.params[i], entry) for i, entry in without_history(self.state()).items()]
+        tensors = [(p, t) for p, entry in state for key, t in entry.items() if key != "step"]
+        alike = all(t.dtype == p.dtype for p, t in tensors) and torch.bfloat16 not in {p.dtype for p in self.params}
+        return alike and all(is_whole(entry) for _, entry in state)
+
+    def step_while(self, active, seed, kinds):
+        """A whole step, the gradients of these kinds in its first pass."""
+        before = self.model.active
+        self.set_active(active)
+        self.whole_step(seed, iter([kinds]))
+        self.set_active(before)
 
     def whole_step(self, seed, odd):
         self.go_on(seed, next(odd, {}))
