@@ -209,6 +209,21 @@ def test_options_of_what_was_loaded_into_the_base_are_there_for_who_asks_first(b
     torch.testing.assert_close(p.detach(), torch.full((3,), 1 + 0.3 / 3**0.5))
 
 
+def test_a_load_that_was_interrupted_when_its_groups_were_there_counts_after_restore(monkeypatch):
+    """The radius that they brought, and not that of before, is what a group keeps where another one is then loaded."""
+    p = nn.Parameter(torch.ones(3))
+    opt = SAM([p], torch.optim.SGD, lr=0.1, rho=0.05)
+    saved, plain = opt.state_dict(), torch.optim.SGD([p], lr=0.1).state_dict()
+    opt.param_groups[0]["rho"] = 0.3
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "__setstate__", lambda self, state: self.__dict__.update(state) or interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            opt.load_state_dict(saved)
+    opt.restore()
+    opt.base_optimizer.load_state_dict(plain)
+    assert opt.param_groups[0]["rho"] == 0.05
+
+
 def test_a_group_that_is_exchanged_keeps_the_options_of_the_one_before():
     """Taken out and put in by two reads, in between which there is no group, or one less; and rho_min is no None."""
     p, q = parameter(), parameter()

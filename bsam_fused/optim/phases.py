@@ -268,6 +268,7 @@ class Phased(Persistent):
                 self._flats.clear_gradients()
         self._flats.retract()
         self._come_to_rest()
+        self._complete()  # where a load was interrupted when its groups were there
 
     def train(self) -> None:
         """Have w be the weights to train, where the base optimizer has others to evaluate at, as Schedule-Free has."""
