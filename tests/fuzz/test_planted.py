@@ -22,18 +22,18 @@ def test_a_patch_of_other_sources_is_told_by_name(tmp_path):
 
 
 def test_every_miss_of_what_was_once_real_fails():
-    assert wrong({"a": FOUND}, {"b": FOUND}, CLEAN) == []
-    assert wrong({"a": FOUND, "b": MISSED}, {}, CLEAN) == ["b was once real, and is missed"]
+    assert wrong(CLEAN, {"a": FOUND}, {"b": FOUND}) == []
+    assert wrong(CLEAN, {"a": FOUND, "b": MISSED}, {}) == ["b was once real, and is missed"]
 
 
 def test_some_others_may_be_missed():
     others = {str(i): MISSED for i in range(MISSES)}
-    assert wrong({}, others, CLEAN) == []
-    (sentence,) = wrong({}, {**others, "one more": MISSED}, CLEAN)
+    assert wrong(CLEAN, {}, others) == []
+    (sentence,) = wrong(CLEAN, {}, {**others, "one more": MISSED})
     assert "one more" in sentence
 
 
 def test_what_is_broken_or_found_without_a_bug_fails():
-    assert wrong({"a": BROKEN}, {}, CLEAN) == ["a is broken"]
-    assert wrong({}, {"b": BROKEN}, CLEAN) == ["b is broken"]
-    assert wrong({}, {}, {"no bug": FOUND}) == ["without a bug: AssertionError: weight 0"]
+    assert wrong(CLEAN, {"a": BROKEN}, {}) == ["a is broken"]
+    assert wrong(CLEAN, {}, {"b": BROKEN}) == ["b is broken"]
+    assert wrong({"no bug": FOUND}, {}, {}) == ["without a bug: AssertionError: weight 0"]
