@@ -179,7 +179,8 @@ class FlatParams(Protocol):
     tensors others may exchange (torch.utils.swap_tensors): nothing here counts as a holder of one.
 
     A gradient is taken only where nobody else can see its memory, which torch itself must have allocated; else it is
-    copied, and never written to. One that lies in the storage of a parameter or of state is copied as it is read.
+    copied, and never written to. One that lies in the storage of one of these parameters, or of their state, is copied
+    as it is read.
     """
 
     limit: float

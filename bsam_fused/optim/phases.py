@@ -254,7 +254,7 @@ class Phased(Persistent):
     # ---- giving up, and looking at w
 
     def restore(self) -> None:
-        """Give up the step: the weights are w again, bit for bit, gradients None. At rest, nothing.
+        """Give up the step: the weights are w again, bit for bit, gradients None. At rest no weight changes.
 
         Where an interrupt came when the update had begun, it is finished instead: the weights are the next w, with
         their state.
