@@ -468,25 +468,6 @@ def called_from_another_thread():
     raise met[0]
 
 
-@cases("several at once", twice_the_same=lambda step: [step.flat] * 2, none=lambda step: [None], fewer=lambda step: [])
-def several_at_once(flats):
-    step = Step("plain")
-    MODULE.update_sgd(flats(step), [step.flat.sums] * (len(flats(step)) or 1), RULE, True, math.inf)
-
-
-@case
-def one_of_several_is_not_ready():
-    """Then the others stay as they were, too."""
-    ready, other = Step("plain"), Step("rest")
-    before = ready.params[0].detach().clone()
-    try:
-        sums = [ready.flat.sums, other.flat.sums]
-        MODULE.update_sgd([ready.flat, other.flat], sums, RULE, True, math.inf)
-    finally:
-        assert torch.equal(ready.params[0], before)
-        assert int(ready.flat.step_count) == 0
-
-
 def main(first, cases):
     for name, run in list(cases.items())[first:]:
         print(f"begin\t{name}", flush=True)

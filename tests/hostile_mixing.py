@@ -1,4 +1,4 @@
-"""More of hostile.py's cases: rules that mix two gradients, and parameters that are left out of the perturbations."""
+"""More of hostile.py's cases: rules that mix two gradients, what is exempt from the perturbations, several objects."""
 
 import math
 import sys
@@ -170,6 +170,38 @@ def its_history(spoil):
     refused(partial(step.flat.update_sgd, step.flat.sums, RULE, True, math.inf))
     assert torch.equal(step.params[0], before), "weights moved"
     raise ValueError("all refused")
+
+
+# ---- several objects
+
+cases(
+    "beside", none=None, number=3, numbers=[3], nothing=[None], unbuilt=[MODULE.FlatParams.__new__(MODULE.FlatParams)]
+)(lambda beside: Step().flat.read_gradients(beside))
+
+
+@case
+def beside_itself():
+    step = Step()
+    step.flat.read_gradients([step.flat])
+
+
+@cases("several at once", twice_the_same=lambda step: [step.flat] * 2, none=lambda step: [None], fewer=lambda step: [])
+def several_at_once(flats):
+    step = Step("plain")
+    MODULE.update_sgd(flats(step), [step.flat.sums] * (len(flats(step)) or 1), RULE, True, math.inf)
+
+
+@case
+def one_of_several_is_not_ready():
+    """Then the others stay as they were, too."""
+    ready, other = Step("plain"), Step("rest")
+    before = ready.params[0].detach().clone()
+    try:
+        sums = [ready.flat.sums, other.flat.sums]
+        MODULE.update_sgd([ready.flat, other.flat], sums, RULE, True, math.inf)
+    finally:
+        assert torch.equal(ready.params[0], before)
+        assert int(ready.flat.step_count) == 0
 
 
 if __name__ == "__main__":

@@ -179,8 +179,8 @@ class FlatParams(Protocol):
     tensors others may exchange (torch.utils.swap_tensors): nothing here counts as a holder of one.
 
     A gradient is taken only where nobody else can see its memory, which torch itself must have allocated; else it is
-    copied, and never written to. One that lies in the storage of one of these parameters, or of their state, is copied
-    as it is read.
+    copied, and never written to. One that lies in the storage of a parameter or of state, of this one or of those
+    beside it, is copied as it is read.
     """
 
     limit: float
@@ -223,10 +223,10 @@ class FlatParams(Protocol):
     def updated(self) -> bool:
         """Whether an update, or `combine` that gave the step up, was made of the gradients read last."""
 
-    def read_gradients(self) -> None:
-        """Note every ``.grad`` of this pass, before anything is written.
+    def read_gradients(self, beside: Sequence[FlatParams] = ()) -> None:
+        """Note every ``.grad`` of this pass, before anything is written; ``beside``: who else has a part in the step.
 
-        Raises what `reject` raises, with nothing changed.
+        They are of this backend and device. Raises what `reject` raises, with nothing changed.
         """
 
     def begin_plain(self, mixing: Mixing) -> None:
@@ -461,7 +461,7 @@ def check_memory(params: Sequence[Tensor], places: Sequence[tuple[int, int]]) ->
     spans = sorted(
         (param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), i)
         for i, param in enumerate(params)
-        if param.numel() and torch.empty_like(param, device="meta").stride() == param.stride()
+        if param.numel() and param.data_ptr() and torch.empty_like(param, device="meta").stride() == param.stride()
     )
     for (_, end, i), (begin, _, j) in pairwise(spans):
         if begin < end:

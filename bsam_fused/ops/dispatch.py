@@ -91,6 +91,13 @@ def _best(device: torch.device) -> Choice:
     return Choice(backend, why, _FACTORIES[backend], slower)
 
 
+def read_gradients(flats: Sequence[contract.FlatParams]) -> None:
+    """Have all FlatParams of an optimizer note the gradients of a pass."""
+    for flat in flats:
+        beside = [_over_shards(other) for other in flats if other is not flat and other.device == flat.device]
+        flat.read_gradients(beside)
+
+
 def updates(
     operator: str, flats: Sequence[contract.FlatParams], totals: Sequence[Tensor], how: Sequence[Any]
 ) -> list[tuple[contract.FlatParams, Callable[[], None]]]:
@@ -107,10 +114,16 @@ def updates(
     calls: list[tuple[contract.FlatParams, Callable[[], None]]] = []
     compiled: list[tuple[contract.FlatParams, Tensor]] = []
     for flat, sums in zip(flats, totals, strict=True):
-        if native_flat.is_compiled(flat):
-            compiled.append((flat, sums))
+        native = _over_shards(flat)
+        if native_flat.is_compiled(native):
+            compiled.append((native, sums))
         else:
             calls.append((flat, partial(getattr(flat, operator), sums, *how)))
     if compiled:
         calls.append((compiled[0][0], native_flat.update_together(operator, compiled, how)))
     return calls
+
+
+def _over_shards(flat: Any) -> Any:
+    """Return what the operators know: of DTensors the backend's own FlatParams."""
+    return getattr(flat, "over_shards", flat)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bsam_fused.ops.contract import HISTORY_KEYS, MASTER_WEIGHT
-from bsam_fused.ops.memory import Memory
+from bsam_fused.ops.memory import Occupied
 
 DIRECTION = "direction"  # the flat buffer in which `merge` leaves d
 ALIGNMENT = 64  # bytes: every tensor starts on a cache line of the flat buffers
@@ -44,7 +44,7 @@ class FlatBuffers:
         self._steps = torch.zeros(len(self.params), dtype=torch.float32, device=self.device)
         self._buffers: dict[str, Tensor] = {}
         self._lists: dict[str, list[Tensor]] = {}  # of their views
-        self._memory = Memory([], [], [])
+        self._where = Occupied([], [], [])
         self._begun: set[int] = set()  # whose state has begun
 
     def _refuse_capture(self) -> None:
@@ -60,7 +60,7 @@ class FlatBuffers:
             self._refuse_capture()
             dtype = torch.float32 if key == MASTER_WEIGHT else self.dtype
             self._buffers[key] = torch.zeros(self._offsets[-1], dtype=dtype, device=self.device)
-            self._memory = Memory([], [], [])
+            self._where = Occupied([], [], [])
         return self._buffers[key]
 
     def _view(self, key: str, i: int) -> Tensor:
@@ -72,7 +72,7 @@ class FlatBuffers:
             self._lists[key] = self.state(key)
         return self._lists[key]
 
-    def _occupied(self, weights: Sequence[int]) -> Memory:
+    def _occupied_by(self, weights: list[int]) -> Occupied:
         """Return where parameters, at these addresses, and flat buffers lie: what lies there, too, is written to."""
         last = [
             sum((size - 1) * stride for size, stride in zip(kind[0], strides, strict=True))
@@ -85,7 +85,7 @@ class FlatBuffers:
         ]
         spans += [(buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes) for buffer in self._buffers.values()]
         begins = sorted(spans)
-        return Memory(list(weights), [begin for begin, _ in begins], [0, *accumulate((end for _, end in begins), max)])
+        return Occupied(weights, [begin for begin, _ in begins], [0, *accumulate((end for _, end in begins), max)])
 
     def state(self, key: str) -> list[Tensor]:
         """Views of the flat buffer ``key``."""

@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, partial
-from typing import NamedTuple, TypeGuard, TypeVar
+from typing import NamedTuple, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from bsam_fused.ops.contract import (
 )
 from bsam_fused.ops.directions import Direction, Memory, Mix, Sums
 from bsam_fused.ops.flat_buffers import DIRECTION, FlatBuffers, kind_of
-from bsam_fused.ops.memory import can_be_written, is_in_storage
+from bsam_fused.ops.memory import Occupied, can_be_written, is_in_storage
 from bsam_fused.ops.one_go import in_one_go
 
 Call = Callable[[], object]
@@ -144,28 +144,35 @@ class PythonFlatParams(FlatBuffers, ABC):
         """Return the i-th parameter's elements, in the flat buffers' strides."""
         return self._packed.get(i, self.params[i])
 
-    def read_gradients(self) -> None:
+    def read_gradients(self, beside: Sequence[contract.FlatParams] = ()) -> None:
         """Note the gradients of this pass."""
         self._now, self._done = {}, []
-        kinds = list(map(kind_of, self.params))
-        if kinds != self._kinds or list(map(Tensor.stride, self.params)) != self._layouts:
-            contract.reject(self, next(i for i in range(len(self.params)) if self._changed(i)))
+        occupied = [flat._occupied() for flat in (self, *cast(Sequence[PythonFlatParams], beside))]
         now = {i: grad for i, grad in enumerate([p.grad for p in self.params]) if grad is not None}
         if not self._are_usual(now):
             now = {i: grad if self._are_usual({i: grad}) else self._copied(i, grad) for i, grad in now.items()}
         self._keep_until_read()
-        addresses, weights = list(map(Tensor.data_ptr, now.values())), list(map(Tensor.data_ptr, self.params))
+        addresses, weights = list(map(Tensor.data_ptr, now.values())), self._where.weights
         if not (all(addresses) and all(weights)):
             for i, address in zip(now, addresses, strict=True):
                 if self._numels[i] and not (address and weights[i]):
                     contract.reject(self, i)
-        if self._memory.weights != weights:
-            self._memory = self._occupied(weights)
-        if any(shares := self._memory.shares(addresses, pick(self._bytes, now))):
-            now = {i: self._copied(i, g) if shared else g for (i, g), shared in zip(now.items(), shares, strict=True)}
+        for where in occupied:
+            if any(shares := where.shares(addresses, pick(self._bytes, now))):
+                now = {i: self._copied(i, g) if also else g for (i, g), also in zip(now.items(), shares, strict=True)}
         for i in self._packed.keys() & now.keys():
             self._packed[i].copy_(self.params[i].detach())
         self._now = now
+
+    def _occupied(self) -> Occupied:
+        """Return where parameters and flat buffers lie now."""
+        kinds = list(map(kind_of, self.params))
+        if kinds != self._kinds or list(map(Tensor.stride, self.params)) != self._layouts:
+            contract.reject(self, next(i for i in range(len(self.params)) if self._changed(i)))
+        weights = list(map(Tensor.data_ptr, self.params))
+        if self._where.weights != weights:
+            self._where = self._occupied_by(weights)
+        return self._where
 
     def _keep_until_read(self) -> None:
         """Have torch wait for this stream before it gives gradients' memory to the stream that they came from.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Memory(NamedTuple):
+class Occupied(NamedTuple):
     """Where parameters and flat buffers lie."""
 
     weights: list[int]

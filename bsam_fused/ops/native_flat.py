@@ -149,7 +149,7 @@ def cuda_flat_params(
 def is_compiled(flat: contract.FlatParams) -> bool:
     """Return whether the compiled module runs ``flat``."""
     module, _ = load()
-    return module is not None and isinstance(_over_shards(flat), module.FlatParams)
+    return module is not None and isinstance(flat, module.FlatParams)
 
 
 def update_together(
@@ -163,9 +163,5 @@ def update_together(
         how: the update's other arguments.
     """
     module, _ = load()
-    natives, sums = [_over_shards(flat) for flat, _ in flats], [sums for _, sums in flats]
+    natives, sums = [flat for flat, _ in flats], [sums for _, sums in flats]
     return partial(getattr(module, operator), natives, sums, *how)
-
-
-def _over_shards(flat: Any) -> Any:
-    return getattr(flat, "over_shards", flat)

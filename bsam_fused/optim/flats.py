@@ -192,8 +192,11 @@ class Flats:
             check_parameters(group, i, seen)
             seen += group["params"]
         kinds, left_out = by_kind(groups, self._exempt, {id(p) for flat in known for p in flat.params})
-        for params, places in kinds.values():
-            contract.check_memory([distributed.local(p) for p in params], places)
+        members = [*((flat.params, flat.places) for flat in known), *kinds.values()]
+        contract.check_memory(
+            [distributed.local(p) for params, _ in members for p in params],
+            [place for _, places in members for place in places],
+        )
         built = [self._flat(kind, params, places, backend) for kind, (params, places) in kinds.items()]
         count = known[0].step_count if known else torch.tensor(self._rounded_before or 0, device="cpu")
         for flat in built:
@@ -220,8 +223,7 @@ class Flats:
 
     def read_gradients(self, *, first: bool) -> None:
         """Read the gradients of a pass, the first one of a step or a later one."""
-        for flat in self:
-            flat.read_gradients()
+        dispatch.read_gradients(list(self))
         if self.local_passes or self.sharded:
             present = bytes(p.grad is not None for flat in self for p in flat.params)
             self._fingerprint = zlib.crc32(present, 0 if first else self._fingerprint)

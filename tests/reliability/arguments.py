@@ -99,6 +99,7 @@ class Object:
         assert module is not None, reason
         self.module, places = module, [(0, i) for i in range(len(self.params))]
         self.flat = module.CpuFlatParams(self.params, places, seed, exempt)
+        self.beside = module.CpuFlatParams([nn.Parameter(torch.ones(NUMEL))], [(0, 0)], None, False)
         self.returned = collections.Counter()
 
     def assert_quiet(self):
@@ -110,6 +111,7 @@ class Object:
         """{method: arguments as they should be}"""
         sums = self.flat.sums
         right = {
+            "read_gradients": ([self.beside],),
             "square_norm": (mixing.rule.last_slot, RADII),
             "mix": (RADII, mixing),
             "begin_plain": (mixing,),
