@@ -71,12 +71,16 @@ auto read(R (FlatParams::*method)() const) {
   return [method](const py::object& self) -> R { return (flat_of(self).*method)(); };
 }
 
-void read_gradients(const py::object& self, const std::vector<py::object>& beside) {
-  std::deque<Use> uses;
-  std::vector<const FlatParams*> others;
-  for (const py::object& other : beside) others.push_back(&uses.emplace_back(other).flat);
-  guarded<void, decltype(&FlatParams::read_gradients), const std::vector<const FlatParams*>&> (
-      &FlatParams::read_gradients)(self, others);
+void copy_shared(const py::object& self, const std::vector<py::object>& beside) {
+  at::NoGradGuard no_grad;
+  try {
+    std::deque<Use> uses;
+    std::vector<const FlatParams*> others;
+    for (const py::object& other : beside) others.push_back(&uses.emplace_back(other).flat);
+    Use(self).flat.copy_shared(others);
+  } catch (const BadParameter& bad) {
+    refuse(self, bad);
+  }
 }
 
 // The update of several FlatParams: all that can raise comes before anything is written to any of them.
@@ -123,7 +127,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("update_adam", update<bsam::AdamGroup>);
 
   py::class_<FlatParams>(m, "FlatParams", "bsam_fused.ops.contract.FlatParams", py::module_local())
-      .def("read_gradients", read_gradients, py::arg("beside") = std::vector<py::object>{})
+      .def("read_gradients", exposed(&FlatParams::read_gradients))
+      .def("copy_shared", copy_shared)
       .def("begin_plain", exposed(&FlatParams::begin_plain))
       .def("join", exposed(&FlatParams::join))
       .def("clear_gradients", exposed(&FlatParams::clear_gradients))

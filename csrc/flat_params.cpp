@@ -164,13 +164,13 @@ void FlatParams::wrote_weights(size_t i) {
 
 // ---- gradients
 
-void FlatParams::read_gradients(const std::vector<const FlatParams*>& beside) {
+void FlatParams::read_gradients() {
   read_ = false;
-  written_.clear();
+  ours_.clear();
   try {
     for (size_t i : c10::irange(params_.size())) {
       if (i + kAhead < params_.size()) expect(i + kAhead);
-      read_gradient(i, beside);
+      read_gradient(i);
     }
   } catch (...) {
     for (Entry& e : entries_) e.now = nullptr;
@@ -188,7 +188,7 @@ void FlatParams::expect(size_t i) const {
     __builtin_prefetch(reinterpret_cast<const char*>(e.tensor) + line);
 }
 
-void FlatParams::read_gradient(size_t i, const std::vector<const FlatParams*>& beside) {
+void FlatParams::read_gradient(size_t i) {
   Entry& e = entries_[i];
   const at::Tensor& p = param(i);
   e.now = nullptr;
@@ -212,8 +212,7 @@ void FlatParams::read_gradient(size_t i, const std::vector<const FlatParams*>& b
   const bool lazy = grad.is_neg() || grad._is_zerotensor();
   const bool alike = !lazy && grad.strides() == strides(i);
   if (!grad._is_zerotensor() && !in_storage(grad, alike)) throw BadParameter{BadParameter::kMemory, i};
-  if (!alike || deleter_of(grad) != deleter_ ||
-      (grad.storage().use_count() > 1 && is_written(storage_of(grad), beside)))
+  if (!alike || deleter_of(grad) != deleter_ || (grad.storage().use_count() > 1 && is_ours(storage_of(grad))))
     stage(i, grad);
   else
     e.now = data(grad, 0);
@@ -228,21 +227,37 @@ void FlatParams::stage(size_t i, const at::Tensor& grad) {
   e.now = data(e.staged, 0);
 }
 
-// Whether a phase of these FlatParams or of those beside them may write to the storage.
-bool FlatParams::is_written(const c10::StorageImpl* storage, const std::vector<const FlatParams*>& beside) {
-  if (written_.empty()) {
-    add_written(written_);
-    for (const FlatParams* other : beside) other->add_written(written_);
-    std::sort(written_.begin(), written_.end());
+// Whether a phase may write to the storage: a parameter's, or one of state.
+bool FlatParams::is_ours(const c10::StorageImpl* storage) {
+  if (ours_.empty()) {
+    add_storages(ours_, kDirection);  // which `merge` has read as the gradients
+    std::sort(ours_.begin(), ours_.end());
   }
-  return std::binary_search(written_.begin(), written_.end(), storage);
+  return std::binary_search(ours_.begin(), ours_.end(), storage);
 }
 
-// Adds the storages that a phase may write to: the parameters', and those of state.
-void FlatParams::add_written(std::vector<const c10::StorageImpl*>& storages) const {
+// Adds the storages of parameters and flat buffers, but of one.
+void FlatParams::add_storages(std::vector<const c10::StorageImpl*>& storages, const std::string& but) const {
   for (size_t i : c10::irange(params_.size())) storages.push_back(storage_of(param(i)));
+  storages.push_back(storage_of(steps_));
   for (const auto& [key, flat] : buffers_)
-    if (key != kDirection) storages.push_back(storage_of(flat));
+    if (key != but) storages.push_back(storage_of(flat));
+}
+
+// Copies the gradients that lie where others in the step may write.
+void FlatParams::copy_shared(const std::vector<const FlatParams*>& beside) {
+  check_noted();
+  std::vector<const c10::StorageImpl*> theirs;
+  for (size_t i : c10::irange(params_.size())) {
+    const Entry& e = entries_[i];
+    if (!e.now || e.staging || e.now == kNothing || gradient(i).storage().use_count() == 1) continue;
+    if (theirs.empty()) {
+      for (const FlatParams* other : beside) other->add_storages(theirs, "");
+      std::sort(theirs.begin(), theirs.end());
+    }
+    const at::Tensor& grad = gradient(i);
+    if (std::binary_search(theirs.begin(), theirs.end(), storage_of(grad))) stage(i, grad);
+  }
 }
 
 void FlatParams::clear_gradients() {

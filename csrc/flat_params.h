@@ -65,7 +65,8 @@ class FlatParams : public Built {
              std::optional<uint32_t> seed, bool exempt);
   virtual ~FlatParams() = default;
 
-  void read_gradients(const std::vector<const FlatParams*>& beside);
+  void read_gradients();
+  void copy_shared(const std::vector<const FlatParams*>& beside);
   void begin_plain(const Mixing& mixing);
   void join(const Mixing& mixing, bool descended);
   void clear_gradients();
@@ -225,10 +226,10 @@ class FlatParams : public Built {
   void begin_last(const at::Tensor& sums) const;
 
   void expect(size_t i) const;
-  void read_gradient(size_t i, const std::vector<const FlatParams*>& beside);
+  void read_gradient(size_t i);
   void stage(size_t i, const at::Tensor& grad);
-  bool is_written(const c10::StorageImpl* storage, const std::vector<const FlatParams*>& beside);
-  void add_written(std::vector<const c10::StorageImpl*>& storages) const;
+  bool is_ours(const c10::StorageImpl* storage);
+  void add_storages(std::vector<const c10::StorageImpl*>& storages, const std::string& but) const;
   void read_weights(size_t i);
   void read_unmoved(size_t i);
   void wrote_weights(size_t i);
@@ -261,10 +262,10 @@ class FlatParams : public Built {
   void write_saved();
   at::Tensor view(const std::string& key, size_t i);
 
-  std::vector<int64_t> shapes_;                   // sizes and strides of every parameter as recorded, end to end
-  std::map<std::string, at::Tensor> buffers_;     // "saved", "direction", and the base optimizer's state
-  std::vector<const c10::StorageImpl*> written_;  // sorted, while gradients are read: storages that a phase may write
-  c10::DeleterFnPtr deleter_;                     // of memory that torch allocated
+  std::vector<int64_t> shapes_;                // sizes and strides of every parameter as recorded, end to end
+  std::map<std::string, at::Tensor> buffers_;  // "saved", "direction", and the base optimizer's state
+  std::vector<const c10::StorageImpl*> ours_;  // sorted, while gradients are read: storages that a phase may write
+  c10::DeleterFnPtr deleter_;                  // of memory that torch allocated
   Phase phase_ = Phase::kRest;
   bool read_ = false;     // gradients were, since the last phase
   bool updated_ = false;  // the gradients read last are in the weights, or were given up

@@ -176,13 +176,13 @@ def its_history(spoil):
 
 cases(
     "beside", none=None, number=3, numbers=[3], nothing=[None], unbuilt=[MODULE.FlatParams.__new__(MODULE.FlatParams)]
-)(lambda beside: Step().flat.read_gradients(beside))
+)(lambda beside: Step("read").flat.copy_shared(beside))
 
 
 @case
 def beside_itself():
-    step = Step()
-    step.flat.read_gradients([step.flat])
+    step = Step("read")
+    step.flat.copy_shared([step.flat])
 
 
 @cases("several at once", twice_the_same=lambda step: [step.flat] * 2, none=lambda step: [None], fewer=lambda step: [])

@@ -121,67 +121,6 @@ def test_the_last_gradient_lies_in_the_weights_of_an_unfused_base(backend):
     torch.testing.assert_close(opt.state[p]["square_avg"], 0.01 * moved.square())
 
 
-IN_MEMORY_OF_P = {"weights": lambda opt, p: p.detach(), "state": lambda opt, p: opt.state[p]["momentum_buffer"]}
-OF_ANOTHER_KIND = {
-    "exempt": lambda: {"params": [parameter(n=6)], "perturb": False},
-    "of another dtype": lambda: {"params": [nn.Parameter(torch.ones(3, dtype=torch.float64))]},
-}
-
-
-@pytest.mark.parametrize("kind", [SAM, BSAM])
-@pytest.mark.parametrize("active", [True, False])
-@pytest.mark.parametrize("lies_in", IN_MEMORY_OF_P)
-@pytest.mark.parametrize("of", OF_ANOTHER_KIND)
-def test_a_gradient_in_the_memory_of_parameters_of_another_kind(backend, of, lies_in, active, kind):
-    """Each FlatParams knew its own memory alone; the second's gradient, in the first one's, had moved before its turn.
-
-    Right is what a copy of the gradient, in memory of its own, leads to.
-    """
-
-    def trained(own):
-        group = OF_ANOTHER_KIND[of]()
-        p, (q,) = parameter(n=6), group["params"]
-        opt = kind([{"params": [p]}, group], lr=0.1, momentum=0.9, backend=backend)
-        whole_step(opt)
-        opt.active = active
-        for call in opt._calls if active else ["step"]:
-            backward(opt)
-            grad = IN_MEMORY_OF_P[lies_in](opt, p).view(q.dtype)
-            q.grad = grad.clone() if own else grad
-            getattr(opt, call)()
-        assert len(list(opt._flats)) == 2
-        return p.detach(), q.detach()
-
-    for there, own in zip(trained(own=False), trained(own=True), strict=True):
-        assert torch.equal(there, own)
-
-
-@pytest.mark.parametrize("q", [lambda p: p[2:], lambda p: p[2:].view(torch.bfloat16)], ids=["exempt", "other dtype"])
-def test_parameters_of_two_kinds_share_memory(backend, q):
-    """Only those of one kind were compared, and the others trained twice."""
-    memory = torch.ones(4)
-    p, q = nn.Parameter(memory), nn.Parameter(q(memory))
-    opt = SAM([{"params": [p]}, {"params": [q], "perturb": False}], lr=0.1, backend=backend)
-    with pytest.raises(ValueError, match=r"parameter 0 of group 1.*shares memory with parameter 0 of group 0"):
-        whole_step(opt)
-    assert torch.equal(memory, torch.ones(4))
-
-
-def test_a_thawed_parameter_shares_memory(backend):
-    """What takes part from a later pass on was not compared with what did from the first."""
-    memory = torch.ones(4)
-    p, q = nn.Parameter(memory), nn.Parameter(memory[2:], requires_grad=False)
-    opt = SAM([p, q], lr=0.1, backend=backend)
-    p.grad = torch.ones_like(p)
-    opt.ascend()
-    q.requires_grad_(True)
-    backward(opt)
-    with pytest.raises(ValueError, match=r"parameter 1 of group 0.*shares memory with parameter 0 of group 0"):
-        opt.step()
-    opt.restore()
-    assert torch.equal(memory, torch.ones(4))
-
-
 def test_state_of_what_is_in_no_group_is_packed_beside(backend):
     """The state dict leaves it out without touching the state, whatever interrupts."""
     opt = SAM([parameter()], lr=0.1, momentum=0.9, backend=backend)

@@ -144,6 +144,31 @@ def test_storage_that_was_replaced(rule):  # noqa: F811
 
 
 @on_two_ranks
+def test_a_gradient_in_storage_of_shards_that_was_replaced():
+    """The first one to be read lies where the last one's shards are now: these were followed too late."""
+
+    def trained(own):
+        first, last = (nn.Parameter(torch.ones(n, dtype=torch.float64)) for n in (4, 6))
+        mesh = init_device_mesh("cpu", (2,))
+        shards, others = (distribute_tensor(k * torch.ones(12, dtype=torch.float64), mesh, [Shard(0)]) for k in (1, 3))
+        shards = nn.Parameter(shards)
+        opt = SAM([first, shards, last], torch.optim.RMSprop, lr=0.1, max_grad_norm=1e30)
+        for active in (True, False):
+            opt.active = active
+            for call in opt._calls if active else ["step"]:
+                for p in (first, shards, last):
+                    p.grad = torch.ones_like(p)
+                if not active:
+                    shards._local_tensor = others._local_tensor
+                    last.grad = others._local_tensor.clone() if own else others._local_tensor.detach()
+                getattr(opt, call)()
+        return last.detach(), shards.detach().to_local()
+
+    for there, own in zip(trained(own=False), trained(own=True)):
+        assert torch.equal(there, own)
+
+
+@on_two_ranks
 def test_weights_that_stay_gathered_after_backward(rule):  # noqa: F811
     """FSDP's forward would go on with the weights that it gathered before the phase."""
     kind, options = RULES[rule]

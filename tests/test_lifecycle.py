@@ -66,15 +66,19 @@ def test_lazily_negated_and_zero_gradients(backend, kind):
     assert opt.norms[0] == 0
 
 
-@pytest.mark.parametrize(
-    ("strides", "offset", "left"), [((5, 1), 0, 0), ((1, 4), 0, 0), ((1, 4), 3, 0), ((1, 4), 0, 40)]
-)
-def test_memory_that_was_freed(backend, strides, offset, left):
-    """Of a gradient that is read in place, and of one laid out otherwise, which is copied; also part of it."""
-    p = nn.Parameter(torch.ones(4, 5))
+@pytest.mark.parametrize("whose", ["gradient", "weights"])
+@pytest.mark.parametrize("strides", [(5, 1), (1, 4)])
+@pytest.mark.parametrize(("offset", "left"), [(0, 0), (3, 0), (0, 40), (3, 88)])
+def test_memory_that_was_freed(backend, offset, left, strides, whose):
+    """Of a gradient that is read in place, and of one laid out otherwise, which is copied; also part of it.
+
+    What was freed has an address, its offset's, where that is not 0; 88 bytes lack the last element alone, at 3.
+    """
+    there = torch.ones(30).as_strided((4, 5), strides, offset)
+    p = nn.Parameter(there if whose == "weights" else torch.ones(4, 5))
     opt = bsam_fused.SAM([p], lr=0.1, backend=backend)
-    p.grad = torch.ones(30).as_strided((4, 5), strides, offset)
-    p.grad.untyped_storage().resize_(left)
+    p.grad = torch.ones(4, 5) if whose == "weights" else there
+    there.untyped_storage().resize_(left)
     with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*was freed"):
         opt.ascend()
 

@@ -179,8 +179,8 @@ class FlatParams(Protocol):
     tensors others may exchange (torch.utils.swap_tensors): nothing here counts as a holder of one.
 
     A gradient is taken only where nobody else can see its memory, which torch itself must have allocated; else it is
-    copied, and never written to. One that lies in the storage of a parameter or of state, of this one or of those
-    beside it, is copied as it is read.
+    copied, and never written to. One that lies in the storage of one of these parameters, or of their state, is copied
+    as it is read; of those of others in the step, by `copy_shared`.
     """
 
     limit: float
@@ -223,11 +223,14 @@ class FlatParams(Protocol):
     def updated(self) -> bool:
         """Whether an update, or `combine` that gave the step up, was made of the gradients read last."""
 
-    def read_gradients(self, beside: Sequence[FlatParams] = ()) -> None:
-        """Note every ``.grad`` of this pass, before anything is written; ``beside``: who else has a part in the step.
+    def read_gradients(self) -> None:
+        """Note every ``.grad`` of this pass, before anything is written.
 
-        They are of this backend and device. Raises what `reject` raises, with nothing changed.
+        Raises what `reject` and `reject_memory` raise, with nothing changed.
         """
+
+    def copy_shared(self, beside: Sequence[FlatParams]) -> None:
+        """Copy what was read in the memory of others, of this backend and device, whose gradients were read, too."""
 
     def begin_plain(self, mixing: Mixing) -> None:
         """Begin a step without perturbations: all sums 0.
@@ -385,8 +388,8 @@ def reject(flat: FlatParams, i: int) -> NoReturn:
     """Raise the error that says why ``flat`` cannot work with its i-th parameter, and what to do.
 
     Raises:
-        RuntimeError: the parameter's gradient is sparse, or on another device or of another dtype or shape, or
-            memory was freed; `LayoutChangedError` where the parameter itself was moved, cast or laid out anew.
+        RuntimeError: the parameter's gradient is sparse, or on another device or of another dtype or shape;
+            `LayoutChangedError` where the parameter itself was moved, cast or laid out anew.
     """
     param, grad = flat.params[i], flat.params[i].grad
     name = describe(param, flat.places[i])
@@ -407,9 +410,6 @@ def reject(flat: FlatParams, i: int) -> NoReturn:
         )
     if grad is not None and grad.shape != param.shape:
         raise RuntimeError(f"{name} has a gradient of shape {tuple(grad.shape)}: assign one of its own shape")
-    freed = grad is not None and not grad._is_zerotensor() and grad.data_ptr() == 0
-    if param.numel() and (param.data_ptr() == 0 or freed):
-        raise RuntimeError(f"{name}: its memory, or its gradient's, was freed: fill both before the phase")
     raise LayoutChangedError(
         f"{name} has another shape or other strides {tuple(param.stride())} than in the last phase: do not "
         "change a parameter's layout within a step; restore() first"
@@ -448,8 +448,8 @@ def check_param(param: Tensor, place: tuple[int, int]) -> None:
 def check_memory(params: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> None:
     """Raise where two parameters share memory: perturbing both would perturb it twice.
 
-    Looks at parameters whose elements fill their memory; interleaved ones (columns of one matrix) are taken as
-    they are.
+    Looks at parameters that have memory, which their elements fill; interleaved ones (columns of one matrix) are taken
+    as they are.
 
     Raises:
         ValueError: two of them overlap, or one overlaps itself (expanded).
@@ -459,12 +459,14 @@ def check_memory(params: Sequence[Tensor], places: Sequence[tuple[int, int]]) ->
             raise ValueError(f"{describe(param, place)} is expanded, its elements share memory: clone() it")
 
     spans = sorted(
-        (param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), i)
+        (str(param.device), param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), i)
         for i, param in enumerate(params)
-        if param.numel() and param.data_ptr() and torch.empty_like(param, device="meta").stride() == param.stride()
+        if param.numel()
+        and param.untyped_storage().nbytes()
+        and torch.empty_like(param, device="meta").stride() == param.stride()
     )
-    for (_, end, i), (begin, _, j) in pairwise(spans):
-        if begin < end:
+    for (device, _, end, i), (other, begin, _, j) in pairwise(spans):
+        if device == other and begin < end:
             raise ValueError(
                 f"{describe(params[j], places[j])} shares memory with {describe(params[i], places[i])}: tie weights by "
                 "using one Parameter in both places, not by sharing .data"

@@ -92,10 +92,12 @@ def _best(device: torch.device) -> Choice:
 
 
 def read_gradients(flats: Sequence[contract.FlatParams]) -> None:
-    """Have all FlatParams of an optimizer note the gradients of a pass."""
+    """Have all FlatParams of an optimizer, of a device those of one backend, note the gradients of a pass."""
     for flat in flats:
-        beside = [_over_shards(other) for other in flats if other is not flat and other.device == flat.device]
-        flat.read_gradients(beside)
+        flat.read_gradients()
+    for flat in flats:
+        if beside := [other for other in flats if other is not flat and other.device == flat.device]:
+            flat.copy_shared([_over_shards(other) for other in beside])
 
 
 def updates(

@@ -36,6 +36,10 @@ class FlatBuffers:
         self._numels = [p.numel() for p in self.params]
         # An element's place in the flat buffers: its parameter's strides, or dense ones where they have gaps.
         self._strides = [torch.empty_like(p, device="meta").stride() for p in self.params]
+        self._extents = [  # from its first element to the end of its last, in its own strides
+            1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)) if p.numel() else 0
+            for p in self.params
+        ]
         self._bytes = [numel * self.dtype.itemsize for numel in self._numels]
         pad = ALIGNMENT // self.dtype.itemsize
         self._offsets = [0]
@@ -44,7 +48,7 @@ class FlatBuffers:
         self._steps = torch.zeros(len(self.params), dtype=torch.float32, device=self.device)
         self._buffers: dict[str, Tensor] = {}
         self._lists: dict[str, list[Tensor]] = {}  # of their views
-        self._where = Occupied([], [], [])
+        self._where = Occupied([], [], [0])
         self._begun: set[int] = set()  # whose state has begun
 
     def _refuse_capture(self) -> None:
@@ -60,7 +64,7 @@ class FlatBuffers:
             self._refuse_capture()
             dtype = torch.float32 if key == MASTER_WEIGHT else self.dtype
             self._buffers[key] = torch.zeros(self._offsets[-1], dtype=dtype, device=self.device)
-            self._where = Occupied([], [], [])
+            self._where = Occupied([], [], [0])
         return self._buffers[key]
 
     def _view(self, key: str, i: int) -> Tensor:
@@ -74,16 +78,10 @@ class FlatBuffers:
 
     def _occupied_by(self, weights: list[int]) -> Occupied:
         """Return where parameters, at these addresses, and flat buffers lie: what lies there, too, is written to."""
-        last = [
-            sum((size - 1) * stride for size, stride in zip(kind[0], strides, strict=True))
-            for kind, strides in zip(self._kinds, self._layouts, strict=True)
-        ]
-        spans = [
-            (address, address + (1 + place) * self.dtype.itemsize)
-            for address, place, numel in zip(weights, last, self._numels, strict=True)
-            if numel
-        ]
-        spans += [(buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes) for buffer in self._buffers.values()]
+        extents = zip(weights, self._extents, strict=True)
+        spans = [(address, address + extent * self.dtype.itemsize) for address, extent in extents if extent]
+        buffers = self._steps, *self._buffers.values()
+        spans += [(buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes) for buffer in buffers]
         begins = sorted(spans)
         return Occupied(weights, [begin for begin, _ in begins], [0, *accumulate((end for _, end in begins), max)])
 
@@ -110,6 +108,7 @@ class FlatBuffers:
         """Begin with new buffers of state."""
         self._begun = set()
         self._steps = torch.zeros_like(self._steps)
+        self._where = Occupied([], [], [0])
         self._lists = {}
         self._buffers = {key: buffer for key, buffer in self._buffers.items() if key in {"saved", DIRECTION}}
 

@@ -30,7 +30,7 @@ from bsam_fused.ops.contract import (
 )
 from bsam_fused.ops.directions import Direction, Memory, Mix, Sums
 from bsam_fused.ops.flat_buffers import DIRECTION, FlatBuffers, kind_of
-from bsam_fused.ops.memory import Occupied, can_be_written, is_in_storage
+from bsam_fused.ops.memory import Occupied, are_in_storage, can_be_written, is_in_storage
 from bsam_fused.ops.one_go import in_one_go
 
 Call = Callable[[], object]
@@ -144,35 +144,40 @@ class PythonFlatParams(FlatBuffers, ABC):
         """Return the i-th parameter's elements, in the flat buffers' strides."""
         return self._packed.get(i, self.params[i])
 
-    def read_gradients(self, beside: Sequence[contract.FlatParams] = ()) -> None:
+    def read_gradients(self) -> None:
         """Note the gradients of this pass."""
         self._now, self._done = {}, []
-        occupied = [flat._occupied() for flat in (self, *cast(Sequence[PythonFlatParams], beside))]
+        kinds = list(map(kind_of, self.params))
+        if kinds != self._kinds or list(map(Tensor.stride, self.params)) != self._layouts:
+            contract.reject(self, next(i for i in range(len(self.params)) if self._changed(i)))
         now = {i: grad for i, grad in enumerate([p.grad for p in self.params]) if grad is not None}
         if not self._are_usual(now):
             now = {i: grad if self._are_usual({i: grad}) else self._copied(i, grad) for i, grad in now.items()}
         self._keep_until_read()
-        addresses, weights = list(map(Tensor.data_ptr, now.values())), self._where.weights
-        if not (all(addresses) and all(weights)):
-            for i, address in zip(now, addresses, strict=True):
-                if self._numels[i] and not (address and weights[i]):
-                    contract.reject(self, i)
-        for where in occupied:
-            if any(shares := where.shares(addresses, pick(self._bytes, now))):
-                now = {i: self._copied(i, g) if also else g for (i, g), also in zip(now.items(), shares, strict=True)}
+        weights, grads = pick(self.params, now), list(now.values())
+        if not (are_in_storage(weights, pick(self._extents, now)) and are_in_storage(grads, pick(self._numels, now))):
+            for i, grad in now.items():
+                if not (is_in_storage(self.params[i]) and is_in_storage(grad)):
+                    contract.reject_memory(self, i)
+        addresses = list(map(Tensor.data_ptr, self.params))
+        if self._where.weights != addresses:
+            self._where = self._occupied_by(addresses)
+        now = self._copied_from(self._where, now)
         for i in self._packed.keys() & now.keys():
             self._packed[i].copy_(self.params[i].detach())
         self._now = now
 
-    def _occupied(self) -> Occupied:
-        """Return where parameters and flat buffers lie now."""
-        kinds = list(map(kind_of, self.params))
-        if kinds != self._kinds or list(map(Tensor.stride, self.params)) != self._layouts:
-            contract.reject(self, next(i for i in range(len(self.params)) if self._changed(i)))
-        weights = list(map(Tensor.data_ptr, self.params))
-        if self._where.weights != weights:
-            self._where = self._occupied_by(weights)
-        return self._where
+    def copy_shared(self, beside: Sequence[contract.FlatParams]) -> None:
+        """Copy what was read in the memory of others."""
+        for flat in cast(Sequence[PythonFlatParams], beside):
+            self._now = self._copied_from(flat._where, self._now)
+
+    def _copied_from(self, where: Occupied, grads: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Return gradients, or copies of those that lie there."""
+        shares = where.shares(list(map(Tensor.data_ptr, grads.values())), pick(self._bytes, grads))
+        if not any(shares):
+            return grads
+        return {i: self._copied(i, g) if shared else g for (i, g), shared in zip(grads.items(), shares, strict=True)}
 
     def _keep_until_read(self) -> None:
         """Have torch wait for this stream before it gives gradients' memory to the stream that they came from.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import repeat
-from operator import add, gt
+from operator import add, gt, le, mul
 from typing import NamedTuple
 
 from torch import Tensor
@@ -25,6 +25,13 @@ class Occupied(NamedTuple):
         """Return of each of other spans whether it overlaps one of these."""
         before = map(bisect_left, repeat(self.begins), map(add, addresses, sizes))
         return list(map(gt, map(self.ends.__getitem__, before), addresses))
+
+
+def are_in_storage(tensors: Sequence[Tensor], extents: Sequence[int]) -> bool:
+    """Return whether tensors of one dtype have memory for as many elements each, from their first one on."""
+    ends = map(add, map(Tensor.storage_offset, tensors), extents)
+    bytes_ = [storage.nbytes() for storage in map(Tensor.untyped_storage, tensors)]
+    return all(map(le, map(mul, ends, repeat(tensors[0].element_size())), bytes_)) if tensors else True
 
 
 def is_in_storage(tensor: Tensor) -> bool:

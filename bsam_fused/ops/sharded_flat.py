@@ -64,7 +64,7 @@ class ShardedFlatParams:
             if now.data_ptr() != shard.data_ptr():
                 shard.data = now
 
-    def read_gradients(self, beside: Sequence[contract.FlatParams] = ()) -> None:
+    def read_gradients(self) -> None:
         """Note the gradients of this pass.
 
         Raises:
@@ -79,7 +79,7 @@ class ShardedFlatParams:
                     f"gradient {getattr(grad, 'placements', 'is no DTensor')}: redistribute it before the phase"
                 )
             shard.grad = None if grad is None else distributed.local(grad)
-        self.over_shards.read_gradients(beside)
+        self.over_shards.read_gradients()
 
     def _return_gradients(self) -> None:
         for param, shard in zip(self.params, self._shards, strict=True):

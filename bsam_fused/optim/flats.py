@@ -65,6 +65,7 @@ class Flats:
         self._seed, self.masters, self.local_passes = seed, masters, local_passes
         self._skipped_before, self._rounded_before = skipped, rounded_steps
         self._built: list[FlatParams] | None = None
+        self._backends: dict[torch.device, dispatch.Choice] = {}  # those that are built, one a device
         self._shards: list[tuple[Any, ...]] = []  # of each, the process groups that hold its shards
         self._lists: list[list[Tensor]] = []  # the param groups' parameters, when built
         self._exempt: list[bool] = []  # whether a param group is left out of the perturbations, when built
@@ -209,7 +210,9 @@ class Flats:
 
     def _flat(self, kind: Kind, params: list[Tensor], places: list[tuple[int, int]], backend: str) -> FlatParams:
         device, _, sharded, _, exempt = kind
-        build = dispatch.choose(backend, device).build
+        if device not in self._backends:
+            self._backends[device] = dispatch.choose(backend, device)
+        build = self._backends[device].build
         if not sharded:
             return build(params, places, self._seed, exempt)
         if self.local_passes:

@@ -111,7 +111,7 @@ class Object:
         """{method: arguments as they should be}"""
         sums = self.flat.sums
         right = {
-            "read_gradients": ([self.beside],),
+            "copy_shared": ([self.beside],),
             "square_norm": (mixing.rule.last_slot, RADII),
             "mix": (RADII, mixing),
             "begin_plain": (mixing,),
@@ -216,7 +216,7 @@ def any_calls(data):
         for calls in phases(mixing.rule, data.draw(st.sampled_from(sorted(ENDINGS)))):
             for p in it.params:
                 p.grad = torch.ones_like(p)
-            for name in ("read_gradients", *calls):
+            for name in ("read_gradients", "copy_shared", *calls):
                 disturb(data, it, mixing)
                 one_call(data, it, name, mixing, spoil=data.draw(st.integers(0, 19)) == 0)
                 it.assert_quiet()
