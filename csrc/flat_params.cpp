@@ -24,6 +24,9 @@ char kNothing[1] = {};
 
 char* address(const at::Tensor& t) { return t.numel() == 0 ? kNothing : static_cast<char*>(t.mutable_data_ptr()); }
 
+// Whether others may hold a gradient's memory: its storage, or itself, as a parameter that is another one's gradient.
+bool may_be_shared(const at::Tensor& t) { return t.defined() && (t.use_count() > 1 || t.storage().use_count() > 1); }
+
 const at::Tensor& tensor_of(const py::object& param) {
   if (!THPVariable_Check(param.ptr())) throw py::type_error("FlatParams: every parameter must be a torch.Tensor");
   return THPVariable_Unpack(param.ptr());
@@ -212,7 +215,7 @@ void FlatParams::read_gradient(size_t i) {
   const bool lazy = grad.is_neg() || grad._is_zerotensor();
   const bool alike = !lazy && grad.strides() == strides(i);
   if (!grad._is_zerotensor() && !in_storage(grad, alike)) throw BadParameter{BadParameter::kMemory, i};
-  if (!alike || deleter_of(grad) != deleter_ || (grad.storage().use_count() > 1 && is_ours(storage_of(grad))))
+  if (!alike || deleter_of(grad) != deleter_ || (may_be_shared(grad) && is_ours(storage_of(grad))))
     stage(i, grad);
   else
     e.now = data(grad, 0);
@@ -227,37 +230,40 @@ void FlatParams::stage(size_t i, const at::Tensor& grad) {
   e.now = data(e.staged, 0);
 }
 
-// Whether a phase may write to the storage: a parameter's, or one of state.
-bool FlatParams::is_ours(const c10::StorageImpl* storage) {
-  if (ours_.empty()) {
-    add_storages(ours_, kDirection);  // which `merge` has read as the gradients
-    std::sort(ours_.begin(), ours_.end());
+// The storages that phases may write to, sorted: of parameters, of step counts and flat buffers.
+std::vector<const c10::StorageImpl*> FlatParams::storages_of(const std::vector<const FlatParams*>& flats) {
+  std::vector<const c10::StorageImpl*> storages;
+  for (const FlatParams* flat : flats) {
+    for (size_t i : c10::irange(flat->params_.size())) storages.push_back(storage_of(flat->param(i)));
+    storages.push_back(storage_of(flat->steps_));
+    for (const auto& [key, buffer] : flat->buffers_) storages.push_back(storage_of(buffer));
   }
-  return std::binary_search(ours_.begin(), ours_.end(), storage);
+  std::sort(storages.begin(), storages.end());
+  return storages;
 }
 
-// Adds the storages of parameters and flat buffers, but of one.
-void FlatParams::add_storages(std::vector<const c10::StorageImpl*>& storages, const std::string& but) const {
-  for (size_t i : c10::irange(params_.size())) storages.push_back(storage_of(param(i)));
-  storages.push_back(storage_of(steps_));
-  for (const auto& [key, flat] : buffers_)
-    if (key != but) storages.push_back(storage_of(flat));
+// Whether a phase of this FlatParams may write to the storage as gradients are read in it. What `merge` has made the
+// gradients it does not.
+bool FlatParams::is_ours(const c10::StorageImpl* storage) {
+  const auto merged = buffers_.find(kDirection);
+  if (merged != buffers_.end() && storage_of(merged->second) == storage) return false;
+  if (ours_.empty()) ours_ = storages_of({this});
+  return std::binary_search(ours_.begin(), ours_.end(), storage);
 }
 
 // Copies the gradients that lie where others in the step may write.
 void FlatParams::copy_shared(const std::vector<const FlatParams*>& beside) {
-  check_noted();
-  std::vector<const c10::StorageImpl*> theirs;
+  if (!read_) throw std::runtime_error("FlatParams: copy_shared() without read_gradients()");
+  std::vector<size_t> shared;
   for (size_t i : c10::irange(params_.size())) {
     const Entry& e = entries_[i];
-    if (!e.now || e.staging || e.now == kNothing || gradient(i).storage().use_count() == 1) continue;
-    if (theirs.empty()) {
-      for (const FlatParams* other : beside) other->add_storages(theirs, "");
-      std::sort(theirs.begin(), theirs.end());
-    }
-    const at::Tensor& grad = gradient(i);
-    if (std::binary_search(theirs.begin(), theirs.end(), storage_of(grad))) stage(i, grad);
+    if (e.now && e.now != kNothing && !e.staging && may_be_shared(gradient(i))) shared.push_back(i);
   }
+  if (shared.empty()) return;
+  check_noted();
+  const auto theirs = storages_of(beside);
+  for (size_t i : shared)
+    if (std::binary_search(theirs.begin(), theirs.end(), storage_of(gradient(i)))) stage(i, gradient(i));
 }
 
 void FlatParams::clear_gradients() {

@@ -229,7 +229,7 @@ class FlatParams : public Built {
   void read_gradient(size_t i);
   void stage(size_t i, const at::Tensor& grad);
   bool is_ours(const c10::StorageImpl* storage);
-  void add_storages(std::vector<const c10::StorageImpl*>& storages, const std::string& but) const;
+  static std::vector<const c10::StorageImpl*> storages_of(const std::vector<const FlatParams*>& flats);
   void read_weights(size_t i);
   void read_unmoved(size_t i);
   void wrote_weights(size_t i);

@@ -122,7 +122,7 @@ MAY_IMPORT = {
         "optim.skips",
         "optim.state",
     },
-    "optim.kinds": {"distributed", "ops.contract", "optim.groups"},
+    "optim.kinds": {"distributed", "ops.contract", "ops.memory", "optim.groups"},
     "optim.persistence": {"ops.contract", "optim.around", "optim.options_read", "optim.others", "optim.state"},
     "optim.passes": {"buffers"},
     "optim.phases": {"checks", "ops.contract", "optim.passes", "optim.persistence", "optim.trainers", "distributed"},

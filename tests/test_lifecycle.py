@@ -83,6 +83,54 @@ def test_memory_that_was_freed(backend, offset, left, strides, whose):
         opt.ascend()
 
 
+@pytest.mark.parametrize("left", [0, 40])
+def test_weights_that_were_freed_after_their_last_gradient(backend, left):
+    """They have none in this pass, but w is put back there."""
+    p, q = parameters("many")[:2]
+    opt = bsam_fused.SAM([p, q], lr=0.1, backend=backend)
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    opt.ascend()
+    q.grad = torch.ones_like(q)
+    p.untyped_storage().resize_(left)
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*was freed"):
+        opt.step()
+
+
+def test_weights_without_a_gradient_that_were_freed_under_a_base_of_its_own_rule(backend):
+    p, q = parameters("many")[:2]
+    opt = bsam_fused.SAM([p, q], torch.optim.RMSprop, lr=0.1, backend=backend)
+    p.untyped_storage().resize_(0)
+    q.grad = torch.ones_like(q)
+    opt.ascend()
+    q.grad = torch.ones_like(q)
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*was freed"):
+        opt.step()
+
+
+class Wrapper(torch.Tensor):
+    """A tensor that holds another one and has no memory: its storage has a size, but no address."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return func(*(arg.held if isinstance(arg, cls) else arg for arg in args), **(kwargs or {}))
+
+
+def test_a_gradient_that_only_wraps_one(backend):
+    p = nn.Parameter(torch.ones(2000))
+    opt = bsam_fused.SAM([p], lr=0.1, backend=backend)
+    p.grad = Wrapper(torch.ones(2000))
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0"):
+        opt.ascend()
+    assert (p == 1).all()
+
+
 @every_kind
 def test_groups_edited_by_hand(backend, kind):
     params = parameters("many")[:4]

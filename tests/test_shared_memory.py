@@ -62,6 +62,19 @@ def test_a_gradient_in_the_memory_of_parameters_of_another_kind(backend, of, lie
         assert torch.equal(there, own)
 
 
+@pytest.mark.parametrize("group", [{}, {"perturb": False}])
+def test_a_gradient_that_is_a_parameter(backend, group):
+    """The storage has no other holder where the two are one tensor."""
+    p, q = parameter(n=2000), parameter(n=2000)
+    opt = SAM([{"params": [p]}, {"params": [q], **group}], lr=0.1, backend=backend)
+    whole_step(opt)
+    opt.active = False
+    p.data, w = torch.full_like(p, 3.0), q.detach().clone()  # a storage that Python has not seen
+    p.grad, q.grad = torch.ones_like(p), p
+    opt.step()
+    torch.testing.assert_close(q.detach(), w - 0.1 * 3.0)
+
+
 def test_a_gradient_that_is_a_step_count(backend):
     """It is state, too, though in no flat buffer, and was counted before the gradient was read."""
 
@@ -132,6 +145,19 @@ def test_parameters_of_two_kinds_share_memory(backend, q):
     with pytest.raises(ValueError, match=r"parameter 0 of group 1.*shares memory with parameter 0 of group 0"):
         whole_step(opt)
     assert torch.equal(memory, torch.ones(4))
+
+
+@pytest.mark.parametrize("left", [0, 4])
+def test_parameters_without_memory_share_none(backend, left):
+    """Both have the address of their offset, or memory of their own that ends before they do."""
+    p, q, r = nn.Parameter(torch.ones(5)[1:]), nn.Parameter(torch.ones(5)[1:]), parameter()
+    opt = SAM([p, q, r], lr=0.1, backend=backend)
+    for param in (p, q):
+        param.untyped_storage().resize_(left)
+    for call in opt._calls:
+        r.grad = torch.ones_like(r)
+        getattr(opt, call)()
+    torch.testing.assert_close(r.detach(), torch.full((2,), 0.9))
 
 
 def test_a_thawed_parameter_shares_memory(backend):

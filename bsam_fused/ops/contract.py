@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from itertools import pairwise
 from typing import NamedTuple, NoReturn, Protocol
 
 import torch
@@ -180,7 +179,7 @@ class FlatParams(Protocol):
 
     A gradient is taken only where nobody else can see its memory, which torch itself must have allocated; else it is
     copied, and never written to. One that lies in the storage of one of these parameters, or of their state, is copied
-    as it is read; of those of others in the step, by `copy_shared`.
+    as it is read; one that lies in those of another FlatParams in the step, by `copy_shared`.
     """
 
     limit: float
@@ -230,7 +229,10 @@ class FlatParams(Protocol):
         """
 
     def copy_shared(self, beside: Sequence[FlatParams]) -> None:
-        """Copy what was read in the memory of others, of this backend and device, whose gradients were read, too."""
+        """Copy the gradients that lie in the memory of others, of this backend and device, which have read theirs, too.
+
+        Raises what `reject_memory` raises.
+        """
 
     def begin_plain(self, mixing: Mixing) -> None:
         """Begin a step without perturbations: all sums 0.
@@ -443,34 +445,6 @@ def check_param(param: Tensor, place: tuple[int, int]) -> None:
             f"{name} is a {type(param).__name__}, which has no storage of its own: of wrapped parameters only DTensors "
             "are supported"
         )
-
-
-def check_memory(params: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> None:
-    """Raise where two parameters share memory: perturbing both would perturb it twice.
-
-    Looks at parameters that have memory, which their elements fill; interleaved ones (columns of one matrix) are taken
-    as they are.
-
-    Raises:
-        ValueError: two of them overlap, or one overlaps itself (expanded).
-    """
-    for param, place in zip(params, places, strict=True):
-        if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
-            raise ValueError(f"{describe(param, place)} is expanded, its elements share memory: clone() it")
-
-    spans = sorted(
-        (str(param.device), param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), i)
-        for i, param in enumerate(params)
-        if param.numel()
-        and param.untyped_storage().nbytes()
-        and torch.empty_like(param, device="meta").stride() == param.stride()
-    )
-    for (device, _, end, i), (other, begin, _, j) in pairwise(spans):
-        if device == other and begin < end:
-            raise ValueError(
-                f"{describe(params[j], places[j])} shares memory with {describe(params[i], places[i])}: tie weights by "
-                "using one Parameter in both places, not by sharing .data"
-            )
 
 
 def reject_shape(flat: FlatParams, i: int) -> NoReturn:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bsam_fused.ops.contract import HISTORY_KEYS, MASTER_WEIGHT
-from bsam_fused.ops.memory import Occupied
+from bsam_fused.ops.memory import Occupied, extent
 
 DIRECTION = "direction"  # the flat buffer in which `merge` leaves d
 ALIGNMENT = 64  # bytes: every tensor starts on a cache line of the flat buffers
@@ -36,10 +36,7 @@ class FlatBuffers:
         self._numels = [p.numel() for p in self.params]
         # An element's place in the flat buffers: its parameter's strides, or dense ones where they have gaps.
         self._strides = [torch.empty_like(p, device="meta").stride() for p in self.params]
-        self._extents = [  # from its first element to the end of its last, in its own strides
-            1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)) if p.numel() else 0
-            for p in self.params
-        ]
+        self._extents = [extent(p.shape, p.stride()) for p in self.params]
         self._bytes = [numel * self.dtype.itemsize for numel in self._numels]
         pad = ALIGNMENT // self.dtype.itemsize
         self._offsets = [0]
@@ -78,8 +75,8 @@ class FlatBuffers:
 
     def _occupied_by(self, weights: list[int]) -> Occupied:
         """Return where parameters, at these addresses, and flat buffers lie: what lies there, too, is written to."""
-        extents = zip(weights, self._extents, strict=True)
-        spans = [(address, address + extent * self.dtype.itemsize) for address, extent in extents if extent]
+        sizes = [reach * self.dtype.itemsize for reach in self._extents]
+        spans = [(address, address + size) for address, size in zip(weights, sizes, strict=True) if size]
         buffers = self._steps, *self._buffers.values()
         spans += [(buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes) for buffer in buffers]
         begins = sorted(spans)

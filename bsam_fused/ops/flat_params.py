@@ -154,11 +154,9 @@ class PythonFlatParams(FlatBuffers, ABC):
         if not self._are_usual(now):
             now = {i: grad if self._are_usual({i: grad}) else self._copied(i, grad) for i, grad in now.items()}
         self._keep_until_read()
-        weights, grads = pick(self.params, now), list(now.values())
-        if not (are_in_storage(weights, pick(self._extents, now)) and are_in_storage(grads, pick(self._numels, now))):
-            for i, grad in now.items():
-                if not (is_in_storage(self.params[i]) and is_in_storage(grad)):
-                    contract.reject_memory(self, i)
+        self._check_weights(sorted({*now, *self._ascended, *self._g, *self._perturbed}))
+        if not are_in_storage(list(now.values()), pick(self._numels, now)):
+            contract.reject_memory(self, next(i for i, grad in now.items() if not is_in_storage(grad)))
         addresses = list(map(Tensor.data_ptr, self.params))
         if self._where.weights != addresses:
             self._where = self._occupied_by(addresses)
@@ -166,6 +164,11 @@ class PythonFlatParams(FlatBuffers, ABC):
         for i in self._packed.keys() & now.keys():
             self._packed[i].copy_(self.params[i].detach())
         self._now = now
+
+    def _check_weights(self, members: Sequence[int]) -> None:
+        """Raise where one of these parameters lacks memory."""
+        if not are_in_storage(pick(self.params, members), pick(self._extents, members)):
+            contract.reject_memory(self, next(i for i in members if not is_in_storage(self.params[i])))
 
     def copy_shared(self, beside: Sequence[contract.FlatParams]) -> None:
         """Copy what was read in the memory of others."""
@@ -327,6 +330,7 @@ class PythonFlatParams(FlatBuffers, ABC):
     @torch.no_grad()
     def combine(self, sums: Tensor, from_saved: bool, max_norm: float) -> bool:
         """Put d into .grad, w into the weights."""
+        self._check_weights(range(len(self.params)))
         directions = self._run_direction(sums, max_norm) if self._can_update(sums, max_norm) else None
         if directions is None or not self._holds(directions.values()):
             self._commit(*self._put_back(), partial(self.skipped.add_, 1), partial(self.step_count.add_, 1))

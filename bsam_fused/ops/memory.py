@@ -27,19 +27,28 @@ class Occupied(NamedTuple):
         return list(map(gt, map(self.ends.__getitem__, before), addresses))
 
 
+def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Return how far a strided tensor's elements reach, in elements, from its first one on."""
+    return 0 if 0 in shape else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
 def are_in_storage(tensors: Sequence[Tensor], extents: Sequence[int]) -> bool:
-    """Return whether tensors of one dtype have memory for as many elements each, from their first one on."""
-    ends = map(add, map(Tensor.storage_offset, tensors), extents)
-    bytes_ = [storage.nbytes() for storage in map(Tensor.untyped_storage, tensors)]
-    return all(map(le, map(mul, ends, repeat(tensors[0].element_size())), bytes_)) if tensors else True
+    """Return whether strided tensors of one dtype have memory for every element: others may have freed or shrunk it.
+
+    Args:
+        tensors: also such as have none of their own, as wrappers.
+        extents: of each, its `extent`.
+    """
+    itemsize = tensors[0].element_size() if tensors else 0
+    ends = map(mul, map(add, map(Tensor.storage_offset, tensors), extents), repeat(itemsize))
+    sizes = [storage.nbytes() for storage in map(Tensor.untyped_storage, tensors)]
+    there = zip(extents, map(Tensor.data_ptr, tensors), map(le, ends, sizes), strict=True)
+    return all(not extent or (address and fits) for extent, address, fits in there)
 
 
 def is_in_storage(tensor: Tensor) -> bool:
-    """Return whether a strided tensor has memory for every element: others may have freed or shrunk it."""
-    if not tensor.numel():
-        return True
-    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.storage_offset() + steps < tensor.untyped_storage().nbytes() // tensor.element_size()
+    """Return the same of one."""
+    return are_in_storage([tensor], [extent(tensor.shape, tensor.stride())])
 
 
 def can_be_written(tensor: Tensor) -> bool:

@@ -32,7 +32,7 @@ from bsam_fused.ops.sharded_flat import ShardedFlatParams
 from bsam_fused.optim.captured import Captured
 from bsam_fused.optim.fused import FusedRule
 from bsam_fused.optim.groups import check_parameters, takes_part
-from bsam_fused.optim.kinds import Groups, Kind, by_kind
+from bsam_fused.optim.kinds import Groups, Kind, by_kind, check_memory
 from bsam_fused.optim.scaling import Scaled
 from bsam_fused.optim.skips import Skips
 from bsam_fused.optim.state import Kept, State, StateViews
@@ -65,7 +65,7 @@ class Flats:
         self._seed, self.masters, self.local_passes = seed, masters, local_passes
         self._skipped_before, self._rounded_before = skipped, rounded_steps
         self._built: list[FlatParams] | None = None
-        self._backends: dict[torch.device, dispatch.Choice] = {}  # those that are built, one a device
+        self._backends: dict[torch.device, dispatch.Choice] = {}  # of each device, chosen once
         self._shards: list[tuple[Any, ...]] = []  # of each, the process groups that hold its shards
         self._lists: list[list[Tensor]] = []  # the param groups' parameters, when built
         self._exempt: list[bool] = []  # whether a param group is left out of the perturbations, when built
@@ -193,11 +193,7 @@ class Flats:
             check_parameters(group, i, seen)
             seen += group["params"]
         kinds, left_out = by_kind(groups, self._exempt, {id(p) for flat in known for p in flat.params})
-        members = [*((flat.params, flat.places) for flat in known), *kinds.values()]
-        contract.check_memory(
-            [distributed.local(p) for params, _ in members for p in params],
-            [place for _, places in members for place in places],
-        )
+        check_memory([*((flat.params, flat.places) for flat in known), *kinds.values()])
         built = [self._flat(kind, params, places, backend) for kind, (params, places) in kinds.items()]
         count = known[0].step_count if known else torch.tensor(self._rounded_before or 0, device="cpu")
         for flat in built:
