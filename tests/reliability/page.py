@@ -37,8 +37,8 @@ def page(found):
 
 def last(record):
     """Return when and where a check ran last, and how long, in words."""
-    machine, hours = record["machine"], record["seconds"] / 3600
-    took = f"{hours:.1f} hours" if hours >= 1 else f"{record['seconds'] / 60:.0f} minutes"
+    machine, minutes = record["machine"], record["seconds"] / 60
+    took = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.0f} minute{'s' * (round(minutes) != 1)}"
     where = f"{machine['cpu']}, Python {machine['python']}, torch {machine['torch']}"
     commit, _, changed = (machine["git_commit"] or "unknown").partition("-")
     source = f"commit {commit[:8]}{' and changes' if changed else ''}"
