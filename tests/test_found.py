@@ -121,6 +121,24 @@ def test_the_last_gradient_lies_in_the_weights_of_an_unfused_base(backend):
     torch.testing.assert_close(opt.state[p]["square_avg"], 0.01 * moved.square())
 
 
+@pytest.mark.parametrize("kind", [SAM, BSAM])
+@pytest.mark.parametrize("perturb", [True, False])
+def test_written_within_a_step_whose_last_pass_has_no_gradient(backend, perturb, kind):
+    """The second one has gaps, and was worked on in a copy that was made when it last had a gradient."""
+    params = parameter(n=3), nn.Parameter(torch.ones(6)[::2])
+    opt = kind([{"params": params, "perturb": perturb}], lr=0.1, backend=backend)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    opt.ascend()
+    with opt.unperturbed(), torch.no_grad():
+        for p in params:
+            p.fill_(5.0)
+    for call in opt._calls[1:]:
+        params[0].grad = torch.ones(3)
+        getattr(opt, call)()
+    assert torch.equal(params[1], torch.full((3,), 5.0))
+
+
 def test_state_of_what_is_in_no_group_is_packed_beside(backend):
     """The state dict leaves it out without touching the state, whatever interrupts."""
     opt = SAM([parameter()], lr=0.1, momentum=0.9, backend=backend)

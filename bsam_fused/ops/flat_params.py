@@ -154,14 +154,15 @@ class PythonFlatParams(FlatBuffers, ABC):
         if not self._are_usual(now):
             now = {i: grad if self._are_usual({i: grad}) else self._copied(i, grad) for i, grad in now.items()}
         self._keep_until_read()
-        self._check_weights(sorted({*now, *self._ascended, *self._g, *self._perturbed}))
+        of_this_step = sorted({*now, *self._ascended, *self._g, *self._perturbed})
+        self._check_weights(of_this_step)
         if not are_in_storage(list(now.values()), pick(self._numels, now)):
             contract.reject_memory(self, next(i for i, grad in now.items() if not is_in_storage(grad)))
         addresses = list(map(Tensor.data_ptr, self.params))
         if self._where.weights != addresses:
             self._where = self._occupied_by(addresses)
         now = self._copied_from(self._where, now)
-        for i in self._packed.keys() & now.keys():
+        for i in self._packed.keys() & of_this_step:
             self._packed[i].copy_(self.params[i].detach())
         self._now = now
 
