@@ -76,6 +76,7 @@ void copy_shared(const py::object& self, const std::vector<py::object>& beside) 
   try {
     std::deque<Use> uses;
     std::vector<const FlatParams*> others;
+    others.reserve(beside.size());
     for (const py::object& other : beside) others.push_back(&uses.emplace_back(other).flat);
     Use(self).flat.copy_shared(others);
   } catch (const BadParameter& bad) {
