@@ -242,12 +242,14 @@ std::vector<const c10::StorageImpl*> FlatParams::storages_of(const std::vector<c
   return storages;
 }
 
-// Whether a phase of this FlatParams may write to the storage as gradients are read in it. What `merge` has made the
-// gradients it does not.
+// Whether a phase of this FlatParams may write to the storage as gradients are read in it: not to what `merge` has made
+// the gradients.
 bool FlatParams::is_ours(const c10::StorageImpl* storage) {
-  const auto merged = buffers_.find(kDirection);
-  if (merged != buffers_.end() && storage_of(merged->second) == storage) return false;
-  if (ours_.empty()) ours_ = storages_of({this});
+  if (ours_.empty()) {
+    ours_ = storages_of({this});
+    const auto merged = buffers_.find(kDirection);
+    if (merged != buffers_.end()) ours_.erase(std::find(ours_.begin(), ours_.end(), storage_of(merged->second)));
+  }
   return std::binary_search(ours_.begin(), ours_.end(), storage);
 }
 
