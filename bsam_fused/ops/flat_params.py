@@ -154,7 +154,7 @@ class PythonFlatParams(FlatBuffers, ABC):
         if not self._are_usual(now):
             now = {i: grad if self._are_usual({i: grad}) else self._copied(i, grad) for i, grad in now.items()}
         self._keep_until_read()
-        of_this_step = sorted({*now, *self._ascended, *self._g, *self._perturbed})
+        of_this_step = self._members(now)
         self._check_weights(of_this_step)
         if not are_in_storage(list(now.values()), pick(self._numels, now)):
             contract.reject_memory(self, next(i for i, grad in now.items() if not is_in_storage(grad)))
@@ -308,11 +308,12 @@ class PythonFlatParams(FlatBuffers, ABC):
         in_one_go(*self._written(self._perturbed))
         self._end_pass()
 
-    def _members(self) -> list[int]:
-        """Return the parameters that had a gradient in some pass of this step."""
-        if len(self._now) == len(self.params):
-            return list(self._now)
-        return sorted({*self._ascended, *self._g, *self._now})
+    def _members(self, now: Collection[int] | None = None) -> list[int]:
+        """Return the parameters that had a gradient in some pass of this step; ``now``: in this one, as it is read."""
+        now = self._now if now is None else now
+        if len(now) == len(self.params):
+            return list(now)
+        return sorted({*self._ascended, *self._g, *now})
 
     def _commit(self, *writes: Call) -> None:
         """Make the writes of an update, note that it was made and forget the step: all of it, or nothing."""
