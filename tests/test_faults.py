@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
-from members import MEMBERS, each_pass, every_member, some_of_each_member
+from members import MEMBERS, calls, each_pass, every_member, some_of_each_member
 from torch import nn
 
 import bsam_fused
+from bsam_fused import ASAM, SAM, FriendlySAM
+from bsam_fused.ops import dispatch, torch_flat
 from bsam_fused.optim import state
 
 BASES = {
@@ -148,6 +150,35 @@ def test_an_inf_of_what_is_exempt(backend, name, at):
     else:
         assert_unchanged(net, opt, before)
         assert opt.skipped_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [(name, at) for name, member in MEMBERS.items() if not member.exempt for at in range(1, member.passes + 1)],
+)
+def test_an_inf_of_what_is_exempt_and_has_a_gradient_in_one_pass_alone(backend, name, at):
+    """Nothing of the other passes says so. It is read where d is of it."""
+    member = MEMBERS[name]._replace(exempt=True)
+    p, q = params = [nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2)]
+    opt = member.build(params, lr=0.1, momentum=0.9, backend=backend)
+    before = [p.detach().clone() for p in params]
+    for n, call in enumerate(calls(opt), 1):
+        p.grad = n + p.detach().square()
+        q.grad = torch.tensor([1.0, 2.0, 3.0, -float("inf"), 4.0]) if n == at else None
+        getattr(opt, call)()
+    if at == 1 and member.kind in {SAM, ASAM, FriendlySAM}:  # d is of the last gradient alone
+        assert (opt.skipped_steps, torch.equal(q, before[1])) == (0, True)
+        assert not torch.equal(p, before[0])
+        assert p.isfinite().all()
+    else:
+        assert opt.skipped_steps == 1
+        assert all(map(torch.equal, params, before))
+
+
+def test_such_an_inf_where_the_torch_backend_has_no_lists(monkeypatch):
+    """As on any device but a CPU."""
+    monkeypatch.setitem(dispatch._FACTORIES, "torch", torch_flat.TorchFlatParams)
+    test_an_inf_of_what_is_exempt_and_has_a_gradient_in_one_pass_alone("torch", "BSAM", 1)
 
 
 @every_member

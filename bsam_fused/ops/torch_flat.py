@@ -169,7 +169,8 @@ class TorchFlatParams(PythonFlatParams):
         both = [i for i in self._now if i in self._ascended]
         if both:
             torch._foreach_add_([self._g[i] for i in both], [self._now[i] for i in both])
-            too_long = torch.stack([is_too_long(self._g[i]).any() for i in both]).any()
+        if self._ascended:
+            too_long = torch.stack([is_too_long(self._g[i]).any() for i in self._ascended]).any()
             self.sums[MAX].masked_fill_(too_long, math.nan)
 
     def _is_out_of_reach(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> Tensor:

@@ -237,10 +237,9 @@ class TorchListFlatParams(TorchFlatParams):
             self._perturb_all(MAX, sums, radii, norm_eps, {i: self._g[i] for i in self._perturbed})
         both = [i for i in self._now if i in self._ascended]
         if both:
-            kept = [self._g[i] for i in both]
-            torch._foreach_add_(kept, [self._now[i] for i in both])
-            if not self._are_short(sums, radii) and any(bool(is_too_long(s).any()) for s in kept):
-                self._slots[MAX].fill_(math.nan)
+            torch._foreach_add_([self._g[i] for i in both], [self._now[i] for i in both])
+        if not self._are_short(sums, radii) and any(bool(is_too_long(self._g[i]).any()) for i in self._ascended):
+            self._slots[MAX].fill_(math.nan)
 
     def _are_short(self, sums: Tensor, radii: Sequence[Radius]) -> bool:
         """Return whether the norms of g and g_max alone say that no g + g_max is too long."""
