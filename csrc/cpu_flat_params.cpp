@@ -144,7 +144,7 @@ void CpuFlatParams::run_ascend(const at::Tensor& sums, const Options<RadiusGroup
   const double sum = at_slot(sums, kAscent);
   const bool beyond = is_out_of_reach(RadiusGroup::from(radii[0].data()), sum, norm_eps, limit);
   if (beyond) *sum_at(kAscent) = std::numeric_limits<double>::quiet_NaN();
-  if (beyond || !is_finite(sum)) return;
+  if (beyond || !is_finite(sum)) return copy_gradients();
   const auto groups = reaches(radii, sum, norm_eps);
   char* saved = buffer(kSaved);
   for (Entry& e : entries_) e.perturbed = e.now != nullptr;

@@ -168,6 +168,8 @@ class FlatParams : public Built {
   static char* data(const at::Tensor& t, int64_t at) {
     return t.defined() ? static_cast<char*>(t.unsafeGetTensorImpl()->mutable_data()) + at : nullptr;
   }
+  // What an ascend that leaves the weights has to do.
+  void copy_gradients();
   virtual at::Tensor new_buffer(int64_t numel, at::ScalarType dtype) const;
   char* buffer(const std::string& key);
   // Float32, where 16-bit parameters have them: from when somebody first asks for their state.
@@ -245,7 +247,6 @@ class FlatParams : public Built {
   void make_copy(size_t i);
   void make_room();
   void take_gradients();
-  void copy_gradients();
   static void take(Entry& e, at::Tensor g);
   static at::Tensor give(Entry& e);
   void end_pass();

@@ -141,6 +141,21 @@ def test_a_skipped_step(backend):
     assert math.isnan(got["loss"])
 
 
+def test_norms_after_a_pass_that_was_not_finite(backend):
+    """They may be NaN, and are no other number: of g and g_max that were there, ĝ_min = 2 g − g_max for ρ_min = ρ."""
+    p, q = params = parameters()
+    g, g_max = gradient([p.detach()])[0], torch.ones_like(p)
+    opt = BSAM(params, descent="extrapolate", rho_min_decay="none", lr=0.1, backend=backend)
+    p.grad, q.grad = g.clone(), torch.full_like(q, math.nan)
+    opt.ascend()
+    p.grad = g_max.clone()
+    opt.step()
+    told = opt.metrics()
+    for name, right in (("norm_g_max", ref.norm([g_max])), ("norm_g_min", ref.norm([2 * g - g_max]))):
+        assert told[name] == pytest.approx(right) or math.isnan(told[name])
+    assert opt.skipped_steps == 1
+
+
 def test_what_is_no_single_number_is_left_out():
     """A closure's loss of one element is one; of several it is none. A base may have no lr."""
 
