@@ -270,11 +270,14 @@ def without_history(state):
 
 
 def agree(a, b, tolerance=0):
-    a, b = (torch.as_tensor(t).detach().double() for t in (a, b))
+    """Whether ``a`` is ``b``; with a tolerance, what is beyond the dtype of ``a`` is infinite there."""
+    a, b = (torch.as_tensor(t).detach() for t in (a, b))
     if a.shape != b.shape:
         return False
-    near = (a - b).abs() <= tolerance * (1 + b.abs())
-    return bool(((a == b) | near).all()) if tolerance else torch.equal(a, b)
+    if not tolerance:
+        return torch.equal(a.double(), b.double())
+    a, b = a.double(), b.to(a.dtype).double()
+    return bool(((a == b) | ((a - b).abs() <= tolerance * (1 + b.abs()))).all())
 
 
 def show(t):

@@ -64,6 +64,23 @@ class Steps(Beside):
                 self._assert_told(self.model.skipped > before)
             self.agrees()
 
+    @rule(i=INDICES, seed=SEEDS, kind=st.sampled_from(["own", "nan"]), written=st.booleans())
+    def gradient_in_the_first_pass_alone(self, i, seed, kind, written):
+        """What is written to its parameter after that counts; of a step that is skipped there are norms, too."""
+        at, i, before = i, self.pick(i), self.model.skipped
+        if not self.model.at_rest or self.is_alone(i):
+            return
+        self.go_on(seed, {i: kind})
+        if written:
+            self.write(at, seed)
+        self.to_the_end(seed, repeat({i: "none"}))
+        if self.model.at_rest and not self.model.refused:
+            self._assert_told(self.model.skipped > before)
+
+    def is_alone(self, i):
+        """Whether a pass without this parameter's gradient has none, and so does not come to its end."""
+        return list(self.mine(trainable=True)) == [i]
+
     @rule(active=st.booleans(), seed=SEEDS, kinds=gradients.faults)
     def step_of_a_hooked_base(self, active, seed, kinds):
         """Whoever listens to the base's steps has it make them itself."""
@@ -90,6 +107,9 @@ class Steps(Beside):
 
     def whole_step(self, seed, odd):
         self.go_on(seed, next(odd, {}))
+        self.to_the_end(seed, odd)
+
+    def to_the_end(self, seed, odd):
         while not self.model.at_rest and not self.disturbed:
             self.agrees()
             seed += 1
@@ -200,7 +220,7 @@ class Steps(Beside):
         at, i = i, self.pick(i)
         decays = any(group["weight_decay"] for group in self.model.base.param_groups)
         remembers = self.kind == "FriendlySAM"  # and moves along that
-        lacking = kind == "none" and list(self.mine(trainable=True)) == [i]  # no pass would come to an end
+        lacking = kind == "none" and self.is_alone(i)
         if decays or remembers or lacking or not self.model.at_rest:
             return
         self.params[i].data.fill_(math.inf)
