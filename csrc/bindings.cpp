@@ -140,6 +140,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("descend", exposed(&FlatParams::descend))
       .def("beginning", exposed(&FlatParams::beginning))
       .def("begin_state", exposed(&FlatParams::begin_state))
+      .def("retract_state", exposed(&FlatParams::retract_state))
       .def("update_sgd", exposed(&FlatParams::update<bsam::SgdGroup>))
       .def("update_adam", exposed(&FlatParams::update<bsam::AdamGroup>))
       .def("combine", exposed(&FlatParams::combine))
@@ -155,7 +156,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("show_w", exposed(&FlatParams::show_w))
       .def("release", exposed(&FlatParams::release))
       .def("state", exposed(&FlatParams::state))
-      .def("clear_state", exposed(&FlatParams::clear_state))
       .def("drop_state", exposed(&FlatParams::drop_state))
       .def_property(
           "limit", [](const py::object& self) { return flat_of(self).limit; },

@@ -382,14 +382,9 @@ void FlatParams::begin_state(const std::vector<int64_t>& members) {
   for (int64_t i : members) entries_[i].begun = true;
 }
 
-// Forgets the state of a tensor: the next update begins it.
-void FlatParams::clear_state(int64_t i) {
+void FlatParams::retract_state(int64_t i) {
   if (i < 0 || i >= int64_t(entries_.size())) throw std::out_of_range("FlatParams: no such parameter");
-  check_own();
   entries_[i].begun = false;
-  steps_[i].zero_();
-  for (const auto& [key, flat] : buffers_)
-    if (key != kSaved && key != kDirection && key != kRemembered && !is_history(key)) view(key, size_t(i)).zero_();
 }
 
 void FlatParams::drop_state() {

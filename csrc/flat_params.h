@@ -37,7 +37,6 @@ constexpr char kAverage[] = "gradient_average";
 constexpr char kOrthogonal[] = "orthogonal_gradient";
 
 inline const char* history_of(Rule rule) { return rule == Rule::friendly ? kAverage : kOrthogonal; }
-inline bool is_history(const std::string& key) { return key == kAverage || key == kOrthogonal; }
 
 namespace py = pybind11;
 
@@ -77,6 +76,7 @@ class FlatParams : public Built {
   void descend(const at::Tensor& sums, const Options<RadiusGroup>& radii, double norm_eps);
   std::vector<int64_t> beginning(const std::vector<bool>& stateful) const;
   void begin_state(const std::vector<int64_t>& members);
+  void retract_state(int64_t i);
   // An update in two parts: all that can raise, and all that writes.
   template <class Group>
   void prepare_update(const at::Tensor& sums, const Options<Group>& groups, double max_norm);
@@ -96,7 +96,6 @@ class FlatParams : public Built {
   void show_w(bool at_w);
 
   std::vector<at::Tensor> state(const std::string& key);
-  void clear_state(int64_t i);
   void drop_state();
   int64_t extra_bytes() const;
 

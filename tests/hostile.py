@@ -158,7 +158,7 @@ def touch(flat, name):
         "write_options": ([],),
         "show_w": (True,),
         "state": ("step",),
-        "clear_state": (0,),
+        "retract_state": (0,),
         "beginning": ([True],),
         "begin_state": ([],),
     }.get(name, ())
@@ -195,7 +195,7 @@ cases("copied by", copy=copy.copy, deepcopy=copy.deepcopy, pickle=pickle.dumps)(
 cases("slot of a norm", minus_one=-1, three=3, six=6, huge=1 << 62, beyond_int64=1 << 70, fraction=0.5)(
     lambda slot: Step("read").flat.square_norm(slot, RADII)
 )
-cases("state to clear", minus_one=-1, three=3, huge=1 << 62)(lambda i: Step().flat.clear_state(i))
+cases("state to retract", minus_one=-1, three=3, huge=1 << 62)(lambda i: Step().flat.retract_state(i))
 cases("state that begins", minus_one=[0, -1], three=[0, 3], none=None, huge=[1 << 62])(
     lambda members: Step().flat.begin_state(members)
 )

@@ -143,6 +143,44 @@ def test_a_skipped_first_step(backend, kind, base):
     assert torch.equal(*ends)
 
 
+@pytest.mark.parametrize("kind", [bsam_fused.LookSAM, bsam_fused.FriendlySAM])
+def test_a_history_of_zeros_takes_nothing_from_them(backend, kind):
+    """64 steps of lr = 1e-3 along d = 1, each less than half of what bfloat16 resolves below 1.
+
+    Of g_max = g LookSAM's v is 0; Friendly SAM remembers nothing of what is left out of the perturbation. Plain SGD
+    keeps no state that would say that an update was made.
+    """
+    p, q = params = [nn.Parameter(torch.ones(5, dtype=torch.bfloat16)) for _ in range(2)]
+    groups = [{"params": [p]}, {"params": [q], "perturb": False}]
+    opt = kind(groups, lr=1e-3, rounding="nearest", master_weights=True, backend=backend)
+    for t in range(64):
+        opt.active = t < 32
+        for call in opt._calls if opt.passes > 1 else ["step"]:
+            for w in params:
+                w.grad = torch.ones_like(w)
+            getattr(opt, call)()
+    torch.testing.assert_close(master(opt, q), torch.full_like(master(opt, q), 1 - 64e-3))
+    assert torch.equal(q, master(opt, q).bfloat16())
+
+
+@pytest.mark.parametrize("kind", [bsam_fused.SAM, bsam_fused.LookSAM, bsam_fused.FriendlySAM])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_loaded_ones_outlive_a_skipped_first_step(backend, kind, momentum):
+    """Nothing else has begun: the momentum, of which torch would not make the first step's any more, neither."""
+    p = nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
+    before = bsam_fused.SAM([p], lr=1e-3, rounding="nearest", master_weights=True, backend=backend)
+    walk(before, [p], 0)
+    kept = master(before, p).clone()
+    opt = kind([p], lr=1e-3, rounding="nearest", master_weights=True, backend=backend)
+    opt.load_state_dict(before.state_dict())
+    opt.param_groups[0]["momentum"] = momentum
+    walk(opt, [p], 1, lambda params, seed: [torch.full_like(p, float("nan"))])
+    assert opt.skipped_steps == 1
+    (entry,) = opt.state_dict()["state"].values()
+    assert entry.keys() == {"master_weight"}
+    assert torch.equal(entry["master_weight"], kept)
+
+
 def stored(what):
     file = io.BytesIO()
     torch.save(what, file)

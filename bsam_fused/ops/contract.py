@@ -291,6 +291,9 @@ class FlatParams(Protocol):
     def begin_state(self, members: Sequence[int]) -> None:
         """Note that the state of these parameters has begun: `beginning` leaves them out."""
 
+    def retract_state(self, i: int) -> None:
+        """Note that some state of the i-th parameter, all zeros, has not begun: `beginning` has it again."""
+
     def update_sgd(self, sums: Tensor, groups: Sequence[SGDScalars], from_saved: bool, max_norm: float) -> None:
         """torch.optim.SGD's rule with d = g (plain), or as the step's `Rule` has it.
 
@@ -367,9 +370,6 @@ class FlatParams(Protocol):
         the weights become its rounding to nearest. Weights that are not its rounding (at first, or set from
         outside) count themselves.
         """
-
-    def clear_state(self, i: int) -> None:
-        """Zero the base optimizer's state of the i-th parameter, not the history: the next update begins it."""
 
     def drop_state(self) -> None:
         """Let go of the base optimizer's state, and begin with new buffers: old views stay as they are, others' now."""

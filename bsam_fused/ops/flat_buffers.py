@@ -12,7 +12,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from bsam_fused.ops.contract import HISTORY_KEYS, MASTER_WEIGHT
+from bsam_fused.ops.contract import MASTER_WEIGHT
 from bsam_fused.ops.memory import Occupied, extent
 
 DIRECTION = "direction"  # the flat buffer in which `merge` leaves d
@@ -92,14 +92,9 @@ class FlatBuffers:
         """Note whose state has begun."""
         self._begun.update(members)
 
-    @torch.no_grad()
-    def clear_state(self, i: int) -> None:
-        """Zero the i-th parameter's state."""
+    def retract_state(self, i: int) -> None:
+        """Note whose state has not begun."""
         self._begun.discard(i)
-        self._steps[i].zero_()
-        for key in self._buffers:
-            if key not in {"saved", DIRECTION, *HISTORY_KEYS}:
-                self._view(key, i).zero_()
 
     def drop_state(self) -> None:
         """Begin with new buffers of state."""

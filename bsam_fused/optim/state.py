@@ -43,9 +43,10 @@ class Kept(NamedTuple):
         return (self.rule_keys if self.stateful[group] else ()) + self._ours(flat)
 
     def apart(self, flat: FlatParams, i: int) -> list[list[str]]:
-        """Return the same, the base's and the history apart."""
-        both = [[key for key in self.keys(flat, i) if (key == self.history) == last] for last in (False, True)]
-        return [keys for keys in both if keys]
+        """Return the same, the base's, the master weight and the history apart."""
+        keys, ours = self.keys(flat, i), self._ours(flat)
+        parts = [[key for key in keys if key not in ours], *([key] for key in ours)]
+        return [part for part in parts if part]
 
     def begins(self, flat: FlatParams) -> list[int]:
         """Return the parameters that take part in this step, and whose state begins with it."""
@@ -160,7 +161,7 @@ class StateViews:
                 nothing = steps[i] == 0 and not any(bool(view.any()) for view in views.values())
                 if nothing and (i in gone or not stays):
                     _take_back(state, flat.params[i], views, before)
-                    flat.clear_state(i)
+                    flat.retract_state(i)
                     gone.add(i)
         self._seen = None if noticed else identity.seen(self._state)
         self._unproven = []

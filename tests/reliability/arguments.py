@@ -43,7 +43,7 @@ SUM_TENSORS = {
 """None whose memory was taken away: pybind11's TypeError shows the arguments, and torch crashes where it prints one."""
 ENDINGS = {
     "sgd": ["beginning", "begin_state", "update_sgd"],
-    "adam": ["begin_state", "update_adam", "state", "clear_state"],
+    "adam": ["begin_state", "update_adam", "state", "retract_state"],
     "another base": ["combine", "remember", "release"],
     "ranks": ["merge", "read_gradients", "update_sgd"],
     "given up": ["show_w", "restore", "drop_state"],
@@ -127,7 +127,7 @@ class Object:
             "write_options": ([RADII],),
             "show_w": (True,),
             "state": ("momentum_buffer",),
-            "clear_state": (0,),
+            "retract_state": (0,),
         }
         return {name: right.get(name, ()) for name in self.methods()}
 
