@@ -102,11 +102,11 @@ struct Direction {
     return kept <= limit && kept * std::sqrt(sums[kSquare]) + std::sqrt(sums[kMax]) <= limit;
   }
 
-  // What no element of a x, x what was kept, can be beyond: descend saw to g + g_max, as the loss was scaled; a loss
-  // scaled below 1 makes no difference.
+  // What no element of a x, x what was kept, can be beyond. Of exact BSAM's x descend saw to limit / 2, which is enough
+  // but where the loss was scaled below 1: then a is above 1.
   BSAM_INLINE double longest_kept(const double* sums, double a) const {
-    if (rule == Rule::bilateral) return std::fmin(a, 1) * (limit / 2);
     const double square = sums[summed ? kSquare : kAscent];
+    if (rule == Rule::bilateral) return a <= 1 ? a * (limit / 2) : a * (std::sqrt(square) + std::sqrt(sums[kMax]));
     return a * std::sqrt(rule == Rule::extrapolated ? square + sums[kMax] + sums[kMin] : square);
   }
 };

@@ -166,6 +166,43 @@ def test_a_loss_scale_whose_inverse_overflows_skips(backend):
     assert (p.item(), opt.skipped_steps) == (0.5, 1)
 
 
+@pytest.mark.parametrize("options", [{}, {"adaptive": True, "eta": 1.0}, {"perturb": False}], ids=str)
+@pytest.mark.parametrize("g", [1e36, 1e34])
+def test_a_kept_gradient_that_overflows_as_the_loss_is_unscaled(backend, options, g):
+    """BSAM: (g + g_max) / scale is beyond float32, or not, with a scale of 2⁻¹⁰; c g_min is about 1 either way."""
+    perturb = options.get("perturb", True)
+    p, q = weight(0.5), weight(0.5)
+    groups = [{"params": [p], "perturb": perturb}, {"params": [q], **({} if perturb else {"rho": 0.1})}]
+    own = {name: value for name, value in options.items() if name != "perturb"}
+    opt = bsam_fused.BSAM(groups, lr=1e-38, backend=backend, **own)
+    scaler = torch.amp.GradScaler(p.device.type, init_scale=2.0**-10)
+    scaler.scale(p.sum())  # it knows its scale from then on
+    for call, grads in zip([opt.ascend, opt.descend, lambda: scaler.step(opt)], [(g, 1.0), (1.0, 1.0), (1.0, 1.0)]):
+        p.grad, q.grad = torch.full_like(p, grads[0]), torch.full_like(q, grads[1])
+        call()
+    assert opt.skipped_steps == (g == 1e36)
+    if g == 1e36:
+        assert (p.item(), q.item()) == (0.5, 0.5)
+    else:
+        torch.testing.assert_close(p, torch.full_like(p, 0.5 - 1e-38 * 1024 * g))
+
+
+@pytest.mark.parametrize("before", [{"perturb": False}, {"adaptive": True}], ids=str)
+@pytest.mark.parametrize("kind", [bsam_fused.WSAM, bsam_fused.BSAM])
+def test_options_that_are_changed_within_a_step_hide_no_overflow(backend, kind, before):
+    """Whether ‖T g‖ is ‖g‖, by which overflow would be seen, is as in the ascent that summed it."""
+    p, q = weight(1e-6), weight(1e-6)
+    opt = kind([{"params": [p]}, {"params": [q], "rho": 1e-3, **before}], lr=0.1, backend=backend)
+    first, *further = calls(opt)
+    p.grad, q.grad = torch.ones_like(p), torch.full_like(q, 3e38)
+    first()
+    opt.param_groups[1].update({name: not value for name, value in before.items()})
+    for call, g in zip(further, [8e37, 1.0][-len(further) :]):
+        p.grad, q.grad = torch.ones_like(p), torch.full_like(q, g)
+        call()
+    assert (p.tolist(), q.tolist(), opt.skipped_steps) == (weight(1e-6).tolist(), weight(1e-6).tolist(), 1)
+
+
 @pytest.mark.parametrize("kind", [bsam_fused.SAM, bsam_fused.BSAM])
 def test_a_direction_beyond_float16_does_not_reach_a_base_that_is_not_fused(backend, kind):
     """d is computed in float32, where it is finite: g + g_max − c g_min, or g_max / scale."""

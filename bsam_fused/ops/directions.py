@@ -231,13 +231,13 @@ class Direction(NamedTuple):
         return (kept <= self.limit) & (kept * _root(sums[SQUARE]) + _root(sums[MAX]) <= self.limit)
 
     def _longest_kept(self, sums: Sums, a: Number) -> Number:
-        """Return what no element of a x, x what was kept, can be beyond: descend saw to g + g_max, in the loss's scale.
+        """Return what no element of a x, x what was kept, can be beyond.
 
-        A loss scaled below 1 makes no difference.
+        Of exact BSAM's x descend saw to limit / 2, which is enough but where the loss was scaled below 1: a is above 1.
         """
-        if self.rule is Rule.BILATERAL:
-            return _where(a < 1, a, 1.0) * (self.limit / 2)
         square = sums[SQUARE if self.summed else ASCENT]
+        if self.rule is Rule.BILATERAL:
+            return _where(a <= 1, a * (self.limit / 2), a * (_root(square) + _root(sums[MAX])))
         return a * _root(square + sums[MAX] + sums[MIN] if self.rule is Rule.EXTRAPOLATED else square)
 
 

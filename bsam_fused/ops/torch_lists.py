@@ -147,6 +147,7 @@ class TorchListFlatParams(TorchFlatParams):
     ) -> None:
         super().__init__(params, places, seed, exempt)
         self._slots = self.sums.unbind()
+        self._scales = False  # ‖T g‖ of this step's ascent is not ‖g‖
         self._of_group: dict[int, list[int]] = {}
         for i, (group, _) in enumerate(places):
             self._of_group.setdefault(group, []).append(i)
@@ -227,6 +228,7 @@ class TorchListFlatParams(TorchFlatParams):
 
     def _run_ascend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
         self._save(list(self._now))
+        self._scales = any(radius.adaptive for radius in radii)
         self._perturb_all(ASCENT, sums, radii, norm_eps, self._now)
 
     def _run_descend(self, sums: Tensor, radii: Sequence[Radius], norm_eps: float) -> None:
@@ -238,12 +240,12 @@ class TorchListFlatParams(TorchFlatParams):
         both = [i for i in self._now if i in self._ascended]
         if both:
             torch._foreach_add_([self._g[i] for i in both], [self._now[i] for i in both])
-        if not self._are_short(sums, radii) and any(bool(is_too_long(self._g[i]).any()) for i in self._ascended):
+        if not self._are_short(sums) and any(bool(is_too_long(self._g[i]).any()) for i in self._ascended):
             self._slots[MAX].fill_(math.nan)
 
-    def _are_short(self, sums: Tensor, radii: Sequence[Radius]) -> bool:
+    def _are_short(self, sums: Tensor) -> bool:
         """Return whether the norms of g and g_max alone say that no g + g_max is too long."""
-        unknown = self._exempt or any(radius.adaptive for radius in radii)
+        unknown = self._exempt or self._scales
         longest = math.sqrt(max(sums[ASCENT].item(), self._slots[MAX].item()))
         return not unknown and longest < torch.finfo(self.dtype).max / 4
 

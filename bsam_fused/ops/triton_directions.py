@@ -159,14 +159,15 @@ def can_remember(sums: tl.tensor, largest: tl.tensor, limit: tl.tensor, RULE: tl
 def longest_kept(
     sums: tl.tensor, a: tl.tensor, square_slot: tl.tensor, limit: tl.tensor, RULE: tl.constexpr
 ) -> tl.tensor:
-    """What no element of a x, x what was kept, can be beyond: descend saw to g + g_max, in the loss's scale.
+    """What no element of a x, x what was kept, can be beyond.
 
-    A loss scaled below 1 makes no difference.
+    Of exact BSAM's x descend saw to limit / 2, which is enough but where the loss was scaled below 1: a is above 1.
     """
+    square = tl.load(sums + square_slot)
     if RULE == BILATERAL:
-        return tl.minimum(a, 1.0) * (limit / 2)
+        norms = tl.sqrt(square) + tl.sqrt(tl.load(sums + MAX))
+        return a * tl.where(a <= 1, limit / 2, norms)
     else:
-        square = tl.load(sums + square_slot)
         if RULE == EXTRAPOLATED:
             square += tl.load(sums + MAX) + tl.load(sums + MIN)
         return a * tl.sqrt(square)

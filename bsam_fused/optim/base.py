@@ -178,6 +178,7 @@ class SharpnessAware(ReadsGradients):
         self._check_clipping(self._mixed, clipping_norm(self.max_grad_norm))
         self.sharpness, self._flats.slots = None, ()
         self._read_gradients()
+        self._norm_is_whole = not (self._flats.some_exempt or any(radius.adaptive for radius in radii))
         self._have_history(self._mixed)
         for flat in self._flats:
             self._sum_ascent(flat, radii)
@@ -217,7 +218,7 @@ class SharpnessAware(ReadsGradients):
 
     def _tell_scaler(self, params: Iterable[Tensor]) -> None:
         """Make a gradient of the last pass NaN where an earlier one was not finite."""
-        kept = self._needs_sums(math.inf) and any(self._exempt())  # whose g is in no other sum
+        kept = self._needs_sums(math.inf) and self._flats.some_exempt  # whose g is in no other sum
         if kept:
             self._read_gradients()
             self._sum_last_gradients(math.inf)
@@ -371,7 +372,7 @@ class SharpnessAware(ReadsGradients):
             self._check_clipping(self._mixed, max_norm)
             self._read_gradients()
             self._have_history(self._mixed)
-            self._sum_last_gradients(max_norm if ranks is None else math.inf)
+            self._sum_last_gradients(max_norm if ranks is None else math.inf, scaled.scale is not None)
             self._flats.poison(self._rule.last_slot, loss)
             self._flats.note(self._rule.last_slot, scaled)
             if ranks is None:

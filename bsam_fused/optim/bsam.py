@@ -185,8 +185,9 @@ class BSAM(MixesGradients):
             return numbers
         return [r if moved else ratios[0] for r, moved in zip(numbers, moves, strict=True)]
 
-    def _needs_sums(self, max_norm: float) -> bool:
-        return self._rule is Rule.EXTRAPOLATED or max_norm < math.inf
+    def _needs_sums(self, max_norm: float, scaled: bool = False) -> bool:
+        """Whether d is clipped, or may overflow as the loss is unscaled, which ‖g‖ + ‖g_max‖ would say."""
+        return self._rule is Rule.EXTRAPOLATED or max_norm < math.inf or (scaled and not self._norm_is_whole)
 
     def _check_clipping(self, mixing: Mixing, max_norm: float) -> None:
         """Any direction of BSAM can be clipped: what differs between groups is in the sums."""

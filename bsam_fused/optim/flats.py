@@ -107,6 +107,11 @@ class Flats:
         skipped = int(self.counts[1])
         return Flats(self._seed, self.masters, self.local_passes, skipped, rounded_steps)
 
+    @property
+    def some_exempt(self) -> bool:
+        """Whether some param group is left out of the perturbations, as they were when all this was built."""
+        return any(self._exempt)
+
     # ---- steps so far
 
     @property

@@ -92,7 +92,7 @@ class FriendlySAM(Remembers):
     def _decay(self, group: dict[str, Any], index: int) -> float:
         return checks.below_one("lmbda", group[self._key("lmbda")], index)
 
-    def _needs_sums(self, max_norm: float) -> bool:
+    def _needs_sums(self, max_norm: float, scaled: bool = False) -> bool:
         return False
 
     def _sum_ascent(self, flat: FlatParams, radii: Sequence[Radius]) -> None:

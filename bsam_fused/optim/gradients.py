@@ -18,6 +18,7 @@ class ReadsGradients(Phased):
 
     backend: dispatch.Backend
     _mixed = Mixing()  # how this step's direction is
+    _norm_is_whole = True  # ‖T g‖ of this step's ascent is ‖g‖: T = 1, and no group is left out
     _lacking = False  # a pass of this step that was read had no gradient at all
 
     def _read_gradients(self) -> None:
@@ -89,13 +90,13 @@ class ReadsGradients(Phased):
         if self.decide is not None and self._may_perturb:
             scaling.refuse_scaled("decide", "what passes there are is decided by the norm of the first one's gradients")
 
-    def _needs_sums(self, max_norm: float) -> bool:
-        """Whether an update needs more of the gradients than the norm of the last one."""
+    def _needs_sums(self, max_norm: float, scaled: bool = False) -> bool:
+        """Whether an update needs more of the gradients than the norm of the last one; ``scaled``: the loss was."""
         return False
 
-    def _sum_last_gradients(self, max_norm: float) -> None:
+    def _sum_last_gradients(self, max_norm: float, scaled: bool = False) -> None:
         for flat in self._flats:
-            if self._needs_sums(max_norm):
+            if self._needs_sums(max_norm, scaled):
                 flat.direction_sums()
             else:
                 flat.square_norm(self._rule.last_slot, self._plain_radii())

@@ -50,7 +50,7 @@ class MixesGradients(SharpnessAware):
                 "not measured; give all groups the same, or leave out max_grad_norm"
             )
 
-    def _needs_sums(self, max_norm: float) -> bool:
+    def _needs_sums(self, max_norm: float, scaled: bool = False) -> bool:
         return True
 
     def _check_options(self, group: dict[str, Any], index: int) -> None:

@@ -79,7 +79,6 @@ class WSAM(MixesGradients):
     def _number(self, group: dict[str, Any], index: int) -> float:
         return checks.below_one("gamma", group[self._key("gamma")], index)
 
-    def _needs_sums(self, max_norm: float) -> bool:
+    def _needs_sums(self, max_norm: float, scaled: bool = False) -> bool:
         """Whether d is clipped, or ‖T g‖ is not ‖g‖, by which it is seen that no element of d overflows."""
-        scaled = any(self._flag(group, "adaptive", i) for i, group in enumerate(self._groups))
-        return max_norm < math.inf or scaled or any(self._exempt())
+        return max_norm < math.inf or not self._norm_is_whole
