@@ -20,6 +20,17 @@ NORMS = ("norm_g", "norm_g_max", "norm_g_min")
 SHARPNESS = ("loss", "loss_max", "loss_min", "max_sharpness", "min_sharpness", "bilateral_sharpness")
 
 
+class Failing(torch.optim.RMSprop):
+    """No fused base; its steps may raise."""
+
+    fails = False
+
+    def step(self, closure=None):
+        if self.fails:
+            raise ArithmeticError
+        return super().step(closure)
+
+
 def parameters(dtypes=(torch.float64, torch.float64)):
     home = torch.get_default_device()
     return [nn.Parameter(a.flip(0).sin().to(home, dtype)) for a, dtype in zip(CURVATURE, dtypes)]
@@ -139,6 +150,55 @@ def test_a_skipped_step(backend):
     assert got["skipped_steps"] == 1
     assert math.isnan(got["norm_g"])
     assert math.isnan(got["loss"])
+
+
+def test_norms_that_are_over(backend):
+    """Those of a step before are none of the one that began, be it declined later, or given up by its base."""
+    (p, _) = params = parameters()
+    opt = SAM(params, Failing, lr=0.1, max_grad_norm=1e9, backend=backend)
+    opt.step(closure_of(params))
+    told = {"norm_g", "norm_g_max"}
+    assert told <= opt.metrics().keys()
+    opt.decide = lambda square: True
+    p.grad = torch.ones_like(p)
+    assert opt.passes == 2
+    assert not told & opt.metrics().keys()
+    opt.restore()
+    opt.decide = None
+    opt.step(closure_of(params))
+    opt.active, Failing.fails = False, True
+    with pytest.raises(ArithmeticError):
+        opt.step(closure_of(params))
+    Failing.fails = False
+    assert not told & opt.metrics().keys()
+
+
+def test_losses_in_the_same_memory(backend):
+    """As a graph's replays return them: each pass's is what it was when it was returned."""
+    params, memory = parameters(), torch.zeros((), dtype=torch.float64)
+    opt = SAM(params, rho=0.3, lr=0.1, backend=backend)
+    right = by_the_papers(params, [{"rho": 0.3, "rho_min": 0.0, "rho_min_decay": "none", "adaptive": False}] * 2)
+
+    def closure():
+        return memory.copy_(closure_of(params)().detach())
+
+    opt.step(closure)
+    told = opt.metrics()
+    for name in ("loss", "loss_max", "max_sharpness"):
+        assert told[name] == pytest.approx(right[name], rel=1e-9), name
+
+
+def test_a_finite_loss_whose_sum_is_not(backend):
+    """Of many elements, in 16 bits."""
+    params = parameters()
+    opt = SAM(params, lr=0.1, backend=backend)
+
+    def closure():
+        closure_of(params)()
+        return torch.full((1000,), 100.0, dtype=torch.float16)
+
+    opt.step(closure)
+    assert opt.skipped_steps == 0
 
 
 def test_norms_after_a_pass_that_was_not_finite(backend):

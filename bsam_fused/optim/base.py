@@ -270,7 +270,7 @@ class SharpnessAware(ReadsGradients):
     def _plain_step(self, loss: Any = None) -> None:
         """Make a step of one pass from w, the base optimizer's, or skip it where ‖g‖ is not finite."""
         self._notice()
-        self.sharpness = None
+        self.sharpness, self._flats.slots = None, ()
         max_norm = clipping_norm(self.max_grad_norm)
         rule, mixing = self._fused_rule(), self._plain_mixing()
         # torch.distributed.checkpoint has a step that moves nothing show what state there is.
@@ -335,11 +335,12 @@ class SharpnessAware(ReadsGradients):
                 self._require_gradients("step")
             self._plain_step(loss)
             return loss
-        losses = []
+        losses, values = [], []
         try:
             for call, closure in zip(self._calls, closures, strict=True):
                 with self.one_pass():
                     losses.append(_evaluate(closure))
+                values.append(_value(losses[-1]))
                 if self._at_rest and not self._perturbs:
                     self._plain_step(losses[0])
                     return losses[0]
@@ -351,8 +352,8 @@ class SharpnessAware(ReadsGradients):
             if given_up and NO_GRADIENT in str(error):
                 return None
             raise
-        if all(isinstance(loss, Tensor | Real) for loss in losses) and len(set(map(id, closures))) == 1:
-            self.sharpness = Sharpness(*(loss.detach() if isinstance(loss, Tensor) else loss for loss in losses))
+        if all(isinstance(value, Tensor | Real) for value in values) and len(set(map(id, closures))) == 1:
+            self.sharpness = Sharpness(*values)
         return losses[0]
 
     def _step(self, loss: Any = None) -> None:
@@ -462,3 +463,8 @@ def _require_functions(closures: Sequence[Any]) -> None:
 def _evaluate(closure: Closure) -> Any:
     with torch.enable_grad():
         return closure()
+
+
+def _value(loss: Any) -> Any:
+    """Return a loss as it is now: closures may return the same memory in every pass."""
+    return loss.detach().clone() if isinstance(loss, Tensor) else loss

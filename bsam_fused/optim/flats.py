@@ -318,7 +318,7 @@ class Flats:
             return
         sums = self._built[0].sums
         if isinstance(loss, Tensor):
-            total = loss.detach().sum() if loss.dim() else loss.detach()
+            total = (0 * loss.detach()).sum() if loss.dim() else loss.detach()
             sums[slot].add_(total if total.is_cpu else total.to(sums.device), alpha=0)
         elif isinstance(loss, Real):
             sums[slot].add_(0 * float(loss))

@@ -80,6 +80,7 @@ class ReadsGradients(Phased):
         self._read_gradients()
         if self._lacking:
             return True
+        self._flats.slots = ()  # the norms of the step before are over
         for flat in self._flats:
             flat.square_norm(MAX, self._plain_radii())
         self._decided = bool(self.decide(self._flats.totals()[0][MAX]))
