@@ -14,6 +14,7 @@ from .setups import values
 from .tally import rule
 
 OPTIONS = [("lr", 0.05), ("lr", 0.0), ("rho", 0.3), ("weight_decay", 0.3), ("eta", 0.2)]
+OPTIONS += [(name, on) for name in ("perturb", "adaptive") for on in (False, True)]
 MOST = 9  # parameters
 STATE_EDITS = st.sampled_from(["entry", "key", "replace", "data", "zero", "halve", "all", "new", "note"])
 
