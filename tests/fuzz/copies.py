@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from itertools import repeat
 
 import torch
 from hypothesis import strategies as st
@@ -99,10 +100,20 @@ class Copies(Beside):
         self._add_group(self.optimizer.base_optimizer, seed, options)
         self.disturb()
 
-    def _add_group(self, optimizer, seed, options, wrong=""):
+    @rule(i=INDICES, seed=SEEDS)
+    def add_one_whose_gradients_are_another(self, i, seed):
+        """They lie in a parameter that is perturbed where this one is not, and moves before it in a step."""
+        i, n = self.pick(i), len(self.params)
+        options = {"perturb": not self.model.options()[i]["perturb"]}
+        self._add_group(self.optimizer, seed, options, like=self.params[i])
+        if len(self.params) > n:
+            self.whole_step(seed, repeat({n: "of_another"}))
+
+    def _add_group(self, optimizer, seed, options, wrong="", like=None):
         if len(self.params) == MOST:
             return
-        p, ours = nn.Parameter(values((3,), torch.float64, seed)), optimizer is self.optimizer
+        shape, dtype = ((3,), torch.float64) if like is None else (like.shape, like.dtype)
+        p, ours = nn.Parameter(values(shape, dtype, seed)), optimizer is self.optimizer
         given = {"twice": self.params[self.pick(seed)], "complex": nn.Parameter(torch.ones(1, dtype=torch.cfloat))}.get(
             wrong, p
         )

@@ -21,6 +21,7 @@ KINDS = (
     "numpy",
     "reused",
     "of_weight",
+    "of_another",
     "of_state",
     "bucket",
     "negated",
@@ -125,6 +126,12 @@ class Gradients:
 
     def _of_weight(self, g, p, i, optimizer):
         return p.detach()
+
+    def _of_another(self, g, p, i, optimizer):
+        """Another parameter, if one is like this: perhaps of another param group, and so of another kind."""
+        params = [q for group in optimizer.param_groups for q in group["params"]]
+        others = [q for q in params if q is not p and _fits(q, p)]
+        return others[i % len(others)].detach() if others else self._own(g, p, i, optimizer)
 
     def _of_state(self, g, p, i, optimizer):
         """Not in Adam's count of steps, which torch's own Adam counts up before it reads gradients."""
