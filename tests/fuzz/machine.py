@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
 from hypothesis.stateful import run_state_machine_as_test
 
-from .beside import SEEDS
+from .beside import INDICES, SEEDS
 from .copies import Copies
-from .edits import Edits
+from .edits import OPTIONS, Edits
 from .interrupts import interrupted
 from .setups import values
 from .steps import Steps
@@ -55,6 +55,16 @@ class Machine(Steps, Edits, Copies):
         lines = count(1 + seed % further, further)
         while self._interrupt_once(what, seed, next(lines)):
             self.agrees()
+
+    @rule(k=INDICES, option=st.sampled_from(OPTIONS), seed=SEEDS, at=LINES)
+    def interrupt_a_load_before_another(self, k, option, seed, at):
+        """Of other options than those of now, which come back with neither load."""
+        if self.model.at_rest:
+            self.save()
+            self.set_option(k, option)
+            self._interrupt_once("load", seed, at)
+            self.agrees()
+            self.load_into_the_base(seed)
 
     def _interrupt_once(self, what, seed, at):
         """And restore() once: w with the state of before, or the next w with its state. Returns where, if at all."""
