@@ -121,7 +121,7 @@ class Beside(RuleBasedStateMachine):
         for i, (p, w) in enumerate(zip(self.params, model.w)):
             if i not in mine and not model.at_rest:
                 continue  # taken out of the step under way
-            if model.failed and i in model.saved and p.isfinite().all():
+            if model.failed and not model.stays and i in model.saved and p.isfinite().all():
                 continue  # w, or w_min: who learns too late of what was not finite goes on, and gives up at the end
             if not agree(p, w, self.tolerance(p) if i in model.moved else 0):
                 return f"weight {i}: {show(p)}, and not {show(w)}"

@@ -81,6 +81,7 @@ class Model:
         self.grads = []  # of the passes of this step so far
         self.saved = {}  # w, of what is perturbed
         self.failed = False  # something was not finite
+        self.stays = False  # the norm of the first pass, or its loss, was not: nothing is perturbed
         self.along = {}  # what the perturbation goes along
         self.decided = None  # whether it goes on, once that was asked
 
@@ -160,6 +161,7 @@ class Model:
         keeps = self.kind not in {"SAM", "ASAM", "FriendlySAM"}  # else nobody looks at what is not perturbed
         self._note(grads, loss, grads if keeps else perturbed)
         self.saved = {i: self.w[i].detach().clone() for i in perturbed}
+        self.stays = not (finite(perturbed) and math.isfinite(loss))
         m = self.history(perturbed)
         self.first = not norm(m.values())
         self.along = {i: g - SIGMA * m[i] for i, g in perturbed.items()} if self.kind == "FriendlySAM" else perturbed

@@ -154,8 +154,7 @@ class Steps(Beside):
 
         def closure():
             nonlocal passes, lacking
-            if not model.failed:
-                self.agrees()
+            self.agrees()
             self.forward()
             here = passes == at
             silent = here and fault in {"no loss", "nothing"}
