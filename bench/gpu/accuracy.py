@@ -132,6 +132,7 @@ def train(name: str, seed: int, epochs: int, training: Images, testing: Part) ->
     stepped: list[Any] = [CosineAnnealingLR(optimizer, steps)]
     stepped += [method.policy(optimizer, steps)] if method.policy else []
     step = GraphedStep(network, functional.cross_entropy, optimizer, next(training.batches(seed)))
+    print(f"captured {name}, seed {seed}", flush=True)  # so that one who is stopped has said how far it came
     begin = time.perf_counter()
     for epoch in range(times * epochs):
         losses = []
@@ -180,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refused as refused:
         print(refused)
         return NOT_FOUND
+    print(f"images decoded, {deadline.left:.0f} s left", flush=True)
     seconds_a_pass = 0.0
     for seed, (name, (method, times)) in itertools.product(itertools.count(), TRAININGS.items()):
         if deadline.left < method.passes * times * options.epochs * seconds_a_pass:
