@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,33 @@ def test_an_epoch_has_each_image_once_moved_and_mirrored(images):
             seen.append(found)
     assert len({i for i, _ in seen}) == len(seen) == COUNT // BATCH * BATCH
     assert {mirrored for _, mirrored in seen} == {False, True}
+
+
+def test_a_seed_of_every_training_then_the_next_one_as_far_as_the_time_goes(monkeypatch):
+    """One second for each epoch of passes, and time for all of seed 0 and three of seed 1."""
+
+    class Deadline:
+        def __init__(self, seconds):
+            Deadline.left = seconds
+
+    def train(name, seed, epochs, *data):
+        method, times = accuracy.TRAININGS[name]
+        passes = method.passes * times * epochs
+        Deadline.left -= passes
+        return accuracy.Row(name, seed, times * epochs, 90.0, 0.1, passes, seconds=passes)
+
+    monkeypatch.setattr(accuracy, "Deadline", Deadline)
+    record = SimpleNamespace(content={"accuracy": {}}, save=lambda: None)
+    monkeypatch.setattr(accuracy, "Record", lambda path: record)
+    monkeypatch.setattr(accuracy, "images", lambda device: (None, None))
+    monkeypatch.setattr(accuracy, "current", lambda: Device("host", {}, None))
+    monkeypatch.setattr(accuracy, "train", train)
+    passes = {name: method.passes * times * EPOCHS for name, (method, times) in accuracy.TRAININGS.items()}
+    first, others = [*passes], [*passes][:3]
+    seconds = sum(passes.values()) + sum(passes[name] for name in others)
+    assert accuracy.main(["--record=", f"--seconds={seconds}", f"--epochs={EPOCHS}"]) == 0
+    rows = record.content["accuracy"].values()
+    assert [(row["seed"], row["training"]) for row in rows] == [*((0, it) for it in first), *((1, it) for it in others)]
 
 
 def windows(images):

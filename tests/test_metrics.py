@@ -204,11 +204,12 @@ def test_a_finite_loss_whose_sum_is_not(backend):
 def test_norms_after_a_pass_that_was_not_finite(backend):
     """They may be NaN, and are no other number: of g and g_max that were there, ĝ_min = 2 g − g_max for ρ_min = ρ."""
     p, q = params = parameters()
-    g, g_max = gradient([p.detach()])[0], torch.ones_like(p)
+    g = gradient([p.detach().cpu()])[0]
+    g_max = torch.ones_like(g)
     opt = BSAM(params, descent="extrapolate", rho_min_decay="none", lr=0.1, backend=backend)
-    p.grad, q.grad = g.clone(), torch.full_like(q, math.nan)
+    p.grad, q.grad = g.to(p.device, copy=True), torch.full_like(q, math.nan)
     opt.ascend()
-    p.grad = g_max.clone()
+    p.grad = g_max.to(p.device, copy=True)
     opt.step()
     told = opt.metrics()
     for name, right in (("norm_g_max", ref.norm([g_max])), ("norm_g_min", ref.norm([2 * g - g_max]))):

@@ -183,17 +183,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return NOT_FOUND
     print(f"images decoded, {deadline.left:.0f} s left", flush=True)
     seconds_a_pass = 0.0
-    for seed, (name, (method, times)) in itertools.product(itertools.count(), TRAININGS.items()):
-        if deadline.left < method.passes * times * options.epochs * seconds_a_pass:
-            return 0
-        row = train(name, seed, options.epochs, training, testing)
-        seconds_a_pass = row.seconds / row.passes
-        record.content["accuracy"][f"{name}, seed {seed}"] = asdict(row)
-        record.save()
-        print(
-            f"{name}, seed {seed}: {row.accuracy_percent:.2f} %, {row.passes:.0f} epochs of passes, {row.seconds:.1f} s"
-        )
-    return 0
+    for seed in itertools.count():
+        for name, (method, times) in TRAININGS.items():
+            if deadline.left < method.passes * times * options.epochs * seconds_a_pass:
+                return 0
+            row = train(name, seed, options.epochs, training, testing)
+            seconds_a_pass = row.seconds / row.passes
+            record.content["accuracy"][f"{name}, seed {seed}"] = asdict(row)
+            record.save()
+            gave = f"{row.accuracy_percent:.2f} %, {row.passes:.0f} epochs of passes, {row.seconds:.1f} s"
+            print(f"{name}, seed {seed}: {gave}", flush=True)
 
 
 if __name__ == "__main__":
