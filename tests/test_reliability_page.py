@@ -1,6 +1,9 @@
 """docs/reliability.md is that of the records; and what a record has is on the page."""
 
+import argparse
 import json
+
+import pytest
 
 from tests.reliability import page, records
 
@@ -72,6 +75,17 @@ def test_what_was_found_is_on_the_page(tmp_path):
     assert "No full run yet" not in text
     commit = json.loads((tmp_path / "kills.json").read_text())["machine"]["git_commit"]
     assert text.count(f"commit {commit[:8]}") == len(FIGURES)
+
+
+@pytest.mark.parametrize(("said", "where"), [([], "full"), (["--seed=7"], "full"), (["--kills=1"], "trials")])
+def test_a_trial_leaves_the_record_of_the_last_full_run(said, where, monkeypatch, tmp_path):
+    for name, folder in {"FOLDER": "full", "TRIALS": "trials"}.items():
+        monkeypatch.setattr(records, name, tmp_path / folder)
+    monkeypatch.setattr("sys.argv", ["kills", *said])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=200)
+    records.run("kills", parser, lambda options: {"kills": options.kills})
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")] == [f"{where}/kills.json"]
 
 
 def test_what_has_had_no_full_run_is_said():

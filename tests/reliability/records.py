@@ -16,7 +16,10 @@ from typing import Any
 
 from bsam_fused.report.machine import this_machine
 
-FOLDER = Path(__file__).parents[2] / "bench" / "results" / "reliability"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "bench" / "results" / "reliability"
+TRIALS = ROOT / "build" / "reliability"
+"""For the records of runs that are not full ones."""
 
 
 @dataclass
@@ -59,10 +62,13 @@ def run(check: str, parser: argparse.ArgumentParser, find: Callable[[argparse.Na
         parser: of its other options; it gets `--seed` and `--out`.
         find: the check itself, of all options; what it returns are the figures.
     """
+    full = parser.parse_args([])
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of what is drawn (default: the time)")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where the record goes")
+    parser.add_argument("--out", type=Path, help=f"where the record goes (default: {FOLDER}; of less {TRIALS})")
     options = parser.parse_args()
+    folder = options.out or (FOLDER if vars(full).items() <= vars(options).items() else TRIALS)
     print(f"--seed {options.seed}", flush=True)
-    with recorded(check, options.out) as record:
+    with recorded(check, folder) as record:
         record.figures = {"seed": options.seed, **find(options)}
+    print(f"recorded in {folder}", flush=True)
     return 0
