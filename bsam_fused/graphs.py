@@ -78,10 +78,13 @@ class GraphedStep:
         self._inputs = [sample.detach().clone() for sample in sample_inputs]
         self._device = self._inputs[0].device
         self._buffers = Snapshot(model)
+        self._parameters = list(dict.fromkeys([*model.parameters(), *optimizer._parameters()]))
+        self._modules = {_path(name): module for name, module in model.named_modules()}
+        names: dict[Tensor, str] = {p: _path(name) for name, p in model.named_parameters()}
+        self._names = [names.get(p, f"parameter {i}") for i, p in enumerate(self._parameters)]
         self._captures: dict[_Kind, _Capture] = {}
         self._make(self._kind())
         self._fixed = self._structure()
-        self._parameters = list(dict.fromkeys([*model.parameters(), *optimizer._parameters()]))
         self._places = _places(self._parameters)
         self._alive = [*map(_storage, self._parameters)]  # replays use it, whoever else lets go of it
 
@@ -121,9 +124,18 @@ class GraphedStep:
         """Return of which kind the coming step is.
 
         Raises:
-            RuntimeError: the gradient of its first pass decides.
+            RuntimeError: the host has a part in it.
         """
         optimizer = self._optimizer
+        if optimizer.same_randomness:
+            raise RuntimeError(
+                "optimizer.same_randomness is True: a captured step draws anew in every pass; use "
+                "optimizer.step(closure)"
+            )
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            raise RuntimeError(
+                "optimizer has hooks on its step, which no replay calls: remove them, or use optimizer.step(closure)"
+            )
         if optimizer.decide is not None:
             raise RuntimeError(
                 "optimizer.decide is set: the gradient of the first pass decides whether there are others, which a "
@@ -139,17 +151,18 @@ class GraphedStep:
     def _make(self, kind: _Kind) -> None:
         """Capture the coming step."""
         optimizer = self._optimizer
-        self._warm_up(kind)
-        optimizer.write_options()
-        try:
-            graph = _capture(lambda: self._step(kind), self._device)
-            flats, snapshots = optimizer._flats, optimizer._passes.snapshots
-            made = _Capture(graph, self._loss, flats.captured(), flats.slots, optimizer.sharpness, snapshots)
-        finally:  # nothing of a step was done, however far it was captured
-            for flat in optimizer._flats:
-                flat.release()
-            optimizer.restore()
-            optimizer.zero_grad()
+        with _putting_back(optimizer.param_groups):  # BSAM notes the largest lr there
+            self._warm_up(kind)
+            optimizer.write_options()
+            try:
+                graph = _capture(lambda: self._step(kind), self._device)
+                flats, snapshots = optimizer._flats, optimizer._passes.snapshots
+                made = _Capture(graph, self._loss, flats.captured(), flats.slots, optimizer.sharpness, snapshots)
+            finally:  # nothing of a step was done, however far it was captured
+                for flat in optimizer._flats:
+                    flat.release()
+                optimizer.restore()
+                optimizer.zero_grad()
         # The first step with a history gives all state other memory.
         same = {kind: one for kind, one in self._captures.items() if self._fits(one)}
         self._captures = {**same, kind: made}
@@ -191,7 +204,8 @@ class GraphedStep:
         return {
             "norm_eps": self._optimizer.norm_eps,
             "max_grad_norm": self._optimizer.max_grad_norm,
-            "model.training": self._model.training,
+            "training": {name: module.training for name, module in self._modules.items()},
+            "requires_grad": {n: p.requires_grad for n, p in zip(self._names, self._parameters, strict=True)},
             "adaptive": [bool(group[key("adaptive")]) for group in groups],
             "perturb": [bool(group[key("perturb")]) for group in groups],
             "mix": getattr(self._optimizer, "mix", None),
@@ -218,10 +232,11 @@ class GraphedStep:
 
     def _check_structure(self) -> None:
         now = self._structure()
-        for name, value in self._fixed.items():
-            if now[name] != value:
+        for name, then in self._fixed.items():
+            if now[name] != then:
+                was, is_ = _differing(then, now[name])
                 raise RuntimeError(
-                    f"{name} was {value} when this step was captured and is {now[name]}: use optimizer.step(closure) "
+                    f"{name} was {was} when this step was captured and is {is_}: use optimizer.step(closure) "
                     "meanwhile, or build another GraphedStep"
                 )
 
@@ -243,10 +258,6 @@ def _check(model: nn.Module, optimizer: SharpnessAware, samples: Sequence[Tensor
         raise TypeError(f"optimizer is a {type(optimizer).__name__}: pass one of bsam_fused, such as SAM")
     if isinstance(samples, Tensor) or len(samples) < 2 or not all(isinstance(x, Tensor) for x in samples):
         raise TypeError("sample_inputs: pass a sequence of tensors, the model's inputs and then the target")
-    if optimizer.same_randomness:
-        raise RuntimeError(
-            "optimizer.same_randomness is True: a captured step draws anew in every pass; use optimizer.step(closure)"
-        )
     if distributed.world_size() > 1:
         raise RuntimeError(f"there are {distributed.world_size()} ranks: steps that communicate are not captured")
     _check_devices(model, optimizer, samples)
@@ -263,6 +274,29 @@ def _check_devices(model: nn.Module, optimizer: SharpnessAware, samples: Sequenc
     if len(devices) != 1 or not all(device.startswith("cuda") for device in devices):
         missing = "" if torch.cuda.is_available() else "; torch sees no NVIDIA GPU"
         raise ValueError(f"a CUDA graph needs all tensors on one GPU, but there is {said}{missing}")
+
+
+def _path(name: str) -> str:
+    return f"model.{name}" if name else "model"
+
+
+def _differing(then: Any, now: Any) -> tuple[Any, Any]:
+    """Return both values, of dicts what differs."""
+    if not isinstance(then, dict):
+        return then, now
+    names = [name for name, value in then.items() if now[name] != value]
+    return {name: then[name] for name in names}, {name: now[name] for name in names}
+
+
+@contextmanager
+def _putting_back(groups: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Leave the options of param groups as they were, come what may."""
+    before = [dict(group) for group in groups]
+    try:
+        yield
+    finally:
+        for group, options in zip(groups, before, strict=True):
+            group.update(options)
 
 
 def _devices(inputs: Sequence[Tensor]) -> list[torch.device]:

@@ -1,6 +1,7 @@
 """GraphedStep against eager steps: on a GPU, and on the host, where host_graphs.py stands in for CUDA's graphs."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_building_trains_nothing(kind, steps):
     for _ in range(steps):
         eager_step(model, opt, batch)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    state = opt.state_dict()
+    state = copy.deepcopy(opt.state_dict())
     before = [[v.clone() for v in values.values()] for values in state["state"].values()]
     torch.manual_seed(5)
     GraphedStep(model, loss_fn, opt, batch)
@@ -74,7 +75,7 @@ def test_building_trains_nothing(kind, steps):
     assert torch.equal(drawn, torch.rand(3))
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     after = opt.state_dict()
-    assert after["param_groups"][0]["rounded_steps"] == steps
+    assert after["param_groups"] == [{**group, "rounded_steps": steps} for group in state["param_groups"]]
     assert [len(values) for values in after["state"].values()] == [len(values) for values in before]
     for values, kept in zip(after["state"].values(), before, strict=True):
         assert all(torch.equal(v, w) for v, w in zip(values.values(), kept, strict=True))
@@ -105,7 +106,9 @@ def test_what_a_graph_has_fixed():
     graphed = GraphedStep(model, loss_fn, opt, data(0))
     changes = [
         ("max_grad_norm", lambda: setattr(opt, "max_grad_norm", 1.0), lambda: setattr(opt, "max_grad_norm", None)),
-        ("model.training", model.eval, model.train),
+        ("training", model.eval, model.train),
+        ("training", model[1].eval, model[1].train),
+        ("requires_grad", lambda: model[0].weight.requires_grad_(False), model[0].weight.requires_grad_),
         (
             "adaptive",
             lambda: opt.param_groups[0].update(adaptive=True),
@@ -127,6 +130,29 @@ def test_what_a_graph_has_fixed():
         with pytest.raises(RuntimeError, match=f"{name} was .* when this step was captured"):
             graphed(*data(1))
         back()
+    graphed(*data(1))
+
+
+@where
+@pytest.mark.usefixtures("captures")
+def test_what_the_host_would_do_in_a_step():
+    """Raises, before a capture and after it, until it is taken back."""
+    model = network()
+    opt = optimizer(SAM, model)
+    graphed = GraphedStep(model, loss_fn, opt, data(0))
+    weights = copy.deepcopy(model)
+    for asked, refused in [
+        (lambda: opt.register_step_pre_hook(lambda *_: None).remove, "hooks on its step"),
+        (lambda: opt.register_step_post_hook(lambda *_: None).remove, "hooks on its step"),
+        (lambda: setattr(opt, "same_randomness", True) or (lambda: setattr(opt, "same_randomness", False)), "anew"),
+    ]:
+        take_back = asked()
+        with pytest.raises(RuntimeError, match=refused):
+            graphed(*data(1))
+        with pytest.raises(RuntimeError, match=refused):
+            GraphedStep(model, loss_fn, opt, data(0))
+        take_back()
+    assert_equal(model, weights)
     graphed(*data(1))
 
 
