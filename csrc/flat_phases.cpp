@@ -415,9 +415,7 @@ at::Tensor FlatParams::merge(const at::Tensor& sums, double share) {
   prepare_mixing();
   buffer(kDirection);
   complete_g();
-  at::Tensor scaled = sums.clone();  // as the loss still is
-  scaled.select(0, kScale).zero_();
-  const auto directions = mixed_directions(scaled, std::numeric_limits<double>::infinity());
+  const auto directions = mixed_directions(sums, std::numeric_limits<double>::infinity());
   at::Tensor& flat = buffers_[kDirection].zero_();
   for (size_t i : c10::irange(entries_.size()))
     if (directions[i].defined()) param(i).mutable_grad() = view(kDirection, i).copy_(directions[i]);

@@ -25,6 +25,7 @@ from bsam_fused.ops.contract import (
     RuleNumber,
     SGDScalars,
 )
+from bsam_fused.ops.directions import Direction
 
 SCALE_OF_LOSS, MAX_NORM, SHARE = 8.0, 0.25, 0.5
 GIVEN = (-0.3, 1.7)
@@ -237,21 +238,43 @@ def test_combine_gives_the_direction_to_any_base(backend, rule):
 
 @pytest.mark.parametrize("rule", [rule for rule in WITHOUT_HISTORY if rule.keeps])
 def test_merged_directions_go_on_as_one_pass(backend, rule):
-    """As if the share of d, unscaled still, were SAM's g_max."""
+    """As if the share of d, at a quarter of the loss's scale, were SAM's g_max."""
     step = Step(backend, torch.float32, rule, True)
     step.to_last_pass()
     totals = step.totals()
+    totals[SCALE] = 4
     for flat in step.flats:
         flat.merge(totals, SHARE)
         flat.read_gradients()
         flat.square_norm(MAX, RADII[:1] * 2)
     totals = step.totals()
+    totals[SCALE] /= 4
     for flat in step.flats:
         flat.begin_state(flat.beginning([True, False]))
         flat.update_sgd(totals, SGD, True, step.max_norm)
     ds = finished(expected_d(rule, step.numbers, step.passes, step.before), True, SHARE)
     w, groups, _ = step.before
     step.close(step.params, [reference.sgd(x, d, {}, SGD[i]._asdict()) for x, d, i in zip(w, ds, groups, strict=True)])
+
+
+@pytest.mark.parametrize("rule", [rule for rule in WITHOUT_HISTORY if rule.mixes and rule.keeps])
+def test_headroom(rule):
+    """A power of two by which d is no longer than what it is mixed of; of several ranks' sums the largest."""
+    step = Step("torch", torch.float64, rule, False)
+    step.to_last_pass()
+    totals = step.totals()
+    direction = Direction(rule, True, math.inf, math.inf, max(step.numbers))
+    room, of_both, beyond = (
+        direction.headroom(torch.stack([totals, other], 1)) for other in (totals, 1e-6 * totals, totals * math.nan)
+    )
+    assert math.frexp(room)[0] == 0.5
+    assert of_both >= room
+    assert beyond == room
+    passes = [filled(gs, step.before.w) for gs in step.passes]
+    kept = passes[0] if rule is not Rule.BILATERAL else [x + y for x, y in zip(*passes[:2], strict=True)]
+    longest = max(float(x.abs().max()) for x in [*kept, *passes[-1]])
+    d = expected_d(rule, step.numbers, step.passes, step.before)
+    assert max(float(x.abs().max()) for x in d) <= room * longest
 
 
 @pytest.mark.parametrize("rule", [Rule.EXTRAPOLATED, Rule.SURROGATE_GAP, Rule.GIVEN])

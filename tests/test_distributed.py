@@ -15,7 +15,7 @@ from samples import assign, gradients, parameters, strided
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from bsam_fused import ASAM, BSAM, SAM
+from bsam_fused import ASAM, BSAM, SAM, WSAM, MixedSAM
 from bsam_fused.ops.contract import MIN, SCALE, Radius
 
 RULES = {"SAM": (SAM, {}), "ASAM": (ASAM, {}), "BSAM": (BSAM, {"rho_min": 0.03})}
@@ -150,6 +150,59 @@ def test_sync_last_is_m_sharpness(rule, style, python_or_not):
             torch.testing.assert_close(p.detach(), w, rtol=1e-10, atol=1e-12)
     assert_same_on_all_ranks(model.parameters())
     assert opt.skipped_steps == 0
+
+
+def coefficients(sums):
+    """Each rank's own."""
+    return (-8.0, 9.0) if dist.get_rank() == 0 else (0.0, 1.0)
+
+
+@pytest.fixture(params=[(WSAM, {"gamma": 0.9}, 9.0), (MixedSAM, {"mix": coefficients}, 1.0)], ids=["WSAM", "MixedSAM"])
+def longer(request):
+    """An optimizer whose d is longer than its gradients, and the factor of g_max in d on the second rank."""
+    return request.param
+
+
+@pytest.fixture(params=[None, 2.0**16], ids=["no scaler", "scaler"])
+def scale(request):
+    return request.param
+
+
+@on_two_ranks
+def test_a_direction_that_float16_does_not_hold(longer, python_or_not, scale):
+    """g is 26,624, g_max 33,280, at the scale of the loss; 9 g_max − 8 g is 86,528, as float16 goes up to 65,504.
+
+    Of ½ A w², w = 1 and ρ = 1/4, g is A. The second rank's are half as long, and its coefficients may be others.
+    """
+    kind, options, last = longer
+    slope = 26624 / (1 + dist.get_rank()) / (scale or 1.0)
+    weight = nn.Parameter(torch.ones(1, dtype=torch.float16))
+    model, lr = DDP(Curved(weight)), 0.1 / 26624 * (scale or 1.0)
+    opt = kind(model.parameters(), rho=0.25, lr=lr, model=model, sync="last", backend=python_or_not, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    for call in opt._calls:
+        with opt.one_pass():
+            scaler.scale(model(slope)).backward()
+        if call == "step":
+            scaler.step(opt)
+        else:
+            getattr(opt, call)()
+    scaler.update()
+    assert opt.skipped_steps == 0
+    assert scaler.get_scale() == (scale or 1.0)
+    d = (86528 + last * 16640 - (last - 1) * 13312) / 2
+    torch.testing.assert_close(weight.detach().item(), 1 - 0.1 * d / 26624, rtol=1e-3, atol=0)
+
+
+class Curved(nn.Module):
+    """A weight whose loss is ½ A w²."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, slope):
+        return slope / 2 * self.weight.float().square().sum()
 
 
 @on_two_ranks
@@ -308,7 +361,7 @@ def test_sync_last_needs_ddp():
 
 @pytest.mark.parametrize("missing", [(), (1,)], ids=["all", "some missing"])
 def test_merge(backend, missing):
-    """A share of d in one flat buffer, whose views are the gradients; the scale is not divided out yet."""
+    """A share of d, without a scale, in one flat buffer, whose views are the gradients."""
     params = parameters("odd") + strided()
     opt = BSAM(params, lr=0.1, rho=0.0, backend=backend)
     grads = [gradients(params, seed, missing if seed == 2 else ()) for seed in range(3)]
@@ -322,7 +375,7 @@ def test_merge(backend, missing):
     buffer = flat.merge(sums, 0.25)
     wide = [[None if g is None else g.double() for g in one] for one in grads]
     for p, d in zip(params, ref.bsam(wide)):
-        torch.testing.assert_close(p.grad.double(), 0.25 * d, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(p.grad.double(), 0.25 / 1024 * d, rtol=1e-6, atol=1e-9)
     buffer.zero_()
     assert all(not p.grad.any() for p in params)
     opt.restore()

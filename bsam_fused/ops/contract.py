@@ -328,6 +328,7 @@ class FlatParams(Protocol):
     def merge(self, sums: Tensor, share: float) -> Tensor:
         """In the last pass of a step that keeps g, put share · d into a flat buffer, each ``.grad`` a view of it.
 
+        d is divided by ``sums[SCALE]``, if that is not 0: 0 there leaves it at the scale of the loss.
         The step then goes on as if that were its last gradient, g_max of SAM: with `read_gradients`, after the buffer
         was summed over ranks. Parameters without a gradient have zeros there, and no ``.grad``.
         """

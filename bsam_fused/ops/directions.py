@@ -204,17 +204,31 @@ class Direction(NamedTuple):
         return finite & self._is_within(sums)
 
     def _is_within(self, sums: Sums) -> bool | Tensor:
-        """Whether no coefficient and no d, of any group, can be beyond the limit: they are monotonous in the number."""
+        """Whether no coefficient and no d, of any group, can be beyond the limit."""
         factor, longest_last = self.factor(sums), _root(sums[self.rule.last_slot])
         if not self.rule.mixes:
             within = (factor <= 1) | (factor * longest_last <= self.limit)
             return within & self._can_remember(sums) if self.rule.remembers else within
-        most = self.of(sums, self.largest, True).times(factor)
-        least = self.of(sums, 0.0, self.rule is not Rule.EXTRAPOLATED).times(factor)
-        a, b = (_larger(_larger(x, -x), _larger(y, -y)) for x, y in zip(most, least, strict=True))
+        a, b = self._most(sums, factor)
         longest = self._longest_kept(sums, a) + b * longest_last
         is_norm = factor > 0  # ‖d‖, by which d is clipped, is not beyond float64
         return is_norm & (a <= self.limit) & (b <= self.limit) & (longest <= self.limit)
+
+    def _most(self, sums: Sums, factor: Number) -> Mix:
+        """Return what |a| and |b| times ``factor``, of any group, are at most: they are monotonous in the number."""
+        most = self.of(sums, self.largest, True).times(factor)
+        least = self.of(sums, 0.0, self.rule is not Rule.EXTRAPOLATED).times(factor)
+        return Mix(*(_larger(_larger(x, -x), _larger(y, -y)) for x, y in zip(most, least, strict=True)))
+
+    def headroom(self, sums: Tensor) -> Tensor:
+        """Return a power of two that |a| + |b| is below, so that d / it is as short as what it is mixed of.
+
+        Args:
+            sums: of each slot, one or several, whose largest |a| + |b| counts, where it is finite.
+        """
+        a, b = self._most(sums, 1.0)
+        most = (sums.new_zeros(()) + a + b).nan_to_num(1.0, 1.0).max().clamp(min=1.0)
+        return torch.ldexp(torch.ones_like(most), torch.frexp(most).exponent)
 
     def memory(self, sums: Sums, number: float, decay: float) -> Memory:
         """Return what the history becomes, of a group's numbers. Of what came, whatever d was scaled by."""

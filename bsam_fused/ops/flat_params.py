@@ -19,7 +19,6 @@ from torch import Tensor
 from bsam_fused.ops import contract, rounding
 from bsam_fused.ops.contract import (
     ASCENT,
-    SCALE,
     SLOTS,
     AdamScalars,
     Mixing,
@@ -420,10 +419,8 @@ class PythonFlatParams(FlatBuffers, ABC):
     @torch.no_grad()
     def merge(self, sums: Tensor, share: float) -> Tensor:
         """Put share · d into a flat buffer, of which .grad are views."""
-        scaled = sums.clone()  # as the loss still is
-        scaled[SCALE] = 0
         buffer = self._buffer(DIRECTION).zero_()
-        for i, d in self._run_direction(scaled, math.inf).items():
+        for i, d in self._run_direction(sums, math.inf).items():
             self.params[i].grad = self._view(DIRECTION, i).copy_(d).mul_(share)
         self._mix_by(Mixing())
         self._g = {}

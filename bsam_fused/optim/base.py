@@ -380,7 +380,7 @@ class SharpnessAware(ReadsGradients):
                 totals = self._flats.totals()
                 self._give(totals)
             else:
-                totals = self._flats.averaged(ranks, mixed=self._rule.mixes, give=self._give)
+                totals = self._flats.averaged(ranks, self._mixed, self._give)
             self._require_gradients("step")
             if rule:
                 self._flats.update(rule, self.state, scalars, totals, self._from_saved, max_norm)

@@ -23,12 +23,13 @@ from bsam_fused.ops.contract import (
     SQUARE,
     AdamScalars,
     FlatParams,
-    Radius,
+    Mixing,
     SGDScalars,
 )
 from bsam_fused.ops.identity import same_items
 from bsam_fused.ops.one_go import in_one_go
 from bsam_fused.ops.sharded_flat import ShardedFlatParams
+from bsam_fused.optim import merging
 from bsam_fused.optim.captured import Captured
 from bsam_fused.optim.fused import FusedRule
 from bsam_fused.optim.groups import check_parameters, takes_part
@@ -270,29 +271,27 @@ class Flats:
     def _exchange(self, group: Any) -> Exchange:
         return self._exchanges.setdefault(group, Exchange(group))
 
-    def averaged(self, group: Any, *, mixed: bool, give: Callable[[Sequence[Tensor]], None]) -> list[Tensor]:
+    def averaged(self, group: Any, mixing: Mixing, give: Callable[[Sequence[Tensor]], None]) -> list[Tensor]:
         """Make the direction the mean over the ranks of ``group``; return the sums for the update.
 
         One of these is not finite where one is not on any rank.
 
         Args:
             group: of the ranks whose passes were local.
-            mixed: whether d is mixed of several gradients, and has to be reduced; else the last one, which is, is d.
+            mixing: of d, which has to be reduced; but where it is the last gradient, which was.
             give: has what a user's own rule makes of this rank's sums join them.
 
         Raises:
             RuntimeError: as `distributed.Exchange` has it.
         """
         sums = [total.clone() for total in self.totals()]
-        exchange = self._exchange(group)
+        exchange, mixed = self._exchange(group), mixing.rule.mixes
+        if mixed:
+            give(sums)
         alike: list[Tensor | float] = [self._fingerprint] if mixed else [self._fingerprint, sums[0][MAX]]
         rows = exchange(sums[0], alike, [_GRADIENTS, _NOT_REDUCED][: len(alike)])
         if mixed:
-            give(sums)
-            for flat, total in zip(self, sums, strict=True):
-                distributed.average(flat.merge(total, 1 / exchange.ranks), group)
-                flat.read_gradients()
-                flat.square_norm(MAX, [Radius(0.0)] * len(self._lists))
+            self._scaled |= merging.average(list(self), sums, mixing, rows, group)
             own, sums = sums, self.totals()
             self._latest = own
         failed = 0 * rows[:, :CHECKED].sum()
