@@ -78,12 +78,13 @@ class GraphedStep:
         self._inputs = [sample.detach().clone() for sample in sample_inputs]
         self._device = self._inputs[0].device
         self._buffers = Snapshot(model)
-        self._parameters = list(dict.fromkeys([*model.parameters(), *optimizer._parameters()]))
-        self._modules = {_path(name): module for name, module in model.named_modules()}
-        names: dict[Tensor, str] = {p: _path(name) for name, p in model.named_parameters()}
-        self._names = [names.get(p, f"parameter {i}") for i, p in enumerate(self._parameters)]
+        self._named = _named(model, optimizer)
+        self._parameters = list(self._named)
         self._captures: dict[_Kind, _Capture] = {}
+        before = {_path(name): (module, module.training) for name, module in model.named_modules()}
         self._make(self._kind())
+        # What has another mode now has it of the model's own forward, in every step.
+        self._modules = {name: module for name, (module, mode) in before.items() if module.training == mode}
         self._fixed = self._structure()
         self._places = _places(self._parameters)
         self._alive = [*map(_storage, self._parameters)]  # replays use it, whoever else lets go of it
@@ -204,8 +205,8 @@ class GraphedStep:
         return {
             "norm_eps": self._optimizer.norm_eps,
             "max_grad_norm": self._optimizer.max_grad_norm,
-            "training": {name: module.training for name, module in self._modules.items()},
-            "requires_grad": {n: p.requires_grad for n, p in zip(self._names, self._parameters, strict=True)},
+            "training": [module.training for module in self._modules.values()],
+            "requires_grad": [p.requires_grad for p in self._parameters],
             "adaptive": [bool(group[key("adaptive")]) for group in groups],
             "perturb": [bool(group[key("perturb")]) for group in groups],
             "mix": getattr(self._optimizer, "mix", None),
@@ -234,11 +235,21 @@ class GraphedStep:
         now = self._structure()
         for name, then in self._fixed.items():
             if now[name] != then:
-                was, is_ = _differing(then, now[name])
                 raise RuntimeError(
-                    f"{name} was {was} when this step was captured and is {is_}: use optimizer.step(closure) "
-                    "meanwhile, or build another GraphedStep"
+                    f"{self._said(name, then, now[name])}: use optimizer.step(closure) meanwhile, or build another "
+                    "GraphedStep"
                 )
+
+    def _said(self, name: str, then: Any, now: Any) -> str:
+        """Return what was and what is; of modules and parameters the first one, by its name."""
+        owners = {"training": self._modules, "requires_grad": self._named.values()}
+        if name in owners:
+            name, then, now = next(
+                (f"{owner}.{name}", *values)
+                for owner, *values in zip(owners[name], then, now, strict=True)
+                if values[0] != values[1]
+            )
+        return f"{name} was {then} when this step was captured and is {now}"
 
     def _check_inputs(self, inputs: Sequence[Tensor]) -> None:
         if len(inputs) != len(self._inputs):
@@ -280,22 +291,21 @@ def _path(name: str) -> str:
     return f"model.{name}" if name else "model"
 
 
-def _differing(then: Any, now: Any) -> tuple[Any, Any]:
-    """Return both values, of dicts what differs."""
-    if not isinstance(then, dict):
-        return then, now
-    names = [name for name, value in then.items() if now[name] != value]
-    return {name: then[name] for name in names}, {name: now[name] for name in names}
+def _named(model: nn.Module, optimizer: SharpnessAware) -> dict[Tensor, str]:
+    """Return all parameters, the model's and others of the optimizer, and how they are called."""
+    groups = enumerate(optimizer.param_groups)
+    theirs = {p: f"parameter {i} of group {k}" for k, group in groups for i, p in enumerate(group["params"])}
+    return theirs | {p: _path(name) for name, p in model.named_parameters()}
 
 
 @contextmanager
 def _putting_back(groups: Sequence[dict[str, Any]]) -> Iterator[None]:
-    """Leave the options of param groups as they were, come what may."""
-    before = [dict(group) for group in groups]
+    """Give param groups the options back that they have now, come what may."""
+    before = [(group, dict(group)) for group in groups]
     try:
         yield
     finally:
-        for group, options in zip(groups, before, strict=True):
+        for group, options in before:
             group.update(options)
 
 

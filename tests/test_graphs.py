@@ -17,6 +17,7 @@ from graphed import (
     twins,
     where,
 )
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from bsam_fused import BSAM, SAM, schedules
@@ -131,6 +132,34 @@ def test_what_a_graph_has_fixed():
             graphed(*data(1))
         back()
     graphed(*data(1))
+
+
+@where
+@pytest.mark.usefixtures("captures")
+def test_what_is_frozen_is_named_and_a_mode_that_the_model_sets_itself_is_its_own():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x):
+            self.inner[1].eval()
+            return self.inner(x)
+
+    model, factor = Frozen(), nn.Parameter(torch.ones(()))
+    opt = SAM([*model.parameters(), factor], lr=0.05, backend="cuda", model=model)
+    graphed = GraphedStep(model, lambda output, target: loss_fn(factor * output, target), opt, data(0))
+    graphed(*data(1))
+    model.train()
+    graphed(*data(2))
+    for parameter, name in ((model.inner[4].bias, "model.inner.4.bias"), (factor, "parameter 6 of group 0")):
+        parameter.requires_grad_(False)
+        with pytest.raises(RuntimeError, match=rf"^{name}.requires_grad was True .* and is False: use"):
+            graphed(*data(3))
+        parameter.requires_grad_()
+    model.inner[2].eval()
+    with pytest.raises(RuntimeError, match=r"^model.inner.2.training was True"):
+        graphed(*data(3))
 
 
 @where
