@@ -410,7 +410,7 @@ at::Tensor FlatParams::merge(const at::Tensor& sums, double share) {
   check_sums(sums);
   check_own();
   require(keeps(rule_) && !remembers(rule_) && phase_ == last_phase(),
-          "merge() before the last pass of a step that keeps g");
+          "merge() twice in a step, before its last pass, or in one that keeps no g; restore() gives it up");
   check_noted();
   prepare_mixing();
   buffer(kDirection);

@@ -18,6 +18,8 @@ from bsam_fused.ops.contract import (
     MIN,
     PRODUCT,
     SCALE,
+    SLOTS,
+    SQUARE,
     AdamScalars,
     Mixing,
     Radius,
@@ -259,22 +261,32 @@ def test_merged_directions_go_on_as_one_pass(backend, rule):
 
 @pytest.mark.parametrize("rule", [rule for rule in WITHOUT_HISTORY if rule.mixes and rule.keeps])
 def test_headroom(rule):
-    """A power of two by which d is no longer than what it is mixed of; of several ranks' sums the largest."""
+    """d / it is within a limit that its gradients reach; of several sums the largest, and 1 where the limit is far."""
     step = Step("torch", torch.float64, rule, False)
     step.to_last_pass()
     totals = step.totals()
-    direction = Direction(rule, True, math.inf, math.inf, max(step.numbers))
-    room, of_both, beyond = (
-        direction.headroom(torch.stack([totals, other], 1)) for other in (totals, 1e-6 * totals, totals * math.nan)
-    )
-    assert math.frexp(room)[0] == 0.5
-    assert of_both >= room
-    assert beyond == room
     passes = [filled(gs, step.before.w) for gs in step.passes]
     kept = passes[0] if rule is not Rule.BILATERAL else [x + y for x, y in zip(*passes[:2], strict=True)]
     longest = max(float(x.abs().max()) for x in [*kept, *passes[-1]])
-    d = expected_d(rule, step.numbers, step.passes, step.before)
-    assert max(float(x.abs().max()) for x in d) <= room * longest
+    d = max(float(x.abs().max()) for x in expected_d(rule, step.numbers, step.passes, step.before))
+
+    def room(limit, *others):
+        direction = Direction(rule, True, math.inf, limit, max(step.numbers))
+        return direction.headroom(torch.stack([totals, *others], 1)).item()
+
+    assert d <= room(longest) * longest
+    assert math.frexp(room(longest))[0] == 0.5
+    assert room(longest, totals * math.nan, totals * math.inf) == room(longest)
+    assert room(longest / 4, 1e-9 * totals) == room(longest / 4) > 1
+    assert room(1e4 * longest) == 1
+
+
+@pytest.mark.parametrize(("x", "y", "room"), [(3.0, 0.0, 16), (0.0, 3.0, 16), (3.0, -3.0, 32), (0.1, 0.1, 1)])
+def test_headroom_of_one_element(x, y, room):
+    """WSAM's d = 9 y − 8 x, where 3 is the limit."""
+    sums = torch.zeros(SLOTS, 1, dtype=torch.float64)
+    sums[SQUARE], sums[MAX], sums[PRODUCT] = x * x, y * y, x * y
+    assert Direction(Rule.WEIGHTED, True, math.inf, 3.0, 0.9).headroom(sums) == room
 
 
 @pytest.mark.parametrize("rule", [Rule.EXTRAPOLATED, Rule.SURROGATE_GAP, Rule.GIVEN])

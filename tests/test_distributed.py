@@ -194,6 +194,52 @@ def test_a_direction_that_float16_does_not_hold(longer, python_or_not, scale):
     torch.testing.assert_close(weight.detach().item(), 1 - 0.1 * d / 26624, rtol=1e-3, atol=0)
 
 
+@pytest.fixture(params=["once more", "given up"])
+def then(request):
+    return request.param
+
+
+@on_two_ranks
+def test_an_update_that_raises_after_directions_were_averaged(python_or_not, then):
+    """The step cannot be taken up again; given up, it leaves nothing to the next one, which is the first one's twin."""
+    weight = nn.Parameter(torch.ones(1, dtype=torch.float16))
+    model = DDP(Curved(weight))
+    opt = WSAM([weight], gamma=0.9, rho=0.25, lr=1e-6, momentum=0.9, model=model, sync="last", backend=python_or_not)
+
+    def pass_and_call(call):
+        with opt.one_pass():
+            model(26624.0).backward()
+        getattr(opt, call)()
+
+    pass_and_call("ascend")
+    opt.state[weight]["momentum_buffer"] = torch.zeros(7, dtype=torch.float16)
+    with pytest.raises(ValueError, match="momentum_buffer"):
+        pass_and_call("step")
+    del opt.state[weight]
+    if then == "once more":
+        with pytest.raises(RuntimeError, match=r"restore\(\) gives it up"):
+            opt.step()
+    opt.restore()
+    assert weight.item() == 1.0
+    opt.zero_grad()
+    for call in opt._calls:
+        pass_and_call(call)
+    torch.testing.assert_close(weight.item(), 1 - 1e-6 * 86528, rtol=1e-3, atol=0)
+
+
+@on_two_ranks
+def test_small_directions_are_not_rounded_away(longer, python_or_not):
+    """Where float16 holds d there is no room to make: 9 g_max − 8 g of gradients that are no normal numbers."""
+    kind, options, last = longer
+    weight = nn.Parameter(torch.ones(1, dtype=torch.float16))
+    model = DDP(Curved(weight))
+    opt = kind([weight], rho=0.25, lr=1000.0, model=model, sync="last", backend=python_or_not, **options)
+    slope = 2.0**-18
+    opt.step(lambda: model(slope).backward())
+    d = ((9 * 1.25 - 8) + (last * 1.25 - (last - 1))) / 2 * slope
+    torch.testing.assert_close(weight.item(), 1 - 1000.0 * d, rtol=1e-3, atol=0)
+
+
 class Curved(nn.Module):
     """A weight whose loss is ½ A w²."""
 

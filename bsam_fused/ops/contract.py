@@ -331,6 +331,9 @@ class FlatParams(Protocol):
         d is divided by ``sums[SCALE]``, if that is not 0: 0 there leaves it at the scale of the loss.
         The step then goes on as if that were its last gradient, g_max of SAM: with `read_gradients`, after the buffer
         was summed over ranks. Parameters without a gradient have zeros there, and no ``.grad``.
+
+        Raises:
+            RuntimeError: this step keeps no g, or does no more.
         """
 
     def write_options(self, tables: Sequence[Sequence[Sequence[float]]]) -> None:

@@ -26,6 +26,9 @@ from bsam_fused.ops.contract import (
     Rule,
 )
 
+_OUT_OF_REACH = 2.0**126
+"""Of a coefficient: float32, in which d is mixed, is near its end."""
+
 Number = float | Tensor
 Sums = Sequence[float] | Tensor
 
@@ -221,13 +224,16 @@ class Direction(NamedTuple):
         return Mix(*(_larger(_larger(x, -x), _larger(y, -y)) for x, y in zip(most, least, strict=True)))
 
     def headroom(self, sums: Tensor) -> Tensor:
-        """Return a power of two that |a| + |b| is below, so that d / it is as short as what it is mixed of.
+        """Return the power of two, 1 where it can be, by which d is divided not to be beyond the limit.
 
         Args:
-            sums: of each slot, one or several, whose largest |a| + |b| counts, where it is finite.
+            sums: (SLOTS, n), of n directions that are divided alike, of gradients whose elements are within the limit.
         """
         a, b = self._most(sums, 1.0)
-        most = (sums.new_zeros(()) + a + b).nan_to_num(1.0, 1.0).max().clamp(min=1.0)
+        longest = a * self._norm_kept(sums) + b * _root(sums[self.rule.last_slot])
+        none = torch.zeros_like(sums[MAX])
+        times = torch.minimum(none + a + b, none + longest / self.limit)
+        most = torch.where((times > 1) & (times < _OUT_OF_REACH), times, 0.5).max()  # of others the step is skipped
         return torch.ldexp(torch.ones_like(most), torch.frexp(most).exponent)
 
     def memory(self, sums: Sums, number: float, decay: float) -> Memory:
@@ -249,10 +255,15 @@ class Direction(NamedTuple):
 
         Of exact BSAM's x descend saw to limit / 2, which is enough but where the loss was scaled below 1: a is above 1.
         """
+        longest = a * self._norm_kept(sums)
+        return _where(a <= 1, a * (self.limit / 2), longest) if self.rule is Rule.BILATERAL else longest
+
+    def _norm_kept(self, sums: Sums) -> Number:
+        """Return what the norm of what was kept is at most."""
         square = sums[SQUARE if self.summed else ASCENT]
         if self.rule is Rule.BILATERAL:
-            return _where(a <= 1, a * (self.limit / 2), a * (_root(square) + _root(sums[MAX])))
-        return a * _root(square + sums[MAX] + sums[MIN] if self.rule is Rule.EXTRAPOLATED else square)
+            return _root(square) + _root(sums[MAX])
+        return _root(square + sums[MAX] + sums[MIN] if self.rule is Rule.EXTRAPOLATED else square)
 
 
 def _norm_ratio(square_x: Number, square_y: Number) -> Number:

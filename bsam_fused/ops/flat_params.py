@@ -419,6 +419,8 @@ class PythonFlatParams(FlatBuffers, ABC):
     @torch.no_grad()
     def merge(self, sums: Tensor, share: float) -> Tensor:
         """Put share · d into a flat buffer, of which .grad are views."""
+        if not self._mixing.rule.keeps:
+            raise RuntimeError("merge() twice in a step, or in one that keeps no g; restore() gives it up")
         buffer = self._buffer(DIRECTION).zero_()
         for i, d in self._run_direction(sums, math.inf).items():
             self.params[i].grad = self._view(DIRECTION, i).copy_(d).mul_(share)

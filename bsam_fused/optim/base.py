@@ -373,14 +373,16 @@ class SharpnessAware(ReadsGradients):
             self._check_clipping(self._mixed, max_norm)
             self._read_gradients()
             self._have_history(self._mixed)
-            self._sum_last_gradients(max_norm if ranks is None else math.inf, scaled.scale is not None)
+            self._sum_last_gradients(
+                max_norm if ranks is None else math.inf, scaled.scale is not None or ranks is not None
+            )
             self._flats.poison(self._rule.last_slot, loss)
             self._flats.note(self._rule.last_slot, scaled)
             if ranks is None:
                 totals = self._flats.totals()
                 self._give(totals)
             else:
-                totals = self._flats.averaged(ranks, self._mixed, self._give)
+                totals = self._flats.averaged(ranks, self._mixed, self._needs_sums(math.inf, True), self._give)
             self._require_gradients("step")
             if rule:
                 self._flats.update(rule, self.state, scalars, totals, self._from_saved, max_norm)

@@ -15,17 +15,7 @@ from torch import Tensor
 from bsam_fused import distributed
 from bsam_fused.distributed import Exchange
 from bsam_fused.ops import contract, dispatch
-from bsam_fused.ops.contract import (
-    CHECKED,
-    MAX,
-    NORMS,
-    SCALE,
-    SQUARE,
-    AdamScalars,
-    FlatParams,
-    Mixing,
-    SGDScalars,
-)
+from bsam_fused.ops.contract import CHECKED, MAX, NORMS, SCALE, SQUARE, AdamScalars, FlatParams, Mixing, SGDScalars
 from bsam_fused.ops.identity import same_items
 from bsam_fused.ops.one_go import in_one_go
 from bsam_fused.ops.sharded_flat import ShardedFlatParams
@@ -271,29 +261,33 @@ class Flats:
     def _exchange(self, group: Any) -> Exchange:
         return self._exchanges.setdefault(group, Exchange(group))
 
-    def averaged(self, group: Any, mixing: Mixing, give: Callable[[Sequence[Tensor]], None]) -> list[Tensor]:
+    def averaged(self, group: Any, mixing: Mixing, summed: bool, give: Callable[..., None]) -> list[Tensor]:
         """Make the direction the mean over the ranks of ``group``; return the sums for the update.
 
         One of these is not finite where one is not on any rank.
 
         Args:
             group: of the ranks whose passes were local.
-            mixing: of d, which has to be reduced; but where it is the last gradient, which was.
+            mixing: of d, which is reduced here unless it is the last gradient alone, which DDP has reduced.
+            summed: whether the sums are by `direction_sums`.
             give: has what a user's own rule makes of this rank's sums join them.
 
         Raises:
             RuntimeError: as `distributed.Exchange` has it.
         """
         sums = [total.clone() for total in self.totals()]
+        if not sums:
+            return sums
         exchange, mixed = self._exchange(group), mixing.rule.mixes
         if mixed:
             give(sums)
         alike: list[Tensor | float] = [self._fingerprint] if mixed else [self._fingerprint, sums[0][MAX]]
         rows = exchange(sums[0], alike, [_GRADIENTS, _NOT_REDUCED][: len(alike)])
         if mixed:
-            self._scaled |= merging.average(list(self), sums, mixing, rows, group)
-            own, sums = sums, self.totals()
-            self._latest = own
+            lowered = merging.average(list(self), sums, mixing, summed, rows, group)
+            if lowered is not None:
+                self.note(MAX, Scaled(lowered, None))
+            self._latest, sums = sums, self.totals()
         failed = 0 * rows[:, :CHECKED].sum()
         return [total + failed.to(total.device) for total in sums]
 
@@ -328,10 +322,11 @@ class Flats:
             return
         sums = self._built[0].sums
         if scaled.scale is not None:
+            self._scaled = True
             sums[SCALE].copy_(scaled.scale)
         elif self._scaled:
             sums[SCALE].zero_()
-        self._scaled = scaled.scale is not None
+            self._scaled = False
         if scaled.found_inf is not None:
             sums[slot].masked_fill_(scaled.found_inf.to(sums.device) > 0, math.nan)
 
