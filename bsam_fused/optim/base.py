@@ -373,9 +373,8 @@ class SharpnessAware(ReadsGradients):
             self._check_clipping(self._mixed, max_norm)
             self._read_gradients()
             self._have_history(self._mixed)
-            self._sum_last_gradients(
-                max_norm if ranks is None else math.inf, scaled.scale is not None or ranks is not None
-            )
+            may_overflow = scaled.scale is not None or ranks is not None  # where d is unscaled, or stored
+            self._sum_last_gradients(max_norm if ranks is None else math.inf, may_overflow)
             self._flats.poison(self._rule.last_slot, loss)
             self._flats.note(self._rule.last_slot, scaled)
             if ranks is None:
